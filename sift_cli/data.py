@@ -1,0 +1,350 @@
+"""Datasets and tasks: from a hub id, folder, file or built-in set to checked, tokenised rows.
+
+Importing this module loads no dataset library; functions do when they need it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sift_cli.errors import SiftError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedTokenizerBase
+
+BUILTIN = Path(__file__).parent / "builtin"
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+SPLIT_NAMES = {
+    "train": ("train",),
+    "validation_matched": ("validation_matched", "dev_matched"),
+    "validation_mismatched": ("validation_mismatched", "dev_mismatched"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What defines a task: text columns, label names in code order (None: regression), metrics."""
+
+    text: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    label: str = "label"
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+SENTENCES = ("sentence1", "sentence2")
+
+TASKS: dict[str, TaskSpec] = {  # GLUE (Wang et al., ICLR 2019), with its official metrics
+    "cola": TaskSpec(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
+    "sst2": TaskSpec(("sentence",), ("negative", "positive"), ("accuracy",)),
+    "mrpc": TaskSpec(SENTENCES, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qqp": TaskSpec(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "stsb": TaskSpec(SENTENCES, None, ("pearson", "spearman")),
+    "mnli": TaskSpec(
+        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",)
+    ),
+    "qnli": TaskSpec(("question", "sentence"), ENTAILMENT, ("accuracy",)),
+    "rte": TaskSpec(SENTENCES, ENTAILMENT, ("accuracy",)),
+    "wnli": TaskSpec(SENTENCES, ("not_entailment", "entailment"), ("accuracy",)),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with its rows, each checked: columns `text` (or `text` and `pair`), `label`, `row`.
+
+    `row` is the row's number in its source split. `evaluation` maps the suffix of a metric's name
+    to rows: one entry with the suffix "" in general; MNLI adds "_mismatched". `labels` is None for
+    regression.
+    """
+
+    name: str
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    train: Dataset | None
+    evaluation: dict[str, Dataset]
+
+    @property
+    def outputs(self) -> int:
+        """Width of the model's head."""
+        return 1 if self.labels is None else len(self.labels)
+
+
+def load_task(
+    path: str,
+    task: str,
+    *,
+    text: Sequence[str] | None = None,
+    label: str | None = None,
+    labels: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    config: str | None = None,
+    split: str = "validation",
+    holdout: float | None = None,
+    max_train_rows: int | None = None,
+    seed: int = 0,
+    train: bool = True,
+) -> Task:
+    """Loads and checks the training rows (unless `train` is false) and those of the split `split`.
+
+    Raises SiftError for a source that is not there, a missing split or column, an empty split,
+    labels outside the range, all-equal training labels, missing text and targets that are not
+    finite.
+    """
+    spec = TASKS.get(task)
+    raw = _load_splits(path, task, config)
+    if holdout is not None and split == "validation":
+        parts = _split(raw, "train", path).train_test_split(test_size=holdout, seed=seed)
+        numbered = {"train": parts["train"], "validation": parts["test"]}
+        raw = type(raw)({**raw, **numbered})
+    if max_train_rows is not None and "train" in raw:
+        kept = min(max_train_rows, len(raw["train"]))
+        raw["train"] = raw["train"].shuffle(seed=seed).select(range(kept))
+    columns = tuple(text or (spec.text if spec else ()))
+    column = label or (spec.label if spec else "label")
+    wanted = {name: _split(raw, name, path) for name in _evaluation_splits(raw, split)}
+    source = _split(raw, "train", path) if train or spec is None else None
+    names: tuple[str, ...] | None
+    if labels is not None:
+        names = tuple(labels)
+    elif spec is not None:
+        names = spec.labels
+    else:
+        assert source is not None
+        names = _infer_labels(source, column)
+    checked = {
+        suffix: _check_rows(rows, where, columns, column, names)
+        for where, (suffix, rows) in zip(wanted, _suffixes(wanted).items(), strict=True)
+    }
+    rows = None
+    if train:
+        assert source is not None
+        rows = _check_rows(source, "train", columns, column, names)
+        if names is not None and len(set(rows["label"])) == 1:
+            raise SiftError(
+                f"{path}: all {len(rows):,} training rows have the label {rows['label'][0]}; "
+                "nothing can be learnt from them"
+            )
+    default = ("accuracy", "f1_macro") if names is not None else ("pearson", "spearman")
+    chosen = tuple(metrics or (spec.metrics if spec else default))
+    return Task(task, names, chosen, rows, checked)
+
+
+def _load_splits(path: str, task: str, config: str | None) -> DatasetDict:
+    import datasets
+
+    datasets.disable_progress_bars()
+    files = _find_files(path, task)
+    try:
+        if files is not None:
+            builder = BUILDERS[next(iter(files.values()))[0].suffix]
+            named = {split: [str(file) for file in some] for split, some in files.items()}
+            found = datasets.load_dataset(builder, data_files=named)
+        else:
+            if config is None and task in datasets.get_dataset_config_names(path):
+                config = task
+            found = datasets.load_dataset(path, config)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        said = str(cause).strip().splitlines() or [type(cause).__name__]
+        kind = "cannot be read" if files is not None else "is not on this machine nor on the hub"
+        raise SiftError(f"data.path: {path} {kind}: {said[0]}") from error
+    numbered = {
+        name: rows.add_column("row", list(range(len(rows))))
+        for name, rows in found.items()
+        if "row" not in rows.column_names
+    }
+    return datasets.DatasetDict({**found, **numbered})
+
+
+def _find_files(path: str, task: str) -> dict[str, list[Path]] | None:
+    """Data files by split; None for a hub id."""
+    if path.startswith("builtin:"):
+        folder = BUILTIN / path.removeprefix("builtin:")
+        if not folder.is_dir():
+            known = ", ".join(f"builtin:{one.name}" for one in BUILTIN.iterdir() if one.is_dir())
+            raise SiftError(f"data.path: no such built-in dataset {path}; there is {known}")
+    else:
+        folder = Path(path).expanduser()
+    if folder.is_file():
+        if folder.suffix not in BUILDERS:
+            raise SiftError(f"data.path: {path} is not one of {', '.join(BUILDERS)}")
+        return {"train": [folder]}
+    if not folder.is_dir():
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):
+            return None
+        raise SiftError(f"data.path: {path}: no such folder or file")
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in BUILDERS]
+    if not files and (folder / task).is_dir():
+        return _find_files(str(folder / task), task)
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        for split, starts in SPLIT_NAMES.items():
+            if re.match(rf"({'|'.join(starts)})([-_.].*)?$", file.stem):
+                found.setdefault(split, []).append(file)
+                break
+    if not found:
+        raise SiftError(
+            f"data.path: {path} holds no train or validation file ({', '.join(BUILDERS)})"
+        )
+    if len({file.suffix for some in found.values() for file in some}) > 1:
+        raise SiftError(f"data.path: {path} holds files of several formats; keep one")
+    return found
+
+
+def _evaluation_splits(raw: DatasetDict, split: str) -> list[str]:
+    """MNLI has two validation splits; both count when `validation` is asked for."""
+    pair = [f"{split}_matched", f"{split}_mismatched"]
+    return pair if split not in raw and all(name in raw for name in pair) else [split]
+
+
+def _suffixes(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    suffixes = ("", "_mismatched")
+    return {suffix: rows for suffix, rows in zip(suffixes, splits.values(), strict=False)}
+
+
+def _split(raw: DatasetDict, name: str, path: str) -> Dataset:
+    if name not in raw:
+        way_out = "; set data.holdout: 0.1 to hold out training rows" if name != "train" else ""
+        raise SiftError(f"{path}: no split {name!r}; there is {', '.join(raw)}{way_out}")
+    if len(raw[name]) == 0:
+        raise SiftError(f"{path}: the split {name!r} is empty")
+    rows: Dataset = raw[name]
+    return rows
+
+
+def _infer_labels(rows: Dataset, column: str) -> tuple[str, ...] | None:
+    """Label names from the data: a ClassLabel's, the sorted strings, or the codes up to the largest."""
+    import datasets
+
+    _require(rows, "train", [column])
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names)
+    values = [value for value in rows[column] if value is not None]
+    if all(isinstance(value, str) for value in values):
+        return tuple(sorted(set(values)))
+    if all(isinstance(value, bool | int) for value in values):
+        return tuple(str(code) for code in range(int(max(values)) + 1))
+    return None
+
+
+def _require(rows: Dataset, split: str, columns: Sequence[str]) -> None:
+    for column in columns:
+        if column not in rows.column_names:
+            there = ", ".join(name for name in rows.column_names if name != "row")
+            raise SiftError(f"data: the {split} split has no column {column!r}; it has {there}")
+
+
+def _check_rows(
+    rows: Dataset,
+    split: str,
+    text: Sequence[str],
+    label: str,
+    names: tuple[str, ...] | None,
+) -> Dataset:
+    """The same rows with the columns text, pair, label and row alone, every value checked."""
+    from datasets import Dataset
+
+    _require(rows, split, [*text, label])
+    numbers = list(rows["row"])
+    out: dict[str, list[Any]] = {}
+    for key, column in zip(("text", "pair"), text, strict=False):
+        values = list(rows[column])
+        _refuse(split, f"text in {column!r} is missing", numbers, [v is None for v in values])
+        out[key] = [str(value) for value in values]
+    given = list(rows[label])
+    if names is None:
+        numeric = [isinstance(value, int | float) for value in given]
+        _refuse(split, "targets that are no numbers", numbers, [not one for one in numeric])
+        finite = [math.isfinite(value) for value in given]
+        _refuse(split, "targets that are not finite", numbers, [not one for one in finite])
+        out["label"] = [float(value) for value in given]
+    else:
+        codes = {name: code for code, name in enumerate(names)}
+        coded = [codes.get(value, -1) if isinstance(value, str) else value for value in given]
+        valid = [isinstance(code, int) and 0 <= code < len(names) for code in coded]
+        said = f"labels outside {dict(enumerate(names))}"
+        _refuse(split, said, numbers, [not one for one in valid], given)
+        out["label"] = [int(code) for code in coded]
+    out["row"] = numbers
+    return Dataset.from_dict(out)
+
+
+def _refuse(
+    split: str,
+    what: str,
+    numbers: Sequence[int],
+    wrong: Sequence[bool],
+    values: Sequence[Any] | None = None,
+) -> None:
+    rows = [index for index, one in enumerate(wrong) if one]
+    if not rows:
+        return
+    shown = ", ".join(
+        f"{numbers[index]}" + (f" ({values[index]!r})" if values is not None else "")
+        for index in rows[:5]
+    )
+    raise SiftError(f"data: the {split} split has {what}: {len(rows):,} rows, such as row {shown}")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised rows: columns `input_ids` (and what else the tokenizer gives), `label`, `row`.
+
+    `lengths` counts the tokens of each row, `truncated` the rows that were cut.
+    """
+
+    rows: Dataset
+    lengths: list[int]
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Features of the rows at `indices`, ready to collate."""
+        batch = self.rows[list(indices)]
+        keys = [key for key in batch if key != "row"]
+        return [{key: batch[key][at] for key in keys} for at in range(len(indices))]
+
+    def numbers(self, indices: Sequence[int]) -> list[int]:
+        """Row numbers in the source split."""
+        return [int(row) for row in self.rows[list(indices)]["row"]]
+
+
+def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Tokenises every row, cut to `max_length` tokens, and counts the rows that were cut."""
+
+    def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        texts = (batch["text"], batch["pair"]) if "pair" in batch else (batch["text"],)
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        full = [at for at, length in enumerate(lengths) if length >= max_length]
+        cut = [False] * len(lengths)
+        if full:  # only these can have been cut
+            again = [[one[at] for at in full] for one in texts]
+            whole = tokenizer(*again, truncation=False, padding=False, verbose=False)["input_ids"]
+            for at, ids in zip(full, whole, strict=True):
+                cut[at] = len(ids) > max_length
+        return {**encoded, "length": lengths, "cut": cut}
+
+    removed = [name for name in rows.column_names if name not in ("label", "row")]
+    encoded = rows.map(
+        tokenise,
+        batched=True,
+        remove_columns=removed,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint=f"sift-{rows._fingerprint}-{max_length}",
+    )
+    lengths, cut = list(encoded["length"]), sum(encoded["cut"])
+    return Encoded(encoded.remove_columns(["length", "cut"]), lengths, cut)

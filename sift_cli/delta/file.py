@@ -1,0 +1,221 @@
+"""The delta file, format version 1: `docs/delta-format.md` in code."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sift_cli.delta.coding import decode_positions, encode_positions
+from sift_cli.errors import ExitCode, SiftError
+from sift_cli.sparse import Support
+
+FORMAT = 1
+CODING = "leb128-gaps"
+BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, eq=False)
+class WeightDelta:
+    """The change of one weight: coded positions (None: every entry) and trained XOR base.
+
+    `bits` has shape [K] and an unsigned dtype as wide as the weight's. `base` and `trained` are
+    fingerprints of the whole weight before and after.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    count: int
+    base: str
+    trained: str
+    coded: Tensor | None
+    bits: Tensor
+
+    @property
+    def support(self) -> Support:
+        """The changed entries; raises ValueError where the stream is not a valid one."""
+        if self.coded is None:
+            return Support(self.shape)
+        positions = decode_positions(self.coded, self.count, prod(self.shape))
+        return Support.of(self.shape, positions)
+
+    def toggle_(self, weight: Tensor) -> None:
+        """Base to trained, or trained to base, bit for bit and in place."""
+        support = self.support.to(weight.device)
+        signed = SIGNED[weight.element_size()]
+        flipped = _view(support.gather(weight), signed) ^ _view(self.bits, signed).to(weight.device)
+        support.scatter_(weight, flipped.view(weight.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """A delta file in memory.
+
+    `weights` and `dense` go by parameter name; `dense` holds the tensors that the base lacks,
+    whole. `rest` has eight hex digits of fingerprint for each tensor of the base that is in
+    neither, in the order of their sorted names. `about` holds everything else that the header says:
+    base, task, labels, policy, recipe, metrics, versions, logits.
+    """
+
+    weights: dict[str, WeightDelta]
+    dense: dict[str, Tensor]
+    rest: str
+    about: dict[str, Any]
+
+    @property
+    def entries(self) -> int:
+        """Changed entries, without the dense tensors."""
+        return sum(weight.count for weight in self.weights.values())
+
+
+def weight_delta(
+    support: Support, base: Tensor, trained: Tensor, base_mark: str, whole: Tensor
+) -> WeightDelta:
+    """The change of one weight from its entries before and after ([K], both in the weight's dtype).
+
+    `base_mark` is the fingerprint before training, `whole` the trained weight.
+    """
+    signed = SIGNED[trained.element_size()]
+    bits = _view(base.cpu(), signed) ^ _view(trained.cpu(), signed)
+    return WeightDelta(
+        support.shape,
+        whole.dtype,
+        len(support),
+        base_mark,
+        fingerprint(whole),
+        None if support.positions is None else encode_positions(support.positions),
+        bits.view(BITS[trained.element_size()]),
+    )
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """Sixteen hex digits of SHA-256 over dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    digest.update(_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _view(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.contiguous().view(dtype)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+
+
+def save_delta(path: Path, delta: Delta) -> str:
+    """Writes the file whole or not at all; the same delta gives the same bytes. Returns their SHA-256."""
+    tensors: dict[str, Tensor] = {}
+    table = {}
+    for name, weight in delta.weights.items():
+        table[name] = {
+            "shape": list(weight.shape),
+            "dtype": _dtype_name(weight.dtype),
+            "count": weight.count,
+            "base": weight.base,
+            "trained": weight.trained,
+        }
+        tensors[f"{name}.bits"] = weight.bits.contiguous()
+        if weight.coded is not None:
+            tensors[f"{name}.positions"] = weight.coded
+    for name, tensor in delta.dense.items():
+        tensors[f"dense/{name}"] = tensor.detach().cpu().contiguous()
+    header = {
+        **delta.about,
+        "format": FORMAT,
+        "coding": CODING,
+        "weights": table,
+        "rest": delta.rest,
+    }
+    header["digest"] = _digest(header, tensors)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"sift": _canonical(header)})
+    partial.replace(path)
+    written = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            written.update(block)
+    return written.hexdigest()
+
+
+def load_delta(path: Path) -> Delta:
+    """Reads and checks a delta file.
+
+    Raises SiftError: exit code 2 where there is none, 3 where it is no delta, damaged, or of a
+    newer format.
+    """
+    if not path.is_file():
+        raise SiftError(f"{path}: no such delta file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("sift")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, str(error)) from error
+    if text is None:
+        raise SiftError(f"{path}: a safetensors file, but no sift delta", ExitCode.WRONG_FILE)
+    try:
+        header = json.loads(text)
+        written = header.get("format")
+        if (isinstance(written, int) and written > FORMAT) or header.get(
+            "coding", CODING
+        ) != CODING:
+            raise SiftError(
+                f"{path}: written in format {written} ({header.get('coding')}), newer than this sift "
+                f"reads ({FORMAT}, {CODING}); update sift",
+                ExitCode.WRONG_FILE,
+            )
+        digest = header.pop("digest")
+        if digest != _digest(header, tensors):
+            raise _damaged(path, "its contents do not match its digest")
+        return _parse(header, tensors)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _parse(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Delta:
+    weights = {}
+    for name, row in header.pop("weights").items():
+        shape, count = tuple(row["shape"]), row["count"]
+        coded, bits = tensors.get(f"{name}.positions"), tensors[f"{name}.bits"]
+        if len(bits) != count or (coded is None and count != prod(shape)):
+            raise ValueError(f"{name} lacks entries")
+        dtype = getattr(torch, row["dtype"])
+        weights[name] = WeightDelta(shape, dtype, count, row["base"], row["trained"], coded, bits)
+        _ = weights[name].support  # refuses a stream out of range
+    dense = {
+        name.removeprefix("dense/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("dense/")
+    }
+    rest = header.pop("rest")
+    return Delta(weights, dense, rest, header)
+
+
+def _damaged(path: Path, why: str) -> SiftError:
+    return SiftError(f"{path}: damaged, or no delta file: {why}", ExitCode.WRONG_FILE)
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(_canonical(header).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name}{tensors[name].dtype}{list(tensors[name].shape)}".encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

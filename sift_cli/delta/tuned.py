@@ -1,0 +1,44 @@
+"""A tuned model from whatever holds it: a run folder, a delta file, or a model folder."""
+
+from pathlib import Path
+
+import yaml
+
+from sift_cli.delta.apply import apply_delta
+from sift_cli.delta.file import load_delta
+from sift_cli.errors import SiftError
+from sift_cli.models import DTYPES, LoadedModel, load_model, model_folder, task_config
+from sift_cli.recipe import Recipe, parse_recipe
+
+DELTA_FILE = "delta.safetensors"
+RECIPE_FILE = "recipe.yaml"
+
+
+def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe | None]:
+    """The model, and the recipe that travels with it if one does.
+
+    A delta goes onto the base that it names, or onto `base`. Raises SiftError where there is
+    nothing to load (exit code 2), or where the delta is damaged or the base a wrong one (3).
+    """
+    place = Path(path).expanduser()
+    if place.is_dir() and (place / DELTA_FILE).is_file():
+        place = place / DELTA_FILE
+    if place.is_file():
+        return _from_delta(place, base)
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise SiftError(f"{path}: neither a run (no {DELTA_FILE}) nor a model (no config.json)")
+    folder = model_folder(path)
+    recipe = folder / RECIPE_FILE
+    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+    return load_model(folder), parse_recipe(text, str(recipe)) if text else None
+
+
+def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe]:
+    delta = load_delta(path)
+    about = delta.about["base"]
+    source = base or about["path"]
+    folder = model_folder(source, None if base else about["revision"])
+    config = task_config(folder, delta.about["labels"])
+    loaded = load_model(folder, config, DTYPES[about["dtype"]])
+    apply_delta(loaded.model, delta, source)
+    return loaded, parse_recipe(yaml.safe_dump(delta.about["recipe"]), str(path))

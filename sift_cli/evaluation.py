@@ -1,0 +1,98 @@
+"""A model on a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sift_cli.data import Encoded
+from sift_cli.errors import ExitCode, SiftError
+from sift_cli.metrics import compute_metrics
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
+
+
+def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[Any]:
+    """bfloat16 autocast on `device`, or nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module, data: Encoded, collate: Collate, *, batch_size: int, bf16: bool = False
+) -> Tensor:
+    """Logits of every row, in the order of the rows, fp32 [N, outputs] on the host.
+
+    Batches go from long rows to short ones, so that memory runs out at once or not at all.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    order = sorted(range(len(data)), key=lambda at: -data.lengths[at])
+    parts = []
+    for start in range(0, len(order), batch_size):
+        batch = collate(data.take(order[start : start + batch_size]))
+        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        with autocast(device, bf16):
+            parts.append(model(**inputs).logits.float().cpu())
+    model.train(training)
+    logits = torch.cat(parts)
+    restored = torch.empty_like(logits)
+    restored[torch.tensor(order)] = logits
+    return restored
+
+
+def evaluate(
+    model: nn.Module,
+    splits: Mapping[str, Encoded],
+    collate: Collate,
+    metrics: Sequence[str],
+    *,
+    regression: bool = False,
+    batch_size: int = 64,
+    bf16: bool = False,
+) -> dict[str, float]:
+    """Each metric on each split; a split's key is the suffix of its metrics' names.
+
+    Raises SiftError (exit code 4) where the model's outputs are not finite.
+    """
+    found: dict[str, float] = {}
+    for suffix, data in splits.items():
+        logits = predict_logits(model, data, collate, batch_size=batch_size, bf16=bf16)
+        if not bool(torch.isfinite(logits).all()):
+            rows = data.numbers((~logits.isfinite().all(-1)).nonzero().flatten().tolist()[:5])
+            raise SiftError(
+                f"evaluation: the model's outputs are not finite, such as for rows {rows}",
+                ExitCode.NOT_FINITE,
+            )
+        predicted = logits.squeeze(-1) if regression else logits.argmax(-1)
+        labels = torch.tensor(data.rows["label"][:])
+        for name, value in compute_metrics(metrics, predicted.numpy(), labels.numpy()).items():
+            found[name + suffix] = value
+    return found
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, config: PretrainedConfig) -> Tensor:
+    """Logits of four fixed made-up inputs, fp32 [4, outputs]: the model's mark, and no one's data."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    text = config.get_text_config()
+    special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "sep")}
+    plain = [token for token in range(text.vocab_size) if token not in special]
+    spread = (torch.arange(4 * 16) * 7919 + 104729) % len(plain)
+    ids = torch.tensor(plain)[spread].view(4, 16)
+    if isinstance(text.eos_token_id, int):
+        ids[:, -1] = text.eos_token_id  # some heads read the state at the end-of-text token
+    inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    logits: Tensor = model(**inputs).logits.float().cpu()
+    model.train(training)
+    return logits

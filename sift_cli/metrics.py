@@ -1,0 +1,47 @@
+"""The metrics of a task, from scikit-learn and SciPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CLASSIFICATION = ("accuracy", "f1", "f1_macro", "matthews")
+REGRESSION = ("pearson", "spearman")
+METRICS = (*CLASSIFICATION, *REGRESSION)
+
+
+def compute_metrics(
+    names: Sequence[str], predicted: NDArray[Any], labels: NDArray[Any]
+) -> dict[str, float]:
+    """Each named metric of `predicted` against `labels`, both of shape [N].
+
+    Class codes for the classification metrics, real numbers for the correlations. `f1` is that of
+    class 1, as GLUE defines it; `f1_macro` averages over classes. A correlation with a constant is
+    undefined and counts as 0.
+    """
+    return {name: _compute(name, predicted, labels) for name in names}
+
+
+def _compute(name: str, predicted: NDArray[Any], labels: NDArray[Any]) -> float:
+    if name in REGRESSION:
+        from scipy import stats
+
+        if predicted.min() == predicted.max() or labels.min() == labels.max():
+            return 0.0
+        correlate = stats.pearsonr if name == "pearson" else stats.spearmanr
+        return float(correlate(predicted, labels).statistic)
+    from sklearn import metrics
+
+    match name:
+        case "accuracy":
+            return float(metrics.accuracy_score(labels, predicted))
+        case "f1":
+            return float(metrics.f1_score(labels, predicted, zero_division=0))
+        case "f1_macro":
+            return float(metrics.f1_score(labels, predicted, average="macro", zero_division=0))
+        case "matthews":
+            return float(metrics.matthews_corrcoef(labels, predicted))
+    raise KeyError(name)

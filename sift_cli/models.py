@@ -1,0 +1,196 @@
+"""Hugging Face classification models: where they lie, how they load, what they were given anew."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from sift_cli.errors import SiftError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer; `new` names the parameters that the checkpoint did not hold."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    new: tuple[str, ...]
+
+
+def model_folder(path: str, revision: str | None = None) -> Path:
+    """The local folder behind a hub id (downloaded once), a local folder, or pkg:MODULE/SUBDIR.
+
+    Raises SiftError where there is none, or where it holds no safetensors weights.
+    """
+    if path.startswith("pkg:"):
+        module, _, inside = path.removeprefix("pkg:").partition("/")
+        found = importlib.util.find_spec(module)
+        if found is None or not found.submodule_search_locations:
+            raise SiftError(
+                f"model.path: {path}: no installed package {module}; "
+                "`pip install 'sift-cli[quickstart]'` brings the one of the quickstart"
+            )
+        folder = Path(next(iter(found.submodule_search_locations))) / inside
+    else:
+        folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if path.startswith("pkg:") or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
+            raise SiftError(f"model.path: {path}: no such folder")
+        folder = _download(path, revision)
+    if not (folder / "config.json").is_file():
+        raise SiftError(f"model.path: {path} holds no config.json")
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise SiftError(f"{folder}: no model*.safetensors; sift reads no pickled weights")
+    return files
+
+
+def _download(path: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                path, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"]
+            )
+        )
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SiftError(
+            f"model.path: {path} is no local folder, and the hub said: {said}"
+        ) from error
+
+
+def task_config(folder: Path, labels: Sequence[str] | None) -> PretrainedConfig:
+    """The base's configuration with a head for `labels`; None asks for regression."""
+    names = dict(enumerate(labels if labels is not None else ["score"]))
+    kind = "regression" if labels is None else "single_label_classification"
+    try:
+        return AutoConfig.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            num_labels=len(names),
+            id2label=names,
+            label2id={name: code for code, name in names.items()},
+            problem_type=kind,
+        )
+    except (OSError, ValueError) as error:
+        raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, with a padding token: the end-of-text token where it has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SiftError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def load_model(
+    folder: Path, config: PretrainedConfig | None = None, dtype: torch.dtype | None = None
+) -> LoadedModel:
+    """Loads the folder's model for sequence classification or regression, on the host.
+
+    `config` comes from `task_config` (default: the folder's own), `dtype` is that of the folder
+    unless given. Raises SiftError for an architecture without a classification head.
+    """
+    weight_files(folder)
+    tokenizer = load_tokenizer(folder)
+    config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    try:
+        with quiet():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError) as error:
+        raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
+    return LoadedModel(model, tokenizer, _new_parameters(model, info))
+
+
+def check_length(max_length: int, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Raises SiftError where `max_length` tokens are more than the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    longest = min(tokenizer.model_max_length, positions)
+    if max_length > longest:
+        raise SiftError(f"data.max_length: {max_length}, but the model takes {longest} tokens")
+
+
+def _new_parameters(model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, ...]:
+    lacking = set(info["missing_keys"])
+    lacking |= {one if isinstance(one, str) else one[0] for one in info["mismatched_keys"]}
+    return tuple(name for name, _ in model.named_parameters() if name in lacking)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best there is: cuda, then mps, then cpu.
+
+    Raises SiftError for a device that is not there.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name is None:
+        return torch.device(next(kind for kind, ok in there.items() if ok))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SiftError(f"--device {name}: no such device; use cuda, mps or cpu") from None
+    beyond = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if not there.get(device.type, False) or beyond:
+        usable = ", ".join(kind for kind, ok in there.items() if ok)
+        raise SiftError(f"--device {name}: not on this machine; there is {usable}")
+    return device
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' progress bars and load reports off the terminal for a while."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

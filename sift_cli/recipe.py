@@ -1,0 +1,359 @@
+"""The recipe: its schema, its file, and errors that say where. Imports no torch."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from sift_cli.data import TASKS
+from sift_cli.errors import SiftError
+from sift_cli.metrics import METRICS
+from sift_cli.selection.policies import POLICIES
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _one_of(known: Sequence[str]) -> AfterValidator:
+    """Accepts the names in `known`; the error offers the nearest."""
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise ValueError(f"unknown: {value!r}{_nearest(value, known)}")
+        return value
+
+    return AfterValidator(check)
+
+
+Names = Annotated[list[str], BeforeValidator(_as_list)]
+TaskName = Annotated[str, _one_of([*TASKS, "custom"])]
+MetricNames = Annotated[list[Annotated[str, _one_of(METRICS)]], BeforeValidator(_as_list)]
+PolicyName = Annotated[str, _one_of(list(POLICIES))]
+
+
+class Section(BaseModel):
+    """Part of a recipe; a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The pre-trained model."""
+
+    path: str = Field(description="hub id, local folder, or pkg:MODULE/SUBDIR")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="how the base weights are held"
+    )
+
+
+class DataSection(Section):
+    """The dataset and how its rows become inputs."""
+
+    path: str = Field(description="hub id, local folder or file, or builtin:NAME")
+    task: TaskName = Field(description="a GLUE task, or custom")
+    config: str | None = Field(
+        None, description="configuration of a hub dataset; the task if unset"
+    )
+    text: Names | None = Field(
+        None, min_length=1, max_length=2, description="one or two text columns"
+    )
+    label: str | None = Field(None, description="the label column")
+    labels: list[str] | None = Field(None, min_length=2, description="label names, in code order")
+    metrics: MetricNames | None = Field(
+        None, min_length=1, description="the first decides what is best"
+    )
+    max_length: PositiveInt = Field(128, description="tokens kept of each row")
+    max_train_rows: PositiveInt | None = Field(None, description="a seeded sample of the rows")
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="share of the training rows to validate on instead of a validation split"
+    )
+
+    @model_validator(mode="after")
+    def _custom_is_whole(self) -> "DataSection":
+        if self.task == "custom" and (self.text is None or self.label is None):
+            raise ValueError("task: custom needs data.text (one or two columns) and data.label")
+        return self
+
+
+class SelectionSection(Section):
+    """Which entries train."""
+
+    policy: PolicyName = Field("sift", description="a row of the policy table")
+    score: Literal["gradient", "magnitude", "random"] | None = None
+    scope: Literal["tensor", "global"] | None = None
+    structure: Literal["entry"] | None = None
+    schedule: Literal["first-batch"] | None = None
+    batches: PositiveInt = Field(1, description="calibration batches whose gradients are summed")
+    density: Share | None = Field(None, description="share of the targeted entries; 0.01 if unset")
+    budget: PositiveInt | None = Field(None, description="entries in all, instead of a density")
+    target: str | list[str] = Field("all-linear", description="all-linear, all, or name patterns")
+    exclude: Names = Field(default_factory=list, description="name patterns left out")
+    dense: Names = Field(
+        default_factory=lambda: ["classifier", "score"], description="modules trained whole"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _row(cls, given: Any) -> Any:
+        """Fills the axes that the recipe leaves open from the policy's row."""
+        if not isinstance(given, dict):
+            return given
+        row = POLICIES.get(str(given.get("policy", "sift")), POLICIES["sift"])
+        axes = {
+            "score": row.score,
+            "scope": row.scope,
+            "structure": row.structure,
+            "schedule": row.schedule,
+        }
+        return {**given, **{key: value for key, value in axes.items() if given.get(key) is None}}
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "SelectionSection":
+        if self.density is not None and self.budget is not None:
+            raise ValueError("density: give density or budget, not both")
+        if self.density is None and self.budget is None:
+            object.__setattr__(self, "density", 0.01)
+        return self
+
+
+class TrainSection(Section):
+    """The optimisation."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3
+    max_steps: PositiveInt | None = Field(None, description="stop after so many steps")
+    batch_size: PositiveInt = 32
+    accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.06, description="share of the steps")
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="bfloat16 autocast or none; auto: bfloat16 on a GPU that has it"
+    )
+    gradient_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+
+class EvalSection(Section):
+    """When to evaluate and which weights to keep."""
+
+    every: Literal["epoch"] | PositiveInt = Field("epoch", description="epoch, or steps")
+    split: str = "validation"
+    keep: Literal["best", "last"] = "best"
+    batch_size: PositiveInt = 64
+
+
+class LogSection(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    every: PositiveInt = Field(10, description="steps between logged lines")
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+class Recipe(Section):
+    """A whole run, every value resolved."""
+
+    model: ModelSection
+    data: DataSection
+    selection: SelectionSection = Field(default_factory=SelectionSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    log: LogSection = Field(default_factory=LogSection)
+    out: str | None = Field(None, description="the run folder; runs/NAME-OF-RECIPE if unset")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML, in the order of the schema."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+Place = tuple[str | int, ...]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe file; each override is `a.b=value` and wins over the file.
+
+    Raises SiftError (exit code 2) with every mistake there is, one located line each.
+    """
+    if not path.is_file():
+        raise SiftError(f"{path}: no such recipe; `sift recipes ls` lists the shipped ones")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SiftError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
+    return parse_recipe(text, str(path), overrides)
+
+
+def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """As `load_recipe`, from the text of a recipe; `source` names it in errors."""
+    problems: list[tuple[str, str]] = []
+    values, places = _read(text, source, problems)
+    for override in overrides:
+        _override(values, places, override, problems)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems += [_describe(one, places, source) for one in error.errors()]
+    if problems:
+        lines = dict.fromkeys(f"{where} {what}" for where, what in problems)
+        raise SiftError("\n".join(lines))
+    return recipe
+
+
+def _read(
+    text: str, source: str, problems: list[tuple[str, str]]
+) -> tuple[dict[str, Any], dict[Place, str]]:
+    """Values of the YAML text, and where each key stands as `source:line:column`."""
+    loader = yaml.SafeLoader(text)
+    places: dict[Place, str] = {}
+
+    def locate(mark: yaml.Mark) -> str:
+        return f"{source}:{mark.line + 1}:{mark.column + 1}"
+
+    def walk(node: yaml.Node, place: Place) -> Any:
+        places.setdefault(place, locate(node.start_mark))
+        if isinstance(node, yaml.MappingNode):
+            loader.flatten_mapping(node)
+            found: dict[Any, Any] = {}
+            for key_node, value_node in node.value:
+                key = loader.construct_object(key_node, deep=True)
+                if not isinstance(key, str):
+                    problems.append((locate(key_node.start_mark), f"{key!r}: a key must be text"))
+                    continue
+                if key in found:
+                    problems.append((locate(key_node.start_mark), f"{key}: given twice"))
+                places[(*place, key)] = locate(key_node.start_mark)
+                found[key] = walk(value_node, (*place, key))
+            return found
+        if isinstance(node, yaml.SequenceNode):
+            return [walk(child, (*place, index)) for index, child in enumerate(node.value)]
+        return loader.construct_object(node)
+
+    try:
+        node = loader.get_single_node()
+        values = {} if node is None else walk(node, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = locate(mark) if mark else source
+        raise SiftError(f"{where} not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise SiftError(f"{source} not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise SiftError(f"{source}:1:1 a recipe is a mapping with sections such as model and data")
+    return values, places
+
+
+def _override(
+    values: dict[str, Any],
+    places: dict[Place, str],
+    override: str,
+    problems: list[tuple[str, str]],
+) -> None:
+    """Sets one dotted key; its place becomes the override itself."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    where = f"--set {override}:"
+    if not equals or not all(keys):
+        problems.append((where, "an override reads section.key=value"))
+        return
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        problems.append((where, "the value is not valid YAML"))
+        return
+    section: Any = values
+    for depth, key in enumerate(keys[:-1]):
+        places.setdefault(tuple(keys[: depth + 1]), where)
+        if not isinstance(section.get(key), dict):
+            section[key] = {}
+        section = section[key]
+    section[keys[-1]] = value
+    for place in [p for p in places if p[: len(keys)] == tuple(keys)]:
+        del places[place]
+    places[tuple(keys)] = where
+
+
+def _describe(error: Any, places: dict[Place, str], source: str) -> tuple[str, str]:
+    """Where one validation error stands, and what it says in the recipe's own terms."""
+    kind, message = error["type"], str(error["msg"])
+    place = _place(error["loc"])
+    if kind == "value_error":
+        message = message.removeprefix("Value error, ")
+        if _fields(place):  # raised for a whole section: the message begins with the key
+            key, _, message = message.partition(": ")
+            place = (*place, key)
+    elif kind == "extra_forbidden":
+        message = "unknown key" + _nearest_key(place)
+    elif kind == "missing":
+        message = "missing" + _hint(place)
+    else:
+        message = f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
+    starts = (place[:length] for length in range(len(place), -1, -1))
+    where = next((places[start] for start in starts if start in places), source)
+    return where, f"{_dotted(place)}: {message}"
+
+
+def _place(loc: Place) -> Place:
+    """Leaves out what pydantic adds to the place of a value: the names of a union's members."""
+    for depth in range(1, len(loc)):
+        if loc[depth - 1] in _fields(loc[: depth - 1]) and not _fields(loc[:depth]):
+            return (*loc[:depth], *(part for part in loc[depth:] if isinstance(part, int)))
+    return loc
+
+
+def _dotted(place: Place) -> str:
+    return "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" if index else str(part)
+        for index, part in enumerate(place)
+    )
+
+
+def _fields(place: Place) -> dict[str, Any]:
+    """The fields of the section at `place`; none where it is no section."""
+    section: Any = Recipe
+    for key in place:
+        field = section.model_fields.get(key)
+        section = field.annotation if field else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return {}
+    return dict(section.model_fields)
+
+
+def _nearest_key(place: Place) -> str:
+    """The valid key nearest to an unknown one: among its siblings first, then anywhere."""
+    key, parent = str(place[-1]), place[:-1]
+    siblings = {_dotted((*parent, name)): name for name in _fields(parent)}
+    everywhere = {f"{top}.{name}": name for top in Recipe.model_fields for name in _fields((top,))}
+    for known in (siblings, everywhere):
+        near = difflib.get_close_matches(key, list(known.values()), n=1)
+        if near:
+            full = next(dotted for dotted, name in known.items() if name == near[0])
+            return f"; did you mean {full}?"
+    return f"; known here: {', '.join(siblings.values())}"
+
+
+def _hint(place: Place) -> str:
+    field = _fields(place[:-1]).get(str(place[-1]))
+    return f" ({field.description})" if field is not None and field.description else ""
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

@@ -1,0 +1,85 @@
+"""Which weights take part: name patterns over a model's parameters."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import translate
+
+from torch import nn
+
+from sift_cli.errors import SiftError
+
+KEYWORDS = ("all-linear", "all")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the pattern's dotted parts stand next to each other somewhere in the dotted `name`.
+
+    `attention.output.dense` matches `bert.encoder.layer.0.attention.output.dense.weight`; each part
+    may hold shell wildcards (`layer.[0-5].attention`).
+    """
+    wanted = [re.compile(translate(part)) for part in pattern.split(".")]
+    parts = name.split(".")
+    return any(
+        all(one.match(part) for one, part in zip(wanted, parts[start:], strict=False))
+        for start in range(len(parts) - len(wanted) + 1)
+    )
+
+
+def choose_weights(
+    model: nn.Module,
+    target: str | Sequence[str],
+    exclude: Sequence[str],
+    dense: Sequence[str],
+    new: Iterable[str],
+) -> tuple[list[str], list[str]]:
+    """Names of the weights that train sparsely and of those that train whole.
+
+    `target` is `all-linear` (weights and biases of linear layers), `all`, or name patterns. Whole
+    are those that match `dense`, and those in `new`: what the checkpoint did not hold is random and
+    has no base to differ from. Raises SiftError for a pattern in `target` or `exclude` that matches
+    nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    fresh = set(new)
+    patterns = [target] if isinstance(target, str) else list(target)
+    for key, given in (("target", patterns), ("exclude", exclude)):
+        for pattern in given:
+            if pattern not in KEYWORDS and not any(matches(pattern, name) for name in names):
+                raise _no_match(key, pattern, names)
+    whole = [
+        name for name in names if name in fresh or any(matches(pattern, name) for pattern in dense)
+    ]
+    linear = _linear_parameters(model)
+    taken, out = set(whole), []
+    for name in names:
+        if name in taken or any(matches(pattern, name) for pattern in exclude):
+            continue
+        if any(_targets(pattern, name, linear) for pattern in patterns):
+            out.append(name)
+    return out, whole
+
+
+def _targets(pattern: str, name: str, linear: set[str]) -> bool:
+    if pattern == "all":
+        return True
+    return name in linear if pattern == "all-linear" else matches(pattern, name)
+
+
+def _linear_parameters(model: nn.Module) -> set[str]:
+    """Weights and biases of linear layers; GPT-2's Conv1D is one with a transposed weight."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def _no_match(key: str, pattern: str, names: Sequence[str]) -> SiftError:
+    parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+    near = difflib.get_close_matches(pattern.split(".")[-1], parts, n=3) or parts[:12]
+    return SiftError(
+        f"selection.{key}: no parameter of the model matches {pattern!r}; its names hold parts such as "
+        f"{', '.join(near)} (keywords: {', '.join(KEYWORDS)})"
+    )

@@ -1,0 +1,131 @@
+"""A recipe made real: its task, model, tokenised rows and device."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from sift_cli.data import Encoded, Task, encode, load_task
+from sift_cli.errors import SiftError
+from sift_cli.evaluation import evaluate
+from sift_cli.models import (
+    DTYPES,
+    LoadedModel,
+    check_length,
+    load_model,
+    model_folder,
+    pick_device,
+    task_config,
+)
+from sift_cli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Session:
+    """What training and evaluation work on; `train` is None where only evaluation was asked for.
+
+    `new` names the parameters that the base's checkpoint did not hold, `bf16` tells whether forward
+    passes run under bfloat16 autocast.
+    """
+
+    task: Task
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    new: tuple[str, ...]
+    train: Encoded | None
+    evaluation: dict[str, Encoded]
+    device: torch.device
+    bf16: bool
+    eval_batch_size: int
+
+    def collate(self, features: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
+        """One batch of tensors, padded to its longest row."""
+        batch: Mapping[str, Tensor] = DataCollatorWithPadding(self.tokenizer)(list(features))  # type: ignore[assignment, arg-type]
+        return batch
+
+    def evaluate(self) -> dict[str, float]:
+        """The task's metrics of the model as it is now."""
+        return evaluate(
+            self.model,
+            self.evaluation,
+            self.collate,
+            self.task.metrics,
+            regression=self.task.labels is None,
+            batch_size=self.eval_batch_size,
+            bf16=self.bf16,
+        )
+
+    def truncated(self) -> dict[str, int]:
+        """Rows cut to `data.max_length`, by split."""
+        splits = {"evaluation" + suffix: rows for suffix, rows in self.evaluation.items()}
+        if self.train is not None:
+            splits = {"train": self.train, **splits}
+        return {name: rows.truncated for name, rows in splits.items()}
+
+
+def open_session(
+    recipe: Recipe,
+    *,
+    device: str | None = None,
+    train: bool = True,
+    split: str | None = None,
+    tuned: LoadedModel | None = None,
+) -> Session:
+    """Loads and checks everything that the recipe names, cheapest mistakes first.
+
+    `tuned` stands in for the recipe's model. The head that a base lacks is drawn from `train.seed`.
+    """
+    where = pick_device(device)
+    data = recipe.data
+    folder = None if tuned else model_folder(recipe.model.path, recipe.model.revision)
+    task = load_task(
+        data.path,
+        data.task,
+        text=data.text,
+        label=data.label,
+        labels=data.labels,
+        metrics=data.metrics,
+        config=data.config,
+        split=split or recipe.eval.split,
+        holdout=data.holdout,
+        max_train_rows=data.max_train_rows,
+        seed=recipe.train.seed,
+        train=train,
+    )
+    if tuned is None:
+        assert folder is not None
+        torch.manual_seed(recipe.train.seed)
+        tuned = load_model(folder, task_config(folder, task.labels), DTYPES[recipe.model.dtype])
+    elif tuned.model.config.num_labels != task.outputs:
+        raise SiftError(
+            f"the model has {tuned.model.config.num_labels} outputs, the task {task.name} needs "
+            f"{task.outputs}"
+        )
+    tuned.model.to(where)  # type: ignore[arg-type]
+    check_length(data.max_length, tuned.model, tuned.tokenizer)
+
+    def encoded(rows: Any) -> Encoded:
+        return encode(rows, tuned.tokenizer, data.max_length)
+
+    return Session(
+        task=task,
+        model=tuned.model,
+        tokenizer=tuned.tokenizer,
+        new=tuned.new,
+        train=None if task.train is None else encoded(task.train),
+        evaluation={suffix: encoded(rows) for suffix, rows in task.evaluation.items()},
+        device=where,
+        bf16=_autocasts(recipe, where),
+        eval_batch_size=recipe.eval.batch_size,
+    )
+
+
+def _autocasts(recipe: Recipe, device: torch.device) -> bool:
+    """Whether to run under bfloat16 autocast; a bfloat16 base computes in bfloat16 without it."""
+    if recipe.train.precision != "auto":
+        return recipe.train.precision == "bfloat16"
+    fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return fits and recipe.model.dtype == "float32"

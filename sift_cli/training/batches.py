@@ -1,0 +1,70 @@
+"""Which rows make which step: shuffled, bucketed by length, seeded."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+POOL = 50  # batches among which rows of like length are brought together
+
+
+def bucketed(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
+    """Every row once, in batches of `size` (one may be smaller) whose rows are of like length.
+
+    Rows are shuffled, sorted by length within pools of 50 batches, cut, and the batches shuffled.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    batches = []
+    for start in range(0, len(order), POOL * size):
+        pool = sorted(order[start : start + POOL * size], key=lambda row: -lengths[row])
+        batches += [pool[at : at + size] for at in range(0, len(pool), size)]
+    shuffled = torch.randperm(len(batches), generator=generator).tolist()
+    return [batches[at] for at in shuffled]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The rows of every step of a run: `steps` of them, each of up to `batch_size * accumulate` rows."""
+
+    lengths: Sequence[int]
+    batch_size: int
+    accumulate: int
+    steps: int
+    seed: int
+
+    @classmethod
+    def plan(
+        cls,
+        lengths: Sequence[int],
+        *,
+        batch_size: int,
+        accumulate: int,
+        epochs: float,
+        max_steps: int | None,
+        seed: int,
+    ) -> "Batches":
+        """`epochs` passes over the rows, or `max_steps` steps where that is less."""
+        steps = ceil(epochs * ceil(len(lengths) / (batch_size * accumulate)))
+        return cls(lengths, batch_size, accumulate, min(steps, max_steps or steps), seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in one pass over the rows."""
+        return ceil(len(self.lengths) / (self.batch_size * self.accumulate))
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        """The micro-batches of each step: lists of at most `batch_size` row indices."""
+        done = 0
+        while True:
+            epoch = done // self.steps_per_epoch
+            for rows in bucketed(
+                self.lengths, self.batch_size * self.accumulate, self.seed * 1_000_003 + epoch
+            ):
+                if done == self.steps:
+                    return
+                done += 1
+                yield [
+                    rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)
+                ]

@@ -1,0 +1,183 @@
+"""The run folder: what is written, and what is measured for it."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sift_cli import __version__
+from sift_cli.delta.build import build_delta
+from sift_cli.delta.file import save_delta
+from sift_cli.delta.tuned import DELTA_FILE, RECIPE_FILE
+from sift_cli.errors import SiftError
+from sift_cli.evaluation import probe_logits
+from sift_cli.recipe import Recipe
+from sift_cli.session import Session
+from sift_cli.sparse import SparseParameters
+from sift_cli.training.sinks import Bar, JsonLines, Sink, Sinks, TensorBoard, WandB
+
+SUMMARY_FILE = "summary.json"
+
+
+class Timing:
+    """Wall time of the run and of each step."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.step_ms: list[float] = []
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Times one step; the loss that it reads makes a GPU finish its work."""
+        began = time.perf_counter()
+        yield
+        self.step_ms.append((time.perf_counter() - began) * 1e3)
+
+
+def open_run_folder(out: Path, overwrite: bool) -> None:
+    """Makes the folder; raises SiftError where it holds a finished run that may not be overwritten."""
+    if (out / SUMMARY_FILE).exists() and not overwrite:
+        raise SiftError(f"{out} holds a finished run; choose another --out, or pass --overwrite")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SUMMARY_FILE).unlink(missing_ok=True)
+    (out / DELTA_FILE).unlink(missing_ok=True)
+
+
+def open_sinks(recipe: Recipe, out: Path, console: Console) -> Sinks:
+    """metrics.jsonl and the terminal, and what the recipe adds."""
+    (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    sinks: list[Sink] = [JsonLines(out / "metrics.jsonl")]
+    if recipe.log.tensorboard:
+        sinks.append(TensorBoard(out / "tensorboard"))
+    if recipe.log.wandb:
+        sinks.append(WandB(out, recipe.model_dump(mode="json")))
+    return Sinks([*sinks, Bar(console)])
+
+
+def write_run(
+    out: Path,
+    recipe: Recipe,
+    session: Session,
+    parameters: SparseParameters,
+    *,
+    dense: Sequence[str],
+    marks: Mapping[str, str],
+    metrics_before: dict[str, float],
+    metrics: dict[str, float] | None,
+    kept_step: int,
+    steps: int,
+    timing: Timing,
+) -> dict[str, Any]:
+    """Writes the delta, summary.json and the card; the summary comes last and marks the run as whole."""
+    assert metrics is not None
+    assert session.train is not None
+    delta = build_delta(parameters, session.new, marks, describe(recipe, session, metrics))
+    digest = save_delta(out / DELTA_FILE, delta)
+    counts = {one.name: len(one.support) for one in parameters}
+    dense_entries = sum(counts[name] for name in dense)
+    summary = {
+        "task": session.task.name,
+        "policy": recipe.selection.policy,
+        "seed": recipe.train.seed,
+        "metrics": metrics,
+        "metrics_before": metrics_before,
+        "trained_entries": sum(counts.values()) - dense_entries,
+        "dense_entries": dense_entries,
+        "total_entries": sum(weight.numel() for weight in session.model.parameters()),
+        "steps": steps,
+        "kept_step": kept_step,
+        "train_rows": len(session.train),
+        "truncated": session.truncated(),
+        "step_time_ms": median(timing.step_ms),
+        "train_time_s": sum(timing.step_ms) / 1e3,
+        "wall_time_s": time.perf_counter() - timing.started,
+        "peak_memory_bytes": peak_memory(session.device),
+        "delta_bytes": (out / DELTA_FILE).stat().st_size,
+        "delta_sha256": digest,
+        "device": str(session.device),
+        "bf16_autocast": session.bf16,
+    }
+    (out / "README.md").write_text(card(recipe, summary), encoding="utf-8")
+    (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def describe(recipe: Recipe, session: Session, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """What a delta says of itself; nothing that changes from one run of the recipe to the next."""
+    held = dict(session.model.named_parameters())
+    default = getattr(torch, recipe.model.dtype)
+    config = session.model.config
+    return {
+        "base": {
+            "path": recipe.model.path,
+            "revision": recipe.model.revision,
+            "dtype": recipe.model.dtype,
+            "architectures": config.architectures,
+            "kept_dtypes": {
+                name: str(weight.dtype).removeprefix("torch.")
+                for name, weight in held.items()
+                if weight.dtype != default
+            },
+        },
+        "architecture": type(session.model).__name__,
+        "task": session.task.name,
+        "labels": None if session.task.labels is None else list(session.task.labels),
+        "policy": recipe.selection.policy,
+        "recipe": recipe.model_dump(mode="json", exclude={"out", "log"}),
+        "metrics": dict(metrics),
+        "logits": probe_logits(session.model, config).tolist(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {"sift": __version__, "torch": version("torch"), "transformers": version("transformers")}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on a GPU, else the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def card(recipe: Recipe, summary: Mapping[str, Any]) -> str:
+    """README.md of the run folder: the numbers, the commands, the recipe."""
+    rows = "\n".join(
+        f"| {name} | {summary['metrics_before'][name]:.4f} | {value:.4f} |"
+        for name, value in summary["metrics"].items()
+    )
+    trained, dense = summary["trained_entries"], summary["dense_entries"]
+    share = trained / summary["total_entries"]
+    return f"""# {summary["task"]}, {summary["policy"]}, on {recipe.model.path}
+
+| metric | before | after |
+| --- | --- | --- |
+{rows}
+
+{trained:,} entries of {summary["total_entries"]:,} trained ({share:.2%}), and {dense:,} of a new head;
+{summary["steps"]:,} steps of {summary["step_time_ms"]:.0f} ms (median), weights of step
+{summary["kept_step"]:,} kept; `{DELTA_FILE}` has {summary["delta_bytes"]:,} bytes.
+
+```sh
+sift merge {DELTA_FILE} --out merged    # an ordinary Hugging Face folder
+sift eval .                             # the metrics again
+```
+
+The recipe, every value resolved:
+
+```yaml
+{recipe.to_yaml().rstrip()}
+```
+"""
