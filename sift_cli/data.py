@@ -208,7 +208,7 @@ def _evaluation_splits(raw: DatasetDict, split: str) -> list[str]:
 
 def _suffixes(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     suffixes = ("", "_mismatched")
-    return {suffix: rows for suffix, rows in zip(suffixes, splits.values(), strict=False)}
+    return dict(zip(suffixes, splits.values(), strict=False))
 
 
 def _split(raw: DatasetDict, name: str, path: str) -> Dataset:
@@ -222,7 +222,7 @@ def _split(raw: DatasetDict, name: str, path: str) -> Dataset:
 
 
 def _infer_labels(rows: Dataset, column: str) -> tuple[str, ...] | None:
-    """Label names from the data: a ClassLabel's, the sorted strings, or the codes up to the largest."""
+    """Label names from the data: a ClassLabel's, the sorted strings, or codes up to the largest."""
     import datasets
 
     _require(rows, "train", [column])

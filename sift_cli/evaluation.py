@@ -81,7 +81,7 @@ def evaluate(
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, config: PretrainedConfig) -> Tensor:
-    """Logits of four fixed made-up inputs, fp32 [4, outputs]: the model's mark, and no one's data."""
+    """Logits of four made-up inputs, fp32 [4, outputs]: the model's mark, and no one's data."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()

@@ -91,7 +91,7 @@ def task_config(folder: Path, labels: Sequence[str] | None) -> PretrainedConfig:
     names = dict(enumerate(labels if labels is not None else ["score"]))
     kind = "regression" if labels is None else "single_label_classification"
     try:
-        return AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             folder,
             trust_remote_code=False,
             num_labels=len(names),
@@ -99,6 +99,7 @@ def task_config(folder: Path, labels: Sequence[str] | None) -> PretrainedConfig:
             label2id={name: code for code, name in names.items()},
             problem_type=kind,
         )
+        return config
     except (OSError, ValueError) as error:
         raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
 

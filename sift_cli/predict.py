@@ -17,7 +17,7 @@ def predict(
     device: torch.device,
     max_length: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One object per text: `label` and `probability`, or `score` where the model is a regression."""
+    """One object per text: `label` and `probability`, or `score` for a regression."""
     model, tokenizer = loaded.model, loaded.tokenizer
     model.to(device)  # type: ignore[arg-type]
     model.eval()

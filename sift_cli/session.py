@@ -43,7 +43,7 @@ class Session:
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
         """One batch of tensors, padded to its longest row."""
-        batch: Mapping[str, Tensor] = DataCollatorWithPadding(self.tokenizer)(list(features))  # type: ignore[assignment, arg-type]
+        batch: Mapping[str, Tensor] = DataCollatorWithPadding(self.tokenizer)(list(features))  # type: ignore[arg-type]
         return batch
 
     def evaluate(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. No command imports torch before it needs it."""
+"""The command line: parse, call one function, print; torch is imported when a command needs it."""
 
 from sift_cli.cli.app import app, main
 

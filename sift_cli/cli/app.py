@@ -33,6 +33,7 @@ Device = Annotated[
     str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")
 ]
 Tuned = Annotated[str, typer.Argument(help="A run folder, a delta file, or a model folder or id.")]
+ShippedName = Annotated[str, typer.Argument(help="As `sift recipes ls` lists it.")]
 Base = Annotated[str | None, typer.Option(help="The base model, if not the one the delta names.")]
 
 
@@ -137,7 +138,7 @@ def merge(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write base + delta as an ordinary Hugging Face folder, and prove it equal to the trained model."""
+    """Write base + delta as a Hugging Face folder, and prove it equal to the trained model."""
     from sift_cli.delta import merge as run
 
     report = run(delta, out, base=base, undo=undo, verify=not no_verify)
@@ -209,7 +210,7 @@ def recipes_ls() -> None:
 
 @recipes_app.command("show")
 def recipes_show(
-    name: Annotated[str, typer.Argument(help="As `sift recipes ls` lists it.")],
+    name: ShippedName,
 ) -> None:
     """Print a shipped recipe."""
     typer.echo(shipped.find(name, only_shipped=True).read_text(encoding="utf-8"), nl=False)
@@ -217,7 +218,7 @@ def recipes_show(
 
 @recipes_app.command("cp")
 def recipes_cp(
-    name: Annotated[str, typer.Argument(help="As `sift recipes ls` lists it.")],
+    name: ShippedName,
     to: Annotated[Path | None, typer.Argument(help="A file or folder; here if not given.")] = None,
 ) -> None:
     """Copy a shipped recipe, to change it."""
@@ -243,7 +244,7 @@ def _size(count: float) -> str:
 
 
 def main() -> None:
-    """The console script: users' mistakes become one message and an exit code, never a traceback."""
+    """The console script: a user's mistake becomes a message and an exit code, no traceback."""
     debug = "--debug" in sys.argv
     try:
         app(prog_name="sift")

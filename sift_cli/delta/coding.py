@@ -31,7 +31,7 @@ def encode_positions(positions: Tensor) -> Tensor:
 
 
 def decode_positions(coded: Tensor, count: int, size: int) -> Tensor:
-    """Positions ([count], int64) from their code; raises ValueError where they do not fit `size`."""
+    """Positions ([count], int64) from their code; ValueError where they do not fit `size`."""
     data = coded.numpy()
     ends = np.flatnonzero(data < MORE)
     if len(ends) != count or (len(data) and (not count or ends[-1] != len(data) - 1)):

@@ -99,7 +99,7 @@ def weight_delta(
 def fingerprint(tensor: Tensor) -> str:
     """Sixteen hex digits of SHA-256 over dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    digest.update(_bytes(tensor))
+    digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:16]
 
 
@@ -107,13 +107,14 @@ def _view(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.contiguous().view(dtype)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row-major order, without a copy where it lies so on the host."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return flat.view(torch.uint8).numpy().data
 
 
 def save_delta(path: Path, delta: Delta) -> str:
-    """Writes the file whole or not at all; the same delta gives the same bytes. Returns their SHA-256."""
+    """Writes the file whole or not at all, the same delta to the same bytes; returns their hash."""
     tensors: dict[str, Tensor] = {}
     table = {}
     for name, weight in delta.weights.items():
@@ -139,6 +140,7 @@ def save_delta(path: Path, delta: Delta) -> str:
     header["digest"] = _digest(header, tensors)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata={"sift": _canonical(header)})
+    partial.chmod(0o644)  # safetensors makes files private
     partial.replace(path)
     written = hashlib.sha256()
     with path.open("rb") as file:
@@ -165,13 +167,11 @@ def load_delta(path: Path) -> Delta:
         raise SiftError(f"{path}: a safetensors file, but no sift delta", ExitCode.WRONG_FILE)
     try:
         header = json.loads(text)
-        written = header.get("format")
-        if (isinstance(written, int) and written > FORMAT) or header.get(
-            "coding", CODING
-        ) != CODING:
+        written, coding = header.get("format"), header.get("coding", CODING)
+        if (isinstance(written, int) and written > FORMAT) or coding != CODING:
             raise SiftError(
-                f"{path}: written in format {written} ({header.get('coding')}), newer than this sift "
-                f"reads ({FORMAT}, {CODING}); update sift",
+                f"{path}: format {written} ({coding}) is newer than this sift reads ({FORMAT}, "
+                f"{CODING}); update sift",
                 ExitCode.WRONG_FILE,
             )
         digest = header.pop("digest")
@@ -209,7 +209,7 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(_canonical(header).encode())
     for name in sorted(tensors):
         digest.update(f"{name}{tensors[name].dtype}{list(tensors[name].shape)}".encode())
-        digest.update(_bytes(tensors[name]))
+        digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
 
 

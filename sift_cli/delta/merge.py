@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from sift_cli.delta.apply import check_base
-from sift_cli.delta.file import Delta, fingerprint, load_delta
+from sift_cli.delta.file import Delta, fingerprint, load_delta, tensor_bytes
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
 from sift_cli.models import (
@@ -39,7 +39,7 @@ SAFETENSORS_NAMES = {
 }
 DTYPE_NAMES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
-# Logits of the same weights from another machine or library version; on the same one they are equal.
+# For logits from another machine or library version; on the same one they are equal.
 LOGITS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
@@ -51,7 +51,7 @@ def merge(
     undo: bool = False,
     verify: bool = True,
 ) -> dict[str, Any]:
-    """Writes the trained model (with `undo`, the base again) as a folder and says what was verified.
+    """Writes the trained model (with `undo`, the base again) as a folder; says what it verified.
 
     `base` is the folder to start from: the delta's own base unless given; for `undo` the merged
     one. Fingerprints prove the written weights bit for bit. `verify` also loads the folder anew and
@@ -108,7 +108,7 @@ def _config(folder: Path, delta: Delta, undo: bool) -> PretrainedConfig:
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = load_tokenizer(folder).pad_token_id
     config.dtype = DTYPES[about["dtype"]]
-    return config
+    return config  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Planned:
 def _write_weights(
     folder: Path, out: Path, delta: Delta, config: PretrainedConfig, source: str, undo: bool
 ) -> dict[str, Any]:
-    """Streams every tensor of the model from the base's files into `out`, changed where it has to be."""
+    """Streams every tensor of the model from the base's files into `out`, changed where need be."""
     names = _tensor_names(config)
     change = _Change(delta, undo)
     shards = [_plan(file, names, change) for file in weight_files(folder)]
@@ -256,8 +256,7 @@ def _write_shard(file: BinaryIO, shard: Shard, names: dict[str, str], change: _C
             else:
                 tensor = opened.get_tensor(planned.key).to(planned.dtype)
                 tensor = change.apply(names[name], tensor)
-            flat = tensor.contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(tensor_bytes(tensor))
 
 
 def _write_index(out: Path, shards: list[Shard]) -> None:

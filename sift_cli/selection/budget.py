@@ -29,7 +29,7 @@ def allot(budget: int, sizes: Mapping[str, int]) -> dict[str, int]:
     total = sum(sizes.values())
     if budget > total:
         raise SiftError(
-            f"selection.budget: {budget:,} entries asked for, but the targeted weights hold {total:,}"
+            f"selection.budget: {budget:,} entries asked for, the targeted weights hold {total:,}"
         )
     counts = {name: budget * size // total for name, size in sizes.items()}
     by_remainder = sorted(sizes, key=lambda name: -(budget * sizes[name] % total))
@@ -72,7 +72,7 @@ class PerTensor:
 
 
 class Global:
-    """Entries of all weights compete for one budget; holds at most about three budgets of candidates.
+    """Entries of all weights compete for one budget.
 
     Candidates that can no longer win are dropped whenever twice the budget has gathered, so the
     cost is linear in the number of entries whatever the number of weights.

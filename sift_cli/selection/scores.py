@@ -56,8 +56,8 @@ def score_entries(
     scores = score.of(weight.detach(), gradient, generator).reshape(-1)
     if not bool(torch.isfinite(scores).all()):
         raise SiftError(
-            f"selection: the scores of {name} are not finite; try train.precision: float32 or other "
-            "data in the first batch",
+            f"selection: the scores of {name} are not finite; try train.precision: float32, or "
+            "other data in the first batch",
             ExitCode.NOT_FINITE,
         )
     return scores

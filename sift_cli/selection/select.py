@@ -61,7 +61,7 @@ def _score_gradients(
     seed: int,
     backward: Sequence[Callable[[], object]],
 ) -> None:
-    """Runs the calibration batches, with hooks that take each gradient away as soon as it is there."""
+    """Runs the calibration batches; hooks take each gradient away as soon as it is there."""
     sums: dict[str, Tensor] = {}
 
     def settle(name: str, weight: nn.Parameter, gradient: Tensor) -> None:

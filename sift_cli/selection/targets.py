@@ -80,6 +80,6 @@ def _no_match(key: str, pattern: str, names: Sequence[str]) -> SiftError:
     parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
     near = difflib.get_close_matches(pattern.split(".")[-1], parts, n=3) or parts[:12]
     return SiftError(
-        f"selection.{key}: no parameter of the model matches {pattern!r}; its names hold parts such as "
-        f"{', '.join(near)} (keywords: {', '.join(KEYWORDS)})"
+        f"selection.{key}: no parameter of the model matches {pattern!r}; its names hold parts "
+        f"such as {', '.join(near)} (keywords: {', '.join(KEYWORDS)})"
     )

@@ -1,4 +1,4 @@
-"""A linear layer whose backward pass computes only the selected entries of the weight's gradient."""
+"""Linear layers whose backward pass computes only the selected entries of the gradient."""
 
 import warnings
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sift_cli.sparse.support import Support
 
 # Where sampled products stop paying on a CPU. Measured over MiniLM and BERT-base shapes and 350 to
-# 2240 tokens, sampled over dense time: .2 to .7 at 1 %, .35 to .8 at 5 %, about 1.0 at 10 %, 1.5 at 20 %.
+# 2240 tokens, sampled over dense time: .2 to .7 at 1 %, .35 to .8 at 5 %, about 1.0 at 10 % and
+# 1.5 at 20 %.
 SAMPLED_BELOW = 0.1
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
@@ -47,16 +48,15 @@ def sampled_gradient(support: Support) -> Gradient:
             row_starts, column_of, zeros, size=(rows, columns), check_invariants=False
         )
 
-    with (
-        warnings.catch_warnings()
-    ):  # said once per process, here rather than in the backward thread
+    with warnings.catch_warnings():  # said once per process: here, not in the backward thread
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         pattern(torch.float32)
 
     def gradient(grad_out: Tensor, inputs: Tensor) -> Tensor:
         grad_out, inputs = widen(grad_out), widen(inputs)
         sampled = torch.sparse.sampled_addmm(pattern(inputs.dtype), grad_out.t(), inputs, beta=0.0)
-        return sampled.values()
+        values: Tensor = sampled.values()
+        return values
 
     return gradient
 
@@ -117,7 +117,7 @@ class _SelectedLinear(torch.autograd.Function):
 def selected_forward(
     layer: nn.Linear, values: Tensor, gradient: Gradient
 ) -> Callable[[Tensor], Tensor]:
-    """A forward for `layer` that gives its own output and sends the selected gradient to `values`."""
+    """A forward for `layer` that gives its own output; the selected gradient goes to `values`."""
 
     def forward(input: Tensor) -> Tensor:
         out: Tensor = _SelectedLinear.apply(input, layer.weight, layer.bias, values, gradient)  # type: ignore[no-untyped-call]

@@ -31,7 +31,7 @@ class SparseAdamW:
         )
 
     def clip(self, max_norm: float | None) -> torch.Tensor:
-        """Scales the gradient down to `max_norm` (2-norm over all trained entries); returns the norm before."""
+        """Scales the gradient to a 2-norm of at most `max_norm`; returns its norm before."""
         limit = float("inf") if max_norm is None else max_norm
         return torch.nn.utils.clip_grad_norm_([self.parameters.flat], limit)
 

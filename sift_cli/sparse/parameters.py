@@ -170,7 +170,7 @@ def _replace_forward(
     kernel: Gradient,
     undo: list[Callable[[], object]],
 ) -> None:
-    layer.forward = selected_forward(layer, leaf, kernel)  # type: ignore[method-assign]
+    layer.forward = selected_forward(layer, leaf, kernel)  # type: ignore[assignment, method-assign]
 
     def restore() -> None:
         del layer.forward

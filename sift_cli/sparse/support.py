@@ -53,7 +53,7 @@ class Support:
         return flat.clone() if self.positions is None else flat[self.positions]
 
     def scatter_(self, weight: Tensor, values: Tensor) -> None:
-        """Writes `values` ([K]) into the selected entries of `weight`, rounded to its dtype, in place."""
+        """Writes `values` ([K]) into the selected entries of `weight`, rounded to its dtype."""
         flat = weight.detach().view(-1)
         if self.positions is None:
             flat.copy_(values)

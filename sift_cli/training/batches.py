@@ -26,7 +26,7 @@ def bucketed(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Batches:
-    """The rows of every step of a run: `steps` of them, each of up to `batch_size * accumulate` rows."""
+    """The rows of every step of a run: up to `batch_size * accumulate` in each of `steps`."""
 
     lengths: Sequence[int]
     batch_size: int

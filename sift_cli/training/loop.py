@@ -212,15 +212,15 @@ def add_gradient(session: Session, rows: Sequence[list[int]], total: int | None 
 def require_finite(
     step: int, loss: float, norm: float, session: Session, rows: Sequence[list[int]]
 ) -> None:
-    """Raises SiftError (exit code 4) with the step and its rows, before anything reaches the weights."""
+    """Raises SiftError (exit code 4) naming step and rows, before anything reaches the weights."""
     assert session.train is not None
     finite = torch.isfinite(torch.tensor([loss, norm])).tolist()
     if all(finite):
         return
     what = f"the gradient's norm is {norm}" if finite[0] else f"the loss is {loss}"
-    numbers = [session.train.numbers(part) for part in rows]
+    numbers = session.train.numbers([row for part in rows for row in part])
     raise SiftError(
-        f"step {step}: {what}; training rows {sum(numbers, [])}. The weights are those of step "
+        f"step {step}: {what}; training rows {numbers}. The weights are those of step "
         f"{step - 1}. Try a lower train.learning_rate, or look at these rows",
         ExitCode.NOT_FINITE,
     )

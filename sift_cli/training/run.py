@@ -44,7 +44,7 @@ class Timing:
 
 
 def open_run_folder(out: Path, overwrite: bool) -> None:
-    """Makes the folder; raises SiftError where it holds a finished run that may not be overwritten."""
+    """Makes the folder; raises SiftError where it holds a finished run and may not lose it."""
     if (out / SUMMARY_FILE).exists() and not overwrite:
         raise SiftError(f"{out} holds a finished run; choose another --out, or pass --overwrite")
     out.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def write_run(
     steps: int,
     timing: Timing,
 ) -> dict[str, Any]:
-    """Writes the delta, summary.json and the card; the summary comes last and marks the run as whole."""
+    """Writes the delta, the card and summary.json, which comes last and marks the run as whole."""
     assert metrics is not None
     assert session.train is not None
     delta = build_delta(parameters, session.new, marks, describe(recipe, session, metrics))
@@ -166,7 +166,7 @@ def card(recipe: Recipe, summary: Mapping[str, Any]) -> str:
 | --- | --- | --- |
 {rows}
 
-{trained:,} entries of {summary["total_entries"]:,} trained ({share:.2%}), and {dense:,} of a new head;
+{trained:,} entries of {summary["total_entries"]:,} trained ({share:.2%}), and a head of {dense:,};
 {summary["steps"]:,} steps of {summary["step_time_ms"]:.0f} ms (median), weights of step
 {summary["kept_step"]:,} kept; `{DELTA_FILE}` has {summary["delta_bytes"]:,} bytes.
 

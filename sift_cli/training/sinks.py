@@ -47,7 +47,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise SiftError(_missing("tensorboard")) from None
-        self._writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder))
 
     def log(self, record: Record) -> None:
         """Adds every number of the record as a scalar."""

@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup quickstart test lint format bench docs
+
+help:  ## what there is
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,quickstart,peft]'
+	touch $@
+
+.venv/.quickstart:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -e .venv/.installed || $(BIN)/python -m pip install -q -c constraints.txt -e '.[quickstart]'
+	touch $@
+
+setup: .venv/.installed  ## create .venv with everything for development
+
+quickstart: .venv/.quickstart  ## train, merge, evaluate and predict on an embedded example
+	$(BIN)/python scripts/quickstart.py
+
+test: setup  ## the tests that need no GPU, no network and no patience
+	$(BIN)/pytest
+
+lint: setup  ## ruff, mypy and the import arrows
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## the table of docs/results.md (MODEL=folder DATA=folder OUT=folder)
+	$(BIN)/python benchmarks/glue_minilm.py $(MODEL) $(DATA) --out $(or $(OUT),runs/glue-minilm)
+
+docs: setup  ## run every command that README and docs show
+	$(BIN)/pytest tests/test_docs.py
