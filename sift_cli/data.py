@@ -5,6 +5,7 @@ Importing this module loads no dataset library; functions do when they need it.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
+from sift_cli.metrics import CLASSIFICATION, REGRESSION
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
 
 BUILTIN = Path(__file__).parent / "builtin"
+NUMBER = (
+    "__row__"  # the column of row numbers in source splits, which may have a `row` of their own
+)
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 SPLIT_NAMES = {
     "train": ("train",),
@@ -96,13 +101,16 @@ def load_task(
     """Loads and checks the training rows (unless `train` is false) and those of the split `split`.
 
     Raises SiftError for a source that is not there, a missing split or column, an empty split,
-    labels outside the range, all-equal training labels, missing text and targets that are not
-    finite.
+    labels outside the range, all-equal training labels, missing text, targets that are not finite
+    and metrics of classes for a regression.
     """
     spec = TASKS.get(task)
     raw = _load_splits(path, task, config)
     if holdout is not None and split == "validation":
-        parts = _split(raw, "train", path).train_test_split(test_size=holdout, seed=seed)
+        whole = _split(raw, "train", path)
+        if not 0 < math.ceil(holdout * len(whole)) < len(whole):
+            raise SiftError(f"data.holdout: {holdout} leaves none of {len(whole)} rows to train on")
+        parts = whole.train_test_split(test_size=holdout, seed=seed)
         numbered = {"train": parts["train"], "validation": parts["test"]}
         raw = type(raw)({**raw, **numbered})
     if max_train_rows is not None and "train" in raw:
@@ -133,8 +141,13 @@ def load_task(
                 f"{path}: all {len(rows):,} training rows have the label {rows['label'][0]}; "
                 "nothing can be learnt from them"
             )
-    default = ("accuracy", "f1_macro") if names is not None else ("pearson", "spearman")
+    default = ("accuracy", "f1_macro") if names is not None else REGRESSION
     chosen = tuple(metrics or (spec.metrics if spec else default))
+    if names is None and (wrong := [name for name in chosen if name in CLASSIFICATION]):
+        raise SiftError(
+            f"data.metrics: {', '.join(wrong)} needs classes, and {column!r} holds numbers "
+            f"to predict; use {', '.join(REGRESSION)}"
+        )
     return Task(task, names, chosen, rows, checked)
 
 
@@ -145,9 +158,7 @@ def _load_splits(path: str, task: str, config: str | None) -> DatasetDict:
     files = _find_files(path, task)
     try:
         if files is not None:
-            builder = BUILDERS[next(iter(files.values()))[0].suffix]
-            named = {split: [str(file) for file in some] for split, some in files.items()}
-            found = datasets.load_dataset(builder, data_files=named)
+            found = {split: _read_files(split, some) for split, some in files.items()}
         else:
             if config is None and task in datasets.get_dataset_config_names(path):
                 config = task
@@ -158,11 +169,28 @@ def _load_splits(path: str, task: str, config: str | None) -> DatasetDict:
         kind = "cannot be read" if files is not None else "is not on this machine nor on the hub"
         raise SiftError(f"data.path: {path} {kind}: {said[0]}") from error
     numbered = {
-        name: rows.add_column("row", list(range(len(rows))))
-        for name, rows in found.items()
-        if "row" not in rows.column_names
+        name: rows.add_column(NUMBER, list(range(len(rows)))) for name, rows in found.items()
     }
-    return datasets.DatasetDict({**found, **numbered})
+    return datasets.DatasetDict(numbered)
+
+
+def _read_files(split: str, files: Sequence[Path]) -> Dataset:
+    """The rows of one split's files; splits may differ in the columns that no task reads."""
+    import datasets
+
+    header = 1 if files[0].suffix == ".csv" else 0
+    if files[0].suffix != ".parquet" and not any(_has_lines(file, header) for file in files):
+        raise SiftError(f"data.path: {files[0]}: the split {split!r} is empty")
+    rows: Dataset = datasets.load_dataset(
+        BUILDERS[files[0].suffix], data_files={split: [str(file) for file in files]}, split=split
+    )
+    return rows
+
+
+def _has_lines(file: Path, header: int) -> bool:
+    """Whether text follows the first `header` lines."""
+    with file.open("rb") as lines:
+        return any(line.strip() for line in itertools.islice(lines, header, None))
 
 
 def _find_files(path: str, task: str) -> dict[str, list[Path]] | None:
@@ -213,7 +241,9 @@ def _suffixes(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
 
 def _split(raw: DatasetDict, name: str, path: str) -> Dataset:
     if name not in raw:
-        way_out = "; set data.holdout: 0.1 to hold out training rows" if name != "train" else ""
+        way_out = (
+            "; set data.holdout: 0.1 to hold out training rows" if name == "validation" else ""
+        )
         raise SiftError(f"{path}: no split {name!r}; there is {', '.join(raw)}{way_out}")
     if len(raw[name]) == 0:
         raise SiftError(f"{path}: the split {name!r} is empty")
@@ -240,7 +270,7 @@ def _infer_labels(rows: Dataset, column: str) -> tuple[str, ...] | None:
 def _require(rows: Dataset, split: str, columns: Sequence[str]) -> None:
     for column in columns:
         if column not in rows.column_names:
-            there = ", ".join(name for name in rows.column_names if name != "row")
+            there = ", ".join(name for name in rows.column_names if name != NUMBER)
             raise SiftError(f"data: the {split} split has no column {column!r}; it has {there}")
 
 
@@ -255,7 +285,7 @@ def _check_rows(
     from datasets import Dataset
 
     _require(rows, split, [*text, label])
-    numbers = list(rows["row"])
+    numbers = list(rows[NUMBER])
     out: dict[str, list[Any]] = {}
     for key, column in zip(("text", "pair"), text, strict=False):
         values = list(rows[column])
@@ -322,7 +352,10 @@ class Encoded:
 
 
 def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokenises every row, cut to `max_length` tokens, and counts the rows that were cut."""
+    """Tokenises every row, cut to `max_length` tokens, and counts the rows that were cut.
+
+    Raises SiftError where the special tokens alone are more.
+    """
 
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = (batch["text"], batch["pair"]) if "pair" in batch else (batch["text"],)
@@ -347,4 +380,6 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
         new_fingerprint=f"sift-{rows._fingerprint}-{max_length}",
     )
     lengths, cut = list(encoded["length"]), sum(encoded["cut"])
+    if max(lengths, default=0) > max_length:
+        raise SiftError(f"data.max_length: {max_length} tokens leave no room for any text")
     return Encoded(encoded.remove_columns(["length", "cut"]), lengths, cut)

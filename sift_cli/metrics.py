@@ -26,11 +26,12 @@ def compute_metrics(
 
 
 def _compute(name: str, predicted: NDArray[Any], labels: NDArray[Any]) -> float:
+    constant = predicted.min() == predicted.max() or labels.min() == labels.max()
+    if constant and name in (*REGRESSION, "matthews"):
+        return 0.0
     if name in REGRESSION:
         from scipy import stats
 
-        if predicted.min() == predicted.max() or labels.min() == labels.max():
-            return 0.0
         correlate = stats.pearsonr if name == "pearson" else stats.spearmanr
         return float(correlate(predicted, labels).statistic)
     from sklearn import metrics
@@ -39,7 +40,7 @@ def _compute(name: str, predicted: NDArray[Any], labels: NDArray[Any]) -> float:
         case "accuracy":
             return float(metrics.accuracy_score(labels, predicted))
         case "f1":
-            return float(metrics.f1_score(labels, predicted, zero_division=0))
+            return float(metrics.f1_score(labels == 1, predicted == 1, zero_division=0))
         case "f1_macro":
             return float(metrics.f1_score(labels, predicted, average="macro", zero_division=0))
         case "matthews":

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -21,10 +23,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from sift_cli.errors import SiftError
+from sift_cli.errors import ExitCode, SiftError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+TOKENIZER_FILES = ["tokenizer*", "vocab*", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,14 @@ class LoadedModel:
 def model_folder(path: str, revision: str | None = None) -> Path:
     """The local folder behind a hub id (downloaded once), a local folder, or pkg:MODULE/SUBDIR.
 
-    Raises SiftError where there is none, or where it holds no safetensors weights.
+    Raises SiftError where there is none, or where it holds no configuration.
     """
     if path.startswith("pkg:"):
         module, _, inside = path.removeprefix("pkg:").partition("/")
-        found = importlib.util.find_spec(module)
+        try:
+            found = importlib.util.find_spec(module)
+        except ImportError:  # of the package that holds it
+            found = None
         if found is None or not found.submodule_search_locations:
             raise SiftError(
                 f"model.path: {path}: no installed package {module}; "
@@ -91,27 +97,41 @@ def task_config(folder: Path, labels: Sequence[str] | None) -> PretrainedConfig:
     names = dict(enumerate(labels if labels is not None else ["score"]))
     kind = "regression" if labels is None else "single_label_classification"
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder,
-            trust_remote_code=False,
-            num_labels=len(names),
-            id2label=names,
-            label2id={name: code for code, name in names.items()},
-            problem_type=kind,
-        )
+        with quiet():  # about the labels that go
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                folder,
+                trust_remote_code=False,
+                num_labels=len(names),
+                id2label=names,
+                label2id={name: code for code, name in names.items()},
+                problem_type=kind,
+            )
         return config
     except (OSError, ValueError) as error:
         raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, with a padding token: the end-of-text token where it has none."""
+    """The folder's tokenizer; it pads with what the folder's model takes for padding.
+
+    Where the model's configuration does not say, it pads with its own padding token, else with the
+    end-of-text token. Raises SiftError where the folder holds none: transformers would make up one
+    without words.
+    """
+    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise SiftError(f"{folder} holds no tokenizer; copy its files beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SiftError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+    code = getattr(config, "pad_token_id", None)
+    if code is not None and code != tokenizer.pad_token_id and 0 <= code < len(tokenizer):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise SiftError(f"{folder}: the tokenizer has no token to pad with; set its pad_token")
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
 
@@ -122,7 +142,8 @@ def load_model(
     """Loads the folder's model for sequence classification or regression, on the host.
 
     `config` comes from `task_config` (default: the folder's own), `dtype` is that of the folder
-    unless given. Raises SiftError for an architecture without a classification head.
+    unless given. Raises SiftError for an architecture without a classification head, and (exit code
+    3) for damaged weights.
     """
     weight_files(folder)
     tokenizer = load_tokenizer(folder)
@@ -140,6 +161,8 @@ def load_model(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+    except SafetensorError as error:
+        raise SiftError(f"{folder}: damaged weights: {error}", ExitCode.WRONG_FILE) from error
     except (OSError, ValueError) as error:
         raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
     return LoadedModel(model, tokenizer, _new_parameters(model, info))
@@ -148,6 +171,10 @@ def load_model(
 def check_length(max_length: int, model: PreTrainedModel, tokenizer: Any) -> None:
     """Raises SiftError where `max_length` tokens are more than the model has positions for."""
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin count positions from the one after the padding's
+            positions -= 0 if module.padding_idx is None else module.padding_idx + 1
     longest = min(tokenizer.model_max_length, positions)
     if max_length > longest:
         raise SiftError(f"data.max_length: {max_length}, but the model takes {longest} tokens")
@@ -157,6 +184,16 @@ def _new_parameters(model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, 
     lacking = set(info["missing_keys"])
     lacking |= {one if isinstance(one, str) else one[0] for one in info["mismatched_keys"]}
     return tuple(name for name, _ in model.named_parameters() if name in lacking)
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Gradient checkpointing: activations are computed again in the backward pass, not kept."""
+    model.config.use_cache = False
+    older = model.gradient_checkpointing_enable
+    enable = getattr(
+        model, "activation_checkpointing_enable", older
+    )  # newer transformers rename it
+    enable({"use_reentrant": False})
 
 
 def pick_device(name: str | None) -> torch.device:

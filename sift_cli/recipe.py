@@ -1,7 +1,7 @@
 """The recipe: its schema, its file, and errors that say where. Imports no torch."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WrapValidator,
     model_validator,
 )
 
@@ -40,6 +41,18 @@ def _one_of(known: Sequence[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _in_short(expected: str) -> WrapValidator:
+    """One message for a value of several types, in place of one for each type."""
+
+    def check(value: Any, inner: Callable[[Any], Any]) -> Any:
+        try:
+            return inner(value)
+        except ValidationError:
+            raise ValueError(f"give {expected}, got {value!r}") from None
+
+    return WrapValidator(check)
+
+
 Names = Annotated[list[str], BeforeValidator(_as_list)]
 TaskName = Annotated[str, _one_of([*TASKS, "custom"])]
 MetricNames = Annotated[list[Annotated[str, _one_of(METRICS)]], BeforeValidator(_as_list)]
@@ -49,7 +62,9 @@ PolicyName = Annotated[str, _one_of(list(POLICIES))]
 class Section(BaseModel):
     """Part of a recipe; a key that it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelSection(Section):
@@ -102,7 +117,9 @@ class SelectionSection(Section):
     batches: PositiveInt = Field(1, description="calibration batches whose gradients are summed")
     density: Share | None = Field(None, description="share of the targeted entries; 0.01 if unset")
     budget: PositiveInt | None = Field(None, description="entries in all, instead of a density")
-    target: str | list[str] = Field("all-linear", description="all-linear, all, or name patterns")
+    target: Annotated[str | list[str], _in_short("all-linear, all, or name patterns")] = Field(
+        "all-linear", description="all-linear, all, or name patterns"
+    )
     exclude: Names = Field(default_factory=list, description="name patterns left out")
     dense: Names = Field(
         default_factory=lambda: ["classifier", "score"], description="modules trained whole"
@@ -154,7 +171,9 @@ class TrainSection(Section):
 class EvalSection(Section):
     """When to evaluate and which weights to keep."""
 
-    every: Literal["epoch"] | PositiveInt = Field("epoch", description="epoch, or steps")
+    every: Annotated[Literal["epoch"] | PositiveInt, _in_short("epoch or a number of steps")] = (
+        Field("epoch", description="epoch, or steps")
+    )
     split: str = "validation"
     keep: Literal["best", "last"] = "best"
     batch_size: PositiveInt = 64
@@ -221,7 +240,6 @@ def _read(
     text: str, source: str, problems: list[tuple[str, str]]
 ) -> tuple[dict[str, Any], dict[Place, str]]:
     """Values of the YAML text, and where each key stands as `source:line:column`."""
-    loader = yaml.SafeLoader(text)
     places: dict[Place, str] = {}
 
     def locate(mark: yaml.Mark) -> str:
@@ -238,15 +256,20 @@ def _read(
                     problems.append((locate(key_node.start_mark), f"{key!r}: a key must be text"))
                     continue
                 if key in found:
-                    problems.append((locate(key_node.start_mark), f"{key}: given twice"))
+                    twice = f"{_dotted((*place, key))}: given twice"
+                    problems.append((locate(key_node.start_mark), twice))
                 places[(*place, key)] = locate(key_node.start_mark)
                 found[key] = walk(value_node, (*place, key))
             return found
         if isinstance(node, yaml.SequenceNode):
             return [walk(child, (*place, index)) for index, child in enumerate(node.value)]
-        return loader.construct_object(node)
+        try:
+            return loader.construct_object(node)
+        except ValueError as error:  # a date that is none
+            raise SiftError(f"{locate(node.start_mark)} not valid YAML: {error}") from None
 
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         values = {} if node is None else walk(node, ())
     except yaml.MarkedYAMLError as error:
@@ -254,7 +277,9 @@ def _read(
         where = locate(mark) if mark else source
         raise SiftError(f"{where} not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise SiftError(f"{source} not valid YAML: {error}") from None
+        raise SiftError(f"{source} not valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise SiftError(f"{source} not valid YAML: an alias inside what it stands for") from None
     if not isinstance(values, dict):
         raise SiftError(f"{source}:1:1 a recipe is a mapping with sections such as model and data")
     return values, places
@@ -275,7 +300,7 @@ def _override(
         return
     try:
         value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         problems.append((where, "the value is not valid YAML"))
         return
     section: Any = values
@@ -293,7 +318,7 @@ def _override(
 def _describe(error: Any, places: dict[Place, str], source: str) -> tuple[str, str]:
     """Where one validation error stands, and what it says in the recipe's own terms."""
     kind, message = error["type"], str(error["msg"])
-    place = _place(error["loc"])
+    place = error["loc"]
     if kind == "value_error":
         message = message.removeprefix("Value error, ")
         if _fields(place):  # raised for a whole section: the message begins with the key
@@ -303,19 +328,13 @@ def _describe(error: Any, places: dict[Place, str], source: str) -> tuple[str, s
         message = "unknown key" + _nearest_key(place)
     elif kind == "missing":
         message = "missing" + _hint(place)
+    elif kind == "model_type":
+        message = f"a section holds keys, got {error['input']!r}"
     else:
         message = f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
     starts = (place[:length] for length in range(len(place), -1, -1))
     where = next((places[start] for start in starts if start in places), source)
     return where, f"{_dotted(place)}: {message}"
-
-
-def _place(loc: Place) -> Place:
-    """Leaves out what pydantic adds to the place of a value: the names of a union's members."""
-    for depth in range(1, len(loc)):
-        if loc[depth - 1] in _fields(loc[: depth - 1]) and not _fields(loc[:depth]):
-            return (*loc[:depth], *(part for part in loc[depth:] if isinstance(part, int)))
-    return loc
 
 
 def _dotted(place: Place) -> str:

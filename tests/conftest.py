@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,10 +26,11 @@ from transformers import (
     RobertaConfig,
 )
 
-WORDS = (
-    "good bad fine dull bright slow kind rude warm cold film book meal room song very not never but "
-    "the a it was is and I we they liked hated would again stay leave buy return"
-).split()
+WORDS = re.findall(
+    r"\w+",
+    """good bad fine dull bright slow kind rude warm cold film book meal room song very not never
+    but the a it was is and I we they liked hated would again stay leave buy return""",
+)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 VOCABULARY = {word: code for code, word in enumerate([*SPECIAL, *WORDS])}
 SIZE = len(VOCABULARY)
@@ -50,7 +52,7 @@ CONFIGS = {
         dropout=0.0,
         attention_dropout=0.0,
         seq_classif_dropout=0.0,
-    ),  # fmt: skip
+    ),
     "deberta-v2": lambda: DebertaV2Config(
         vocab_size=SIZE,
         intermediate_size=32,
@@ -63,7 +65,7 @@ CONFIGS = {
         share_att_key=True,
         pooler_hidden_size=16,
         pooler_dropout=0.0,
-    ),  # fmt: skip
+    ),
     "gpt2": lambda: GPT2Config(
         vocab_size=SIZE,
         n_embd=16,
@@ -76,7 +78,7 @@ CONFIGS = {
         pad_token_id=0,
         bos_token_id=2,
         eos_token_id=3,
-    ),  # fmt: skip
+    ),
     "llama": lambda: LlamaConfig(
         vocab_size=SIZE,
         hidden_size=16,
@@ -88,7 +90,7 @@ CONFIGS = {
         pad_token_id=0,
         bos_token_id=2,
         eos_token_id=3,
-    ),  # fmt: skip
+    ),
 }
 ARCHITECTURES = tuple(CONFIGS)
 
@@ -99,6 +101,7 @@ def tiny_model(
     """A random two-layer classification model without dropout."""
     torch.manual_seed(seed)
     config = CONFIGS[architecture]()
+    config.initializer_range = 0.3  # so that two layers of 16 pass gradients on
     config.num_labels = outputs
     config._attn_implementation = "eager"
     return AutoModelForSequenceClassification.from_config(config).to(dtype)
@@ -126,9 +129,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", model_max_length=32, model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=32,
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def save_base(

@@ -99,6 +99,8 @@ class Global:
 
     def supports(self) -> dict[str, Support]:
         """The supports of all weights added; a weight none of whose entries won is left out."""
+        if not self._parts:
+            return {}
         self._prune()
         ((_, owner, positions),) = self._parts
         found = {}

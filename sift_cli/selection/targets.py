@@ -53,7 +53,7 @@ def choose_weights(
     linear = _linear_parameters(model)
     taken, out = set(whole), []
     for name in names:
-        if name in taken or any(matches(pattern, name) for pattern in exclude):
+        if name in taken or any(_targets(pattern, name, linear) for pattern in exclude):
             continue
         if any(_targets(pattern, name, linear) for pattern in patterns):
             out.append(name)

@@ -17,6 +17,7 @@ from transformers import get_scheduler
 from sift_cli.delta.apply import state_fingerprints
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import autocast
+from sift_cli.models import recompute_activations
 from sift_cli.recipe import Recipe
 from sift_cli.selection.select import select
 from sift_cli.selection.targets import choose_weights
@@ -133,8 +134,7 @@ def prepare_model(session: Session, gradient_checkpointing: bool) -> None:
     """Training mode, with activations recomputed in the backward pass where that is asked for."""
     session.model.train()
     if gradient_checkpointing:
-        session.model.config.use_cache = False
-        session.model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(session.model)
 
 
 def select_entries(

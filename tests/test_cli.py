@@ -1,0 +1,212 @@
+"""The command line as a user meets it: output, exit codes, files."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import save_base
+from safetensors.torch import load_file
+
+from sift_cli.cli import main
+
+ENV = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120"}
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def sift(*args: object, cwd: Path | None = None) -> Done:
+    """`sift ARGS` in this process, exactly as the console script runs it."""
+    out, err, code, before = io.StringIO(), io.StringIO(), 0, Path.cwd()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["sift", *map(str, args)])
+        patch.setenv("COLUMNS", "120")
+        patch.chdir(cwd or before)
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def process(*args: object) -> subprocess.CompletedProcess[str]:
+    """`sift ARGS` in a process of its own."""
+    command = [sys.executable, "-m", "sift_cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
+
+
+@pytest.fixture
+def trained(recipe_file: Path, tmp_path: Path) -> Path:
+    done = sift("train", recipe_file, "--out", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "run"
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys, sift_cli.cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+    done = process("--help")
+    assert done.returncode == 0
+    for command in ("train", "eval", "merge", "predict", "env", "recipes"):
+        assert command in done.stdout
+    assert sift("--version").stdout.strip()[0].isdigit()
+
+
+def test_json_is_all_that_stdout_holds(trained: Path) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    done = sift("eval", trained, "--json")
+    assert json.loads(done.stdout) == {"metrics": summary["metrics"]}
+    done = sift("eval", trained / "delta.safetensors", "--split", "train", "--json")
+    assert json.loads(done.stdout)["metrics"].keys() == summary["metrics"].keys()
+
+
+def test_train_merge_eval_predict(trained: Path, recipe_file: Path, tmp_path: Path) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    merged = tmp_path / "merged"
+    done = sift("merge", trained / "delta.safetensors", "--out", merged)
+    assert done.returncode == 0, done.stderr
+    assert "bit for bit; reloaded, logits differ by 0" in " ".join(done.stdout.split())
+    for extra in ([], ["--recipe", recipe_file]):
+        done = sift("eval", merged, *extra, "--json")
+        assert json.loads(done.stdout)["metrics"] == summary["metrics"]
+    done = sift("predict", merged, "good film", "bad film", "--json")
+    predictions = json.loads(done.stdout)["predictions"]
+    assert [one["text"] for one in predictions] == ["good film", "bad film"]
+    assert {one["label"] for one in predictions} <= {"negative", "positive"}
+    assert all(0.5 <= one["probability"] <= 1 for one in predictions)
+    done = sift(
+        "merge",
+        trained / "delta.safetensors",
+        "--base",
+        merged,
+        "--undo",
+        "--out",
+        tmp_path / "back",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "classifier.weight" not in load_file(tmp_path / "back/model.safetensors")
+
+
+def test_what_train_prints(recipe_file: Path, tmp_path: Path) -> None:
+    done = sift("train", recipe_file, "--set", "train.max_steps=2", "--seed", 9, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step 2: accuracy 0." in done.stderr
+    assert "before" in done.stdout
+    assert "entries trained" in done.stdout
+    summary = json.loads((tmp_path / "runs/tiny/summary.json").read_text())
+    assert summary["seed"] == 9
+    again = sift("train", recipe_file, "--set", "train.max_steps=2", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "--overwrite" in again.stderr
+
+
+def test_three_mistakes_three_lines(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(
+        "model: {path: x}\ndata: {path: y, task: rte}\ntrain:\n  epoch: 3\n  batch_size: -1\n"
+        "selecton: {policy: sift}\n"
+    )
+    done = sift("train", bad)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3
+    assert f"{bad}:4:3 train.epoch: unknown key; did you mean train.epochs?" in lines
+    assert f"{bad}:6:1 selecton: unknown key; did you mean selection?" in lines
+    assert any(line.startswith(f"{bad}:5:3 train.batch_size: ") for line in lines)
+
+
+def test_damaged_delta_and_wrong_base_exit_with_3(trained: Path, tmp_path: Path) -> None:
+    delta = trained / "delta.safetensors"
+    raw = bytearray(delta.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(raw)
+    other = save_base(tmp_path / "other", seed=5)
+    for args in ([damaged], [delta, "--base", other]):
+        done = sift("merge", *args, "--out", tmp_path / "merged")
+        assert done.returncode == 3
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "merged").exists()
+
+
+def test_a_loss_that_is_not_finite_exits_with_4(recipe_file: Path, tmp_path: Path) -> None:
+    extreme = ["--set", "train.learning_rate=1e30", "--set", "train.warmup=0"]
+    extreme += ["--set", "train.lr_schedule=constant", "--set", "eval.every=100"]
+    done = sift("train", recipe_file, *extreme, "--out", tmp_path / "run")
+    assert done.returncode == 4, done.stderr
+    assert "step " in done.stderr
+    assert "training rows [" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
+        (["eval", "nowhere/at/all"], "no such folder"),
+        (["merge", "no.safetensors", "--out", "x"], "no such delta file"),
+        (["predict", "{base}", "a", "b", "--pair", "c"], "give one for each"),
+        (["eval", "{base}"], "carries no recipe"),
+        (["train", "{recipe}", "--device", "tpu"], "no such device"),
+        (["train", "{recipe}", "--set", "data.text=[nope]"], "no column 'nope'; it has"),
+        (["train", "{recipe}", "--set", "selection.target=[qery]"], "matches 'qery'"),
+        (["train", "{recipe}", "--set", "data.max_length=4096"], "takes 32 tokens"),
+        (["train", "{recipe}", "--set", "model.path=./nope"], "no such folder"),
+        (["recipes", "show", "nope"], "no shipped recipe"),
+        (["train"], "Missing argument"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_2(
+    args: list[str], said: str, base: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    filled = [arg.format(base=base, recipe=recipe_file) for arg in args]
+    done = sift(*filled, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = process("--debug", "merge", tmp_path / "no.safetensors", "--out", tmp_path / "x")
+    assert "Traceback" in done.stderr
+
+
+def test_recipes_and_env(tmp_path: Path) -> None:
+    listed = sift("recipes", "ls").stdout
+    assert "quickstart" in listed
+    assert "glue/stsb" in listed
+    shown = sift("recipes", "show", "glue/rte").stdout
+    assert sift("recipes", "cp", "glue/rte", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "rte.yaml").read_text() == shown
+    assert sift("recipes", "cp", "glue/rte", cwd=tmp_path).returncode == 2
+    found = json.loads(sift("env", "--json").stdout)
+    assert {"sift", "torch", "transformers", "python", "cuda"} <= found.keys()
+
+
+def test_an_interrupted_run_exits_with_130(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "sift_cli", "train", str(recipe_file), "--out", str(out)]
+    command += ["--set", "train.epochs=100000", "--set", "log.every=1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV) as run:
+        metrics = out / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        run.send_signal(2)
+        run.communicate(timeout=60)
+    assert run.returncode == 130

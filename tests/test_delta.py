@@ -1,0 +1,196 @@
+"""The delta file: coding, format, refusal, apply and undo."""
+
+import json
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_batch, tiny_model
+from hypothesis import given
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sift_cli.delta import Delta, apply_delta, load_delta, save_delta
+from sift_cli.delta.apply import state_fingerprints
+from sift_cli.delta.build import build_delta
+from sift_cli.delta.coding import decode_positions, encode_positions
+from sift_cli.errors import ExitCode, SiftError
+from sift_cli.sparse import SparseAdamW, Support, attach
+
+ABOUT = {"base": {"path": "somewhere", "dtype": "float32"}}
+
+
+@given(st.sets(st.integers(0, 2**40)), st.integers(0, 5))
+def test_positions_round_trip(positions: set[int], beyond: int) -> None:
+    ordered = torch.tensor(sorted(positions), dtype=torch.int64)
+    size = (int(ordered[-1]) if len(ordered) else 0) + 1 + beyond
+    coded = encode_positions(ordered)
+    assert coded.dtype == torch.uint8
+    assert torch.equal(decode_positions(coded, len(ordered), size), ordered)
+
+
+def test_position_code_by_hand() -> None:
+    coded = encode_positions(torch.tensor([0, 1, 129, 258, 16643]))
+    assert coded.tolist() == [0, 0, 127, 0x80, 1, 0x80, 0x80, 1]
+
+
+@given(st.lists(st.integers(0, 255), max_size=30), st.integers(0, 8), st.integers(0, 500))
+def test_any_bytes_decode_to_valid_positions_or_are_refused(
+    stream: list[int], count: int, size: int
+) -> None:
+    try:
+        positions = decode_positions(torch.tensor(stream, dtype=torch.uint8), count, size)
+    except ValueError:
+        return
+    found = positions.tolist()
+    assert len(found) == count
+    assert found == sorted(set(found))
+    assert all(0 <= position < size for position in found)
+
+
+def train_a_little(model: nn.Module, density: float, steps: int = 3) -> tuple[Delta, Support]:
+    marks = state_fingerprints(model, ["score.weight"])
+    generator = torch.Generator().manual_seed(0)
+    supports = {}
+    for name, weight in model.named_parameters():
+        count = max(1, round(density * weight.numel()))
+        chosen = torch.randperm(weight.numel(), generator=generator)[:count]
+        supports[name] = Support.of(weight.shape, chosen)
+    for name in ("score.weight",):
+        if name in supports:
+            supports[name] = Support(supports[name].shape)
+    parameters = attach(model, supports)
+    optimizer = SparseAdamW(parameters, lr=1e-2)
+    for step in range(steps):
+        model(**tiny_batch(seed=step)).loss.backward()
+        optimizer.step()
+    parameters.detach()
+    return build_delta(parameters, ["score.weight"], marks, dict(ABOUT)), supports
+
+
+def bits_equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(
+        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("density", [0.05, 1.0])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_file_applied_to_the_base_gives_the_trained_weights_and_back(
+    architecture: str, density: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    trained = tiny_model(architecture, dtype)
+    delta, _ = train_a_little(trained, density)
+    path = tmp_path / "delta.safetensors"
+    save_delta(path, delta)
+    again = load_delta(path)
+    model = tiny_model(architecture, dtype)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    apply_delta(model, again)
+    wanted = trained.state_dict()
+    changed = [n for n, v in model.state_dict().items() if not bits_equal(v, base[n])]
+    assert len(changed) >= len(again.weights) * 0.7
+    assert all(bits_equal(v, wanted[name]) for name, v in model.state_dict().items())
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in again.weights.items():
+            weight.toggle_(named[name])
+    left = [n for n, v in model.state_dict().items() if not bits_equal(v, base[n])]
+    assert left == list(again.dense)
+
+
+def test_a_full_support_stores_no_positions(tmp_path: Path) -> None:
+    delta, _ = train_a_little(tiny_model("bert", torch.float32), 1.0)
+    save_delta(tmp_path / "d.safetensors", delta)
+    assert not [key for key in load_file(tmp_path / "d.safetensors") if key.endswith(".positions")]
+
+
+def test_the_same_delta_gives_the_same_bytes(tmp_path: Path) -> None:
+    hashes = set()
+    for name in ("a", "b"):
+        delta, _ = train_a_little(tiny_model("bert", torch.float32), 0.05)
+        hashes.add(save_delta(tmp_path / name, delta))
+    assert len(hashes) == 1
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("delta") / "delta.safetensors"
+    delta, _ = train_a_little(tiny_model("bert", torch.float32), 0.05)
+    save_delta(path, delta)
+    return path
+
+
+def test_every_flipped_byte_and_every_cut_is_refused(saved: Path, tmp_path: Path) -> None:
+    raw = saved.read_bytes()
+    damaged = tmp_path / "damaged.safetensors"
+    for at in range(0, len(raw), max(1, len(raw) // 150)):
+        damaged.write_bytes(raw[:at] + bytes([raw[at] ^ 0x55]) + raw[at + 1 :])
+        with pytest.raises(SiftError) as caught:
+            load_delta(damaged)
+        assert caught.value.code == ExitCode.WRONG_FILE
+    for length in (0, 7, 100, len(raw) // 2, len(raw) - 1):
+        damaged.write_bytes(raw[:length])
+        with pytest.raises(SiftError, match="damaged") as caught:
+            load_delta(damaged)
+        assert caught.value.code == ExitCode.WRONG_FILE
+
+
+def rewrite(source: Path, target: Path, change: dict[str, object]) -> None:
+    with safe_open(source, framework="pt") as file:
+        header = json.loads(file.metadata()["sift"])
+    save_file(load_file(source), target, metadata={"sift": json.dumps(header | change)})
+
+
+def test_newer_formats_are_refused_by_name(saved: Path, tmp_path: Path) -> None:
+    newer = tmp_path / "newer.safetensors"
+    for change in ({"format": 2}, {"coding": "something-else"}):
+        rewrite(saved, newer, change)
+        with pytest.raises(SiftError, match="newer than this sift reads") as caught:
+            load_delta(newer)
+        assert caught.value.code == ExitCode.WRONG_FILE
+
+
+def test_an_altered_header_and_other_files_are_refused(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    rewrite(saved, path, {"rest": "00"})
+    with pytest.raises(SiftError, match="do not match its digest"):
+        load_delta(path)
+    save_file({"w": torch.zeros(2)}, path)
+    with pytest.raises(SiftError, match="no sift delta"):
+        load_delta(path)
+    with pytest.raises(SiftError, match="no such delta file"):
+        load_delta(tmp_path / "nothing")
+
+
+def test_a_wrong_base_is_named_tensor_by_tensor(saved: Path) -> None:
+    delta = load_delta(saved)
+    model = tiny_model("bert", torch.float32)
+    touched = "bert.encoder.layer.1.attention.self.query.weight"
+    dict(model.named_parameters())[touched].data[0, 0] += 1e-4
+    with pytest.raises(SiftError, match="1 tensors differ") as caught:
+        apply_delta(model, delta, "that model")
+    assert touched in str(caught.value)
+    assert "that model" in str(caught.value)
+    assert caught.value.code == ExitCode.WRONG_FILE
+
+
+def test_a_change_outside_the_delta_is_noticed_too() -> None:
+    model = tiny_model("bert", torch.float32)
+    marks = state_fingerprints(model, [])
+    name = "classifier.weight"
+    parameters = attach(model, {name: Support.of(model.classifier.weight.shape, torch.tensor([1]))})
+    delta = build_delta(parameters, [], marks, dict(ABOUT))
+    other = tiny_model("bert", torch.float32)
+    other.bert.embeddings.word_embeddings.weight.data[3, 3] += 1.0
+    with pytest.raises(SiftError) as caught:
+        apply_delta(other, delta)
+    assert "bert.embeddings.word_embeddings.weight" in str(caught.value)
+    with pytest.raises(SiftError, match=r"classifier\.weight"):
+        apply_delta(tiny_model("bert", torch.float32, outputs=2), delta)
+    with pytest.raises(SiftError, match="another set of tensors"):
+        apply_delta(nn.ModuleDict({"classifier": model.classifier}), delta)

@@ -1,0 +1,104 @@
+"""Metrics against numbers worked out by hand and correlations written out."""
+
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from sift_cli.metrics import CLASSIFICATION, METRICS, REGRESSION, compute_metrics
+
+# true positives 3, false positives 1, false negatives 2, true negatives 4
+LABELS = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0])
+PREDICTED = np.array([1, 1, 1, 0, 0, 1, 0, 0, 0, 0])
+
+
+def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks from 1; equal values share the mean of theirs."""
+    return np.array([(values < one).sum() + ((values == one).sum() + 1) / 2 for one in values])
+
+
+def pearson(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+def one(name: str, predicted: NDArray[np.float64], labels: NDArray[np.float64]) -> float:
+    (found,) = compute_metrics([name], predicted, labels).values()
+    return found
+
+
+def test_accuracy_by_hand() -> None:
+    assert one("accuracy", PREDICTED, LABELS) == pytest.approx(7 / 10)
+
+
+def test_f1_by_hand_is_that_of_class_1() -> None:
+    assert one("f1", PREDICTED, LABELS) == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
+    assert one("f1", 1 - PREDICTED, 1 - LABELS) == pytest.approx(2 * 4 / (2 * 4 + 2 + 1))
+
+
+def test_f1_of_class_1_among_more_classes() -> None:
+    labels, predicted = np.array([0, 1, 1, 2, 2, 1]), np.array([1, 1, 2, 2, 0, 1])
+    assert one("f1", predicted, labels) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert one("f1", np.array([0, 2]), np.array([2, 0])) == 0
+
+
+def test_f1_macro_by_hand_averages_over_the_classes() -> None:
+    assert one("f1_macro", PREDICTED, LABELS) == pytest.approx((6 / 9 + 8 / 11) / 2)
+    labels, predicted = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
+    assert one("f1_macro", predicted, labels) == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
+
+
+def test_matthews_by_hand() -> None:
+    expected = (3 * 4 - 1 * 2) / math.sqrt((3 + 1) * (3 + 2) * (4 + 1) * (4 + 2))
+    assert one("matthews", PREDICTED, LABELS) == pytest.approx(expected)
+    assert one("matthews", 1 - PREDICTED, LABELS) == pytest.approx(-expected)
+    assert one("matthews", LABELS, LABELS) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_correlations_written_out(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 6, 40).astype(np.float64)  # with ties
+    predicted = (labels + generator.normal(0, 2, 40)).astype(np.float32).round(1)
+    wide = predicted.astype(np.float64)
+    found = compute_metrics(["pearson", "spearman"], predicted, labels)
+    assert found["pearson"] == pytest.approx(pearson(wide, labels), abs=1e-6)
+    assert found["spearman"] == pytest.approx(pearson(ranks(wide), ranks(labels)), abs=1e-9)
+
+
+def test_spearman_sees_order_alone_and_pearson_the_line() -> None:
+    labels = np.arange(8.0)
+    curved = np.exp(labels)
+    assert one("spearman", curved, labels) == pytest.approx(1)
+    assert one("pearson", curved, labels) == pytest.approx(pearson(curved, labels))
+    assert one("pearson", curved, labels) < 0.8
+    assert one("pearson", 5 - 2 * labels, labels) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("name", REGRESSION)
+def test_a_correlation_with_a_constant_is_0(name: str) -> None:
+    constant, varied = np.full(5, 2.0), np.arange(5.0)
+    assert one(name, constant, varied) == 0
+    assert one(name, varied, constant) == 0
+    assert one(name, varied[:1], varied[:1]) == 0
+
+
+@pytest.mark.parametrize("name", ["f1", "matthews"])
+def test_a_constant_prediction_scores_0(name: str) -> None:
+    assert one(name, np.zeros_like(LABELS), LABELS) == 0
+    assert one(name, np.zeros_like(LABELS), np.zeros_like(LABELS)) == 0
+
+
+def test_metrics_come_by_name_in_the_order_asked_for() -> None:
+    found = compute_metrics(["f1", "accuracy"], PREDICTED, LABELS)
+    assert list(found) == ["f1", "accuracy"]
+    assert all(type(value) is float for value in found.values())
+    assert (*CLASSIFICATION, *REGRESSION) == METRICS
+    with pytest.raises(KeyError, match="recall"):
+        compute_metrics(["recall"], PREDICTED, LABELS)
+
+
+def test_every_metric_is_known_to_both_lists() -> None:
+    assert list(compute_metrics(CLASSIFICATION, PREDICTED, LABELS)) == list(CLASSIFICATION)
+    assert list(compute_metrics(REGRESSION, PREDICTED * 1.0, LABELS * 1.0)) == list(REGRESSION)

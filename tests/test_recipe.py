@@ -1,0 +1,370 @@
+"""Recipes: what they resolve to, and errors that say where."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sift_cli.cli import shipped
+from sift_cli.data import TASKS
+from sift_cli.errors import ExitCode, SiftError
+from sift_cli.recipe import Recipe, load_recipe, parse_recipe
+from sift_cli.selection.policies import POLICIES
+
+HEAD = """\
+model:
+  path: somewhere
+data:
+  path: rows
+  task: rte
+"""  # what is added starts on line 6
+
+
+def parse(added: str = "", *overrides: str) -> Recipe:
+    return parse_recipe(HEAD + added, "r.yaml", overrides)
+
+
+def errors(added: str = "", *overrides: str) -> list[str]:
+    with pytest.raises(SiftError) as caught:
+        parse(added, *overrides)
+    assert caught.value.code == ExitCode.USAGE
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("added", "expected"),
+    [
+        ("train:\n  epoch: 3\n", "7:3 train.epoch: unknown key; did you mean train.epochs?"),
+        (
+            "train:\n  densty: .1\n",
+            "7:3 train.densty: unknown key; did you mean selection.density?",
+        ),
+        ("trian:\n  epochs: 3\n", "6:1 trian: unknown key; did you mean train?"),
+        (
+            "log: {xyzzy: 1}\n",
+            "6:7 log.xyzzy: unknown key; known here: every, tensorboard, wandb",
+        ),
+    ],
+)
+def test_an_unknown_key_is_located_with_the_nearest_one(added: str, expected: str) -> None:
+    assert errors(added) == [f"r.yaml:{expected}"]
+
+
+def test_all_mistakes_come_at_once_one_line_each() -> None:
+    added = "selection:\n  density: 2\ntrain:\n  epoch: 3\n  batch_size: none\n"
+    assert errors(added) == [
+        "r.yaml:7:3 selection.density: input should be less than or equal to 1, got 2",
+        "r.yaml:10:3 train.batch_size: input should be a valid integer, unable to parse string as "
+        "an integer, got 'none'",
+        "r.yaml:9:3 train.epoch: unknown key; did you mean train.epochs?",
+    ]
+
+
+def test_a_mistake_in_a_list_is_located_at_its_item() -> None:
+    assert errors("selection:\n  dense:\n    - head\n    - [1]\n") == [
+        "r.yaml:9:7 selection.dense[1]: input should be a valid string, got [1]"
+    ]
+
+
+def test_a_key_given_twice_is_an_error_at_the_second() -> None:
+    assert errors("train:\n  epochs: 3\n  seed: 1\n  epochs: 4\n") == [
+        "r.yaml:9:3 train.epochs: given twice"
+    ]
+
+
+def test_a_key_that_is_no_text_is_located() -> None:
+    assert errors("train:\n  3: 4\n") == ["r.yaml:7:3 3: a key must be text"]
+
+
+@pytest.mark.parametrize(
+    ("added", "expected"),
+    [
+        (
+            "train:\n  epochs: 3\n seed: 4\n",
+            ":8:2 not valid YAML: expected <block end>, but found '<block mapping start>'",
+        ),
+        ("\tout: a\n", ":6:1 not valid YAML: found character '\\t' that cannot start any token"),
+        ("out: *there\n", ":6:6 not valid YAML: found undefined alias 'there'"),
+        ("out: 2024-13-45\n", ":6:6 not valid YAML: month must be in 1..12"),
+        ("out: &a [*a]\n", " not valid YAML: an alias inside what it stands for"),
+        (
+            "out: \x01\n",
+            " not valid YAML: unacceptable character #x0001: special characters are not allowed",
+        ),
+    ],
+)
+def test_bad_yaml_is_located(added: str, expected: str) -> None:
+    assert errors(added) == [f"r.yaml{expected}"]
+
+
+def test_a_recipe_that_is_no_mapping_or_empty() -> None:
+    with pytest.raises(SiftError, match=r"^r\.yaml:1:1 a recipe is a mapping with sections"):
+        parse_recipe("- model\n", "r.yaml")
+    with pytest.raises(SiftError, match=r"^r\.yaml model: missing\nr\.yaml data: missing$"):
+        parse_recipe("", "r.yaml")
+
+
+def test_a_missing_key_is_located_at_its_section_and_explained() -> None:
+    with pytest.raises(SiftError) as caught:
+        parse_recipe("data:\n  task: rte\n  path: x\nmodel:\n  dtype: float32\n", "r.yaml")
+    expected = "r.yaml:4:1 model.path: missing (hub id, local folder, or pkg:MODULE/SUBDIR)"
+    assert str(caught.value) == expected
+
+
+def test_an_empty_section_is_an_error_in_plain_words() -> None:
+    assert errors("train:\n") == ["r.yaml:6:1 train: a section holds keys, got None"]
+
+
+def test_numbers_must_be_finite() -> None:
+    assert errors("train: {learning_rate: .inf, epochs: .nan}\n") == [
+        "r.yaml:6:30 train.epochs: input should be a finite number, got nan",
+        "r.yaml:6:9 train.learning_rate: input should be a finite number, got inf",
+    ]
+
+
+def test_load_recipe_names_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+    with pytest.raises(SiftError, match=r"none\.yaml: no such recipe; `sift recipes ls` lists"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"out: \xff\xfe\n")
+    with pytest.raises(SiftError, match=r"binary\.yaml: not a text file \(.* at byte 5\)"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_load_recipe_reads_the_file_and_locates_mistakes_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(HEAD + "out: café\n", encoding="utf-8")
+    assert load_recipe(path, ["train.seed=7"]).train.seed == 7
+    assert load_recipe(path).out == "café"
+    path.write_text(HEAD + "oot: x\n")
+    with pytest.raises(SiftError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == f"{path}:6:1 oot: unknown key; did you mean out?"
+
+
+def test_an_override_wins_over_the_file() -> None:
+    recipe = parse("train:\n  epochs: 3\n", "train.epochs=7", "eval.every=5", "data.task=sst2")
+    assert (recipe.train.epochs, recipe.eval.every, recipe.data.task) == (7, 5, "sst2")
+
+
+def test_the_last_override_of_a_key_wins_and_an_empty_one_is_null() -> None:
+    recipe = parse("train: {max_steps: 9}\n", "train.seed=1", "train.seed=2", "train.max_steps=")
+    assert (recipe.train.seed, recipe.train.max_steps) == (2, None)
+
+
+def test_an_override_may_hold_a_list_and_an_equals_sign() -> None:
+    recipe = parse("", "selection.exclude=[pooler, embeddings]", "out=a=b")
+    assert recipe.selection.exclude == ["pooler", "embeddings"]
+    assert recipe.out == "a=b"
+
+
+def test_an_override_replaces_a_mistake_of_the_file() -> None:
+    assert parse("train:\n  epochs: -3\n", "train.epochs=3").train.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.epoch=3", "train.epoch: unknown key; did you mean train.epochs?"),
+        ("trian.epochs=3", "trian: unknown key; did you mean train?"),
+        ("train.epochs=-3", "train.epochs: input should be greater than 0, got -3"),
+        ("data.metrics=[acuracy]", "data.metrics[0]: unknown: 'acuracy'; did you mean accuracy?"),
+        ("train=3", "train: a section holds keys, got 3"),
+        ("train.epochs", "an override reads section.key=value"),
+        ("train..epochs=3", "an override reads section.key=value"),
+        ("train.epochs=[1", "the value is not valid YAML"),
+        ("out=2024-13-45", "the value is not valid YAML"),
+    ],
+)
+def test_a_mistake_in_an_override_is_located_there(override: str, expected: str) -> None:
+    assert errors("train:\n  seed: 3\n", override) == [f"--set {override}: {expected}"]
+
+
+def test_mistakes_of_file_and_overrides_come_together() -> None:
+    assert errors("train:\n  epoch: 3\n", "train.seed=x", "oops") == [
+        "--set oops: an override reads section.key=value",
+        "--set train.seed=x: train.seed: input should be a valid integer, unable to parse string "
+        "as an integer, got 'x'",
+        "r.yaml:7:3 train.epoch: unknown key; did you mean train.epochs?",
+    ]
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
+    assert parse("train:\n  learning_rate: 1e-3\n").train.learning_rate == 1e-3
+    assert parse("", "train.learning_rate=5e-4").train.learning_rate == 5e-4
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_a_policy_fills_the_axes(policy: str) -> None:
+    selection = parse("", f"selection.policy={policy}").selection
+    row = POLICIES[policy]
+    axes = (selection.score, selection.scope, selection.structure, selection.schedule)
+    assert axes == (row.score, row.scope, row.structure, row.schedule)
+
+
+def test_an_axis_that_is_given_overrides_the_policy() -> None:
+    selection = parse("selection: {policy: random, score: magnitude, scope: global}\n").selection
+    assert (selection.policy, selection.score, selection.scope) == ("random", "magnitude", "global")
+    assert selection.schedule == POLICIES["random"].schedule
+
+
+def test_density_is_one_percent_unless_given() -> None:
+    assert parse().selection.density == 0.01
+    assert parse("selection: {density: 0.2}\n").selection.density == 0.2
+
+
+def test_a_budget_replaces_the_density() -> None:
+    selection = parse("selection: {budget: 800000}\n").selection
+    assert (selection.budget, selection.density) == (800_000, None)
+
+
+def test_density_and_budget_exclude_each_other() -> None:
+    assert errors("selection:\n  budget: 3\n  density: .1\n") == [
+        "r.yaml:8:3 selection.density: give density or budget, not both"
+    ]
+
+
+@pytest.mark.parametrize("value", ["3", "{a: 1}", "[a, 3]", "null"])
+def test_a_wrong_target_is_one_line(value: str) -> None:
+    (line,) = errors(f"selection:\n  target: {value}\n")
+    expected = "r.yaml:7:3 selection.target: give all-linear, all, or name patterns, got "
+    assert line.startswith(expected)
+
+
+@pytest.mark.parametrize("value", ["often", "-3", "0", "2.5", "[epoch]"])
+def test_a_wrong_interval_is_one_line(value: str) -> None:
+    (line,) = errors(f"eval:\n  every: {value}\n")
+    assert line.startswith("r.yaml:7:3 eval.every: give epoch or a number of steps, got ")
+
+
+def test_target_is_a_name_or_a_list_and_every_an_epoch_or_a_number() -> None:
+    assert parse("selection: {target: all}\n").selection.target == "all"
+    assert parse("selection: {target: [query, value]}\n").selection.target == ["query", "value"]
+    assert parse("eval: {every: epoch}\n").eval.every == "epoch"
+    assert parse("eval: {every: 50}\n").eval.every == 50
+
+
+def test_one_name_stands_for_a_list_of_one() -> None:
+    recipe = parse("selection: {exclude: pooler}\n", "data.text=sentence", "data.metrics=f1")
+    assert recipe.selection.exclude == ["pooler"]
+    assert recipe.data.text == ["sentence"]
+    assert recipe.data.metrics == ["f1"]
+
+
+@pytest.mark.parametrize("given", [(), ("data.text=a",), ("data.label=b",)])
+def test_a_custom_task_needs_text_and_label(given: tuple[str, ...]) -> None:
+    assert errors("", "data.task=custom", *given) == [
+        "--set data.task=custom: data.task: custom needs data.text (one or two columns) and "
+        "data.label"
+    ]
+    assert parse("", "data.task=custom", "data.text=[a, b]", "data.label=c").data.label == "c"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.task=ret", "data.task: unknown: 'ret'; did you mean rte?"),
+        ("data.task=custm", "data.task: unknown: 'custm'; did you mean custom?"),
+        ("selection.policy=magnitud", "selection.policy: unknown: 'magnitud'; did you mean magnit"),
+        ("data.metrics=[f1, mathews]", "data.metrics[1]: unknown: 'mathews'; did you mean matth"),
+        ("selection.policy=zzz", "selection.policy: unknown: 'zzz'; known: sift, random, magnit"),
+    ],
+)
+def test_an_unknown_name_offers_the_nearest(override: str, expected: str) -> None:
+    (line,) = errors("", override)
+    assert line.startswith(f"--set {override}: {expected}")
+
+
+@pytest.mark.parametrize("value", ["[]", "[a, b, c]"])
+def test_one_or_two_text_columns(value: str) -> None:
+    (line,) = errors("", f"data.text={value}")
+    assert line.startswith(f"--set data.text={value}: data.text: ")
+    assert "at least 1 item" in line or "at most 2 items" in line
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        "",
+        "selection: {budget: 1000, target: [query, 'layer.[0-5]'], exclude: pooler}\n",
+        "selection: {policy: magnitude, scope: global, density: 1.0e-5}\nout: ähm\n",
+        "train: {learning_rate: 1e-5, max_grad_norm: null, epochs: 2.5}\neval: {every: 10}\n",
+    ],
+)
+def test_the_resolved_recipe_reads_back_as_itself(added: str) -> None:
+    recipe = parse(added)
+    text = recipe.to_yaml()
+    again = parse_recipe(text, "resolved.yaml")
+    assert again == recipe
+    assert again.to_yaml() == text
+
+
+def test_the_resolved_recipe_holds_every_value_in_the_order_of_the_schema() -> None:
+    lines = parse("out: runs/x\n").to_yaml().splitlines()
+    sections = [line.partition(":")[0] for line in lines if not line.startswith((" ", "-"))]
+    assert sections == ["model", "data", "selection", "train", "eval", "log", "out"]
+    for resolved in ("  dtype: float32", "  score: gradient", "  density: 0.01", "  seed: 42"):
+        assert resolved in lines
+
+
+def test_importing_the_recipe_leaves_heavy_libraries_out() -> None:
+    heavy = ("torch", "transformers", "datasets", "sklearn", "scipy", "numpy")
+    program = f"import sys, sift_cli.recipe; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_glue_task_and_the_quickstart_ship() -> None:
+    listed = shipped.listing()
+    assert {"quickstart", *(f"glue/{task}" for task in TASKS)} <= set(listed)
+    assert listed["glue/rte"] == "GLUE RTE: does one sentence follow from the other"
+    assert all(about and not about.startswith("#") for about in listed.values())
+
+
+@pytest.mark.parametrize("name", shipped.listing())
+def test_every_shipped_recipe_validates(name: str) -> None:
+    recipe = load_recipe(shipped.find(name, only_shipped=True))
+    folder, _, task = name.rpartition("/")
+    if folder == "glue":
+        assert (recipe.data.path, recipe.data.task) == ("nyu-mll/glue", task)
+    assert parse_recipe(recipe.to_yaml(), name) == recipe
+
+
+@pytest.mark.parametrize("name", ["glue/rte", "glue/rte.yaml"])
+def test_a_shipped_recipe_is_found_by_name(name: str) -> None:
+    found = shipped.find(name, only_shipped=True)
+    assert found == shipped.folder() / "glue" / "rte.yaml"
+    assert shipped.find("glue/rte") == found
+
+
+def test_a_path_that_exists_wins_over_a_shipped_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").write_text("mine")
+    assert shipped.find("quickstart") == Path("quickstart")
+    assert shipped.find("quickstart", only_shipped=True) == shipped.folder() / "quickstart.yaml"
+
+
+def test_a_path_that_does_not_exist_is_left_to_the_reader_of_the_file() -> None:
+    assert shipped.find("quickstart.yaml") == Path("quickstart.yaml")
+    assert shipped.find("no/such") == Path("no/such")
+
+
+def test_an_unknown_shipped_name_lists_those_there_are() -> None:
+    with pytest.raises(SiftError, match=r"^no shipped recipe 'glue/ret'; there is glue/cola, "):
+        shipped.find("glue/ret", only_shipped=True)
+
+
+def test_an_installed_package_brings_its_recipes_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "sift_cli")
+    assert shipped.folder() == tmp_path / "recipes"
+    inside = tmp_path / "sift_cli" / "recipes"
+    inside.mkdir(parents=True)
+    (inside / "one.yaml").write_text("# About it\nmodel:\n")
+    assert shipped.folder() == inside
+    assert shipped.listing() == {"one": "About it"}

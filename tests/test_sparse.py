@@ -1,0 +1,312 @@
+"""The sparse core against torch.optim.AdamW on the dense model."""
+
+import copy
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_batch, tiny_model
+from hypothesis import given
+from torch import nn
+
+from sift_cli.models import recompute_activations
+from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach
+from sift_cli.sparse.linear import choose_gradient, dense_gradient, sampled_gradient
+
+SETTINGS = {"lr": 3e-3, "weight_decay": 0.1}
+
+
+def supports_of(model: nn.Module, density: float, seed: int = 0) -> dict[str, Support]:
+    generator = torch.Generator().manual_seed(seed)
+    supports = {}
+    for name, weight in model.named_parameters():
+        count = max(1, round(density * weight.numel()))
+        chosen = torch.randperm(weight.numel(), generator=generator)[:count]
+        supports[name] = Support.of(weight.shape, chosen)
+    return supports
+
+
+def masks_of(model: nn.Module, supports: dict[str, Support]) -> dict[str, torch.Tensor]:
+    masks = {}
+    for name, weight in model.named_parameters():
+        mask = torch.zeros(weight.numel(), dtype=torch.bool)
+        if name in supports:
+            chosen = supports[name].positions
+            mask[slice(None) if chosen is None else chosen.long()] = True
+        masks[name] = mask.view(weight.shape)
+    return masks
+
+
+class MaskedAdamW:
+    """The reference: dense gradients, dense moments, and a mask on both ends of the step."""
+
+    def __init__(self, model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+        self.model, self.masks = model, masks
+        self.adamw = torch.optim.AdamW(model.parameters(), **SETTINGS)
+
+    def step(self, batches: list[dict[str, torch.Tensor]], max_norm: float) -> None:
+        self.adamw.zero_grad()
+        rows = sum(len(batch["labels"]) for batch in batches)
+        for batch in batches:
+            (self.model(**batch).loss * len(batch["labels"]) / rows).backward()
+        before = {}
+        for name, weight in self.model.named_parameters():
+            before[name] = weight.detach().clone()
+            if weight.grad is not None:
+                weight.grad *= self.masks[name]
+        nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        self.adamw.step()
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                weight.copy_(torch.where(self.masks[name], weight, before[name]))
+
+
+def sparse_step(
+    model: nn.Module,
+    parameters: SparseParameters,
+    optimizer: SparseAdamW,
+    batches: list[dict[str, torch.Tensor]],
+    max_norm: float,
+) -> None:
+    rows = sum(len(batch["labels"]) for batch in batches)
+    for batch in batches:
+        (model(**batch).loss * len(batch["labels"]) / rows).backward()
+    optimizer.clip(max_norm)
+    optimizer.step()
+
+
+def assert_equal_models(got: nn.Module, wanted: nn.Module) -> None:
+    reference = dict(wanted.named_parameters())
+    for name, weight in got.named_parameters():
+        torch.testing.assert_close(weight, reference[name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.01, 0.3])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_step_equals_dense_adamw_under_the_mask(architecture: str, density: float) -> None:
+    model = tiny_model(architecture)
+    start = copy.deepcopy(model.state_dict())
+    reference = copy.deepcopy(model)
+    supports = supports_of(model, density)
+    masks = masks_of(reference, supports)
+    dense = MaskedAdamW(reference, masks)
+    parameters = attach(model, supports)
+    optimizer = SparseAdamW(parameters, **SETTINGS)
+    for step in range(20):
+        batch = [tiny_batch(seed=step)]
+        sparse_step(model, parameters, optimizer, batch, max_norm=0.5)
+        dense.step(batch, max_norm=0.5)
+        assert_equal_models(model, reference)
+    moved = [
+        name for name, weight in model.named_parameters() if not torch.equal(weight, start[name])
+    ]
+    assert len(moved) > 0.9 * len(supports)
+    for name, weight in model.named_parameters():
+        untouched = ~masks[name]
+        assert torch.equal(weight[untouched], start[name][untouched]), name
+
+
+def test_density_one_is_plain_adamw_with_no_mask_at_all() -> None:
+    model = tiny_model("bert")
+    reference = copy.deepcopy(model)
+    adamw = torch.optim.AdamW(reference.parameters(), **SETTINGS)
+    supports = {name: Support(tuple(w.shape)) for name, w in model.named_parameters()}
+    parameters = attach(model, supports)
+    optimizer = SparseAdamW(parameters, **SETTINGS)
+    for step in range(20):
+        batch = tiny_batch(seed=step)
+        adamw.zero_grad()
+        reference(**batch).loss.backward()
+        adamw.step()
+        sparse_step(model, parameters, optimizer, [batch], max_norm=float("inf"))
+        assert_equal_models(model, reference)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_batch_of_16_equals_four_of_4(checkpointing: bool) -> None:
+    batch = tiny_batch(rows=16)
+    parts = [{key: value[at : at + 4] for key, value in batch.items()} for at in range(0, 16, 4)]
+    models = []
+    for batches in ([batch], parts):
+        model = tiny_model("bert")
+        model.train()
+        if checkpointing:
+            recompute_activations(model)
+        parameters = attach(model, supports_of(model, 0.1))
+        optimizer = SparseAdamW(parameters, **SETTINGS)
+        for _ in range(3):
+            sparse_step(model, parameters, optimizer, batches, max_norm=0.5)
+        models.append(model)
+    assert_equal_models(*models)
+
+
+def test_tied_weights_are_one_storage_with_the_gradient_of_both_uses() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(12, 6)
+            self.head = nn.Linear(6, 12, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(ids))
+
+    torch.manual_seed(0)
+    model = Tied().double()
+    support = Support.of((12, 6), torch.arange(0, 72, 5))
+    ids = torch.tensor([1, 2, 3])
+    model(ids).square().sum().backward()
+    wanted = support.gather(model.embed.weight.grad)
+    model.embed.weight.grad = None
+    parameters = attach(model, {"embed.weight": support})
+    model(ids).square().sum().backward()
+    torch.testing.assert_close(parameters.grad, wanted)
+    assert model.embed.weight.grad is None
+    parameters.flat.data += 1.0
+    parameters.write_back()
+    assert model.head.weight is model.embed.weight
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (1, 7), (64, 48)])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_sampled_gradient_equals_the_dense_one(shape: tuple[int, int], tokens: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows, columns = shape
+    size = rows * columns
+    support = Support.of(shape, torch.randperm(size, generator=generator)[: size // 2])
+    grad_out = torch.randn(tokens, rows, dtype=torch.float64, generator=generator)
+    inputs = torch.randn(tokens, columns, dtype=torch.float64, generator=generator)
+    sampled = sampled_gradient(support)(grad_out, inputs)
+    torch.testing.assert_close(sampled, dense_gradient(support)(grad_out, inputs))
+    by_hand = [
+        sum(grad_out[t, p // columns] * inputs[t, p % columns] for t in range(tokens))
+        for p in support.positions.tolist()
+    ]
+    torch.testing.assert_close(sampled, torch.stack(by_hand))
+
+
+def test_the_sampled_kernel_serves_sparse_supports_on_a_cpu() -> None:
+    cpu = torch.device("cpu")
+    sparse = Support.of((100, 100), torch.arange(100))
+    half = Support.of((100, 100), torch.arange(5000))
+    assert "sampled" in choose_gradient(sparse, cpu).__qualname__
+    assert "dense" in choose_gradient(half, cpu).__qualname__
+    assert "dense" in choose_gradient(Support((100, 100)), cpu).__qualname__
+    assert "dense" in choose_gradient(sparse, torch.device("cuda")).__qualname__
+
+
+def test_both_kernels_train_alike() -> None:
+    models = []
+    for kernel in (dense_gradient, sampled_gradient):
+        model = tiny_model("llama")
+        supports = supports_of(model, 0.05)
+        linear = {n for n, m in model.named_modules() if type(m) is nn.Linear}
+        kept = {n: s for n, s in supports.items() if n.rpartition(".")[0] in linear}
+        parameters = attach(model, kept, lambda support, _device, kernel=kernel: kernel(support))
+        optimizer = SparseAdamW(parameters, **SETTINGS)
+        for step in range(3):
+            sparse_step(model, parameters, optimizer, [tiny_batch(seed=step)], 1.0)
+        models.append(model)
+    assert_equal_models(*models)
+
+
+def test_a_frozen_linear_layer_keeps_no_dense_gradient() -> None:
+    model = tiny_model("bert", torch.float32)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    weight = dict(model.named_parameters())[name]
+    parameters = attach(model, {name: Support.of(weight.shape, torch.tensor([3, 7]))})
+    model(**tiny_batch()).loss.backward()
+    assert all(one.grad is None and not one.requires_grad for one in model.parameters())
+    assert parameters.grad.abs().sum() > 0
+
+
+def test_masters_keep_updates_that_a_bfloat16_weight_would_swallow() -> None:
+    layer = nn.Linear(4, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    layer.to(torch.bfloat16)
+    parameters = attach(layer, {"weight": Support.of((1, 4), torch.tensor([1, 2]))})
+    optimizer = SparseAdamW(parameters, lr=1e-3)
+    for _ in range(10):
+        layer(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+    assert parameters.flat.dtype == torch.float32
+    torch.testing.assert_close(parameters.flat.detach(), torch.full((2,), 0.99), atol=1e-5, rtol=0)
+    wanted = torch.tensor([1.0, 0.99, 0.99, 1.0]).to(torch.bfloat16)
+    assert torch.equal(layer.weight.data[0], wanted)
+
+
+def test_autocast_gradient_is_that_of_the_dense_layer() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 8)
+    reference = copy.deepcopy(layer)
+    support = Support.of((8, 16), torch.arange(0, 128, 9))
+    parameters = attach(layer, {"weight": support, "bias": Support((8,))})
+    x = torch.randn(5, 16)
+    for module in (layer, reference):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = module(x)
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+    bias, weight = parameters.grad[-8:], parameters.grad[:-8]
+    torch.testing.assert_close(weight, support.gather(reference.weight.grad), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(bias, reference.bias.grad, rtol=2e-2, atol=2e-2)
+
+
+def test_detach_gives_the_model_back() -> None:
+    model = tiny_model("bert")
+    batch = tiny_batch()
+    parameters = attach(model, supports_of(model, 0.1))
+    parameters.flat.data += 0.01
+    parameters.write_back()
+    tuned = model(**batch).logits
+    parameters.detach()
+    assert torch.equal(model(**batch).logits, tuned)
+    assert all("forward" not in vars(module) for module in model.modules())
+    model(**batch).loss.backward()
+    assert all(w.grad is not None and w.grad.abs().max() > 0 for w in [model.classifier.weight])
+    assert model.bert.embeddings.word_embeddings.weight.grad is not None
+
+
+def test_state_and_load_state_come_back_to_the_same_weights() -> None:
+    model = tiny_model("bert", torch.bfloat16)
+    parameters = attach(model, supports_of(model, 0.1))
+    before = copy.deepcopy(model.state_dict())
+    saved = parameters.state()
+    parameters.flat.data += 0.5
+    parameters.write_back()
+    assert not torch.equal(model.classifier.weight, before["classifier.weight"])
+    parameters.load_state(saved)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_attach_refuses_names_and_shapes_that_do_not_fit() -> None:
+    model = tiny_model("bert")
+    with pytest.raises(KeyError, match="no parameter nowhere"):
+        attach(model, {"nowhere": Support((3,))})
+    with pytest.raises(ValueError, match="is of shape"):
+        attach(model, {"classifier.weight": Support((2, 2))})
+    with pytest.raises(ValueError, match="no entry is selected"):
+        attach(model, {})
+
+
+@given(st.data())
+def test_gather_after_scatter_is_the_identity(data: st.DataObject) -> None:
+    shape = (data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6)))
+    size = shape[0] * shape[1]
+    chosen = data.draw(st.lists(st.integers(0, size - 1), unique=True))
+    support = Support.of(shape, torch.tensor(chosen, dtype=torch.int64))
+    weight = torch.zeros(shape)
+    values = torch.arange(1.0, len(chosen) + 1)
+    support.scatter_(weight, values)
+    assert torch.equal(support.gather(weight), values)
+    assert int((weight != 0).sum()) == len(chosen) == len(support)
+    for position, value in zip(sorted(chosen), values.tolist(), strict=True):
+        assert weight.flatten()[position] == value
+
+
+@pytest.mark.parametrize(
+    ("positions", "said"), [([0, 6], "must lie in"), ([-1], "must lie in"), ([2, 2], "twice")]
+)
+def test_support_refuses_bad_positions(positions: list[int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Support.of((2, 3), torch.tensor(positions))
