@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -27,6 +28,7 @@ from sift_cli.errors import ExitCode, SiftError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+UNLOADABLE = (OSError, ValueError, StrictDataclassError)  # what transformers raises for bad folders
 TOKENIZER_FILES = ["tokenizer*", "vocab*", "*.model"]
 
 
@@ -107,7 +109,7 @@ def task_config(folder: Path, labels: Sequence[str] | None) -> PretrainedConfig:
                 problem_type=kind,
             )
         return config
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
 
 
@@ -123,7 +125,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise SiftError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
     code = getattr(config, "pad_token_id", None)
     if code is not None and code != tokenizer.pad_token_id and 0 <= code < len(tokenizer):
@@ -163,19 +165,21 @@ def load_model(
             )
     except SafetensorError as error:
         raise SiftError(f"{folder}: damaged weights: {error}", ExitCode.WRONG_FILE) from error
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
     return LoadedModel(model, tokenizer, _new_parameters(model, info))
 
 
 def check_length(max_length: int, model: PreTrainedModel, tokenizer: Any) -> None:
     """Raises SiftError where `max_length` tokens are more than the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and its kin count positions from the one after the padding's
-            positions -= 0 if module.padding_idx is None else module.padding_idx + 1
-    longest = min(tokenizer.model_max_length, positions)
+    longest = tokenizer.model_max_length
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and positions > 0:  # XLNet, which has no limit, says -1
+        for name, module in model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                # RoBERTa and its kin count positions from the one after the padding's
+                positions -= 0 if module.padding_idx is None else module.padding_idx + 1
+        longest = min(longest, positions)
     if max_length > longest:
         raise SiftError(f"data.max_length: {max_length}, but the model takes {longest} tokens")
 

@@ -16,6 +16,7 @@ from sift_cli.delta import Delta, apply_delta, load_delta, save_delta
 from sift_cli.delta.apply import state_fingerprints
 from sift_cli.delta.build import build_delta
 from sift_cli.delta.coding import decode_positions, encode_positions
+from sift_cli.delta.file import fingerprint, weight_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.sparse import SparseAdamW, Support, attach
 
@@ -194,3 +195,30 @@ def test_a_change_outside_the_delta_is_noticed_too() -> None:
         apply_delta(tiny_model("bert", torch.float32, outputs=2), delta)
     with pytest.raises(SiftError, match="another set of tensors"):
         apply_delta(nn.ModuleDict({"classifier": model.classifier}), delta)
+
+
+def golden_delta() -> Delta:
+    """The example of docs/delta-format.md: entries 1 and 6 of eight grow by .5."""
+    base = torch.arange(8, dtype=torch.float32).view(2, 4)
+    trained = base.clone()
+    trained.view(-1)[[1, 6]] += 0.5
+    support = Support.of((2, 4), torch.tensor([1, 6]))
+    change = weight_delta(
+        support, support.gather(base), support.gather(trained), fingerprint(base), trained
+    )
+    return Delta({"w": change}, {"head.bias": torch.tensor([0.25])}, "", {"task": "example"})
+
+
+def test_golden_bytes(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden/delta-v1.safetensors"
+    save_delta(tmp_path / "d.safetensors", golden_delta())
+    assert (tmp_path / "d.safetensors").read_bytes() == golden.read_bytes()
+    raw = golden.read_bytes()
+    data = raw[8 + int.from_bytes(raw[:8], "little") :]
+    page = (Path(__file__).parent.parent / "docs/delta-format.md").read_text()
+    assert data.hex(" ") in page
+    with safe_open(golden, framework="pt") as file:
+        assert file.metadata()["sift"] in page.replace("\n", "")
+    again = load_delta(golden)
+    assert again.weights["w"].support.positions.tolist() == [1, 6]
+    assert again.dense["head.bias"].tolist() == [0.25]

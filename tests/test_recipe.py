@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from sift_cli.cli import shipped
 from sift_cli.data import TASKS
@@ -180,6 +181,13 @@ def test_a_mistake_in_an_override_is_located_there(override: str, expected: str)
     assert errors("train:\n  seed: 3\n", override) == [f"--set {override}: {expected}"]
 
 
+def test_a_mistake_in_an_overriding_list_is_not_located_in_the_file() -> None:
+    override = "selection.dense=[[1]]"
+    assert errors("selection:\n  dense:\n    - head\n", override) == [
+        f"--set {override}: selection.dense[0]: input should be a valid string, got [1]"
+    ]
+
+
 def test_mistakes_of_file_and_overrides_come_together() -> None:
     assert errors("train:\n  epoch: 3\n", "train.seed=x", "oops") == [
         "--set oops: an override reads section.key=value",
@@ -300,11 +308,22 @@ def test_the_resolved_recipe_reads_back_as_itself(added: str) -> None:
 
 
 def test_the_resolved_recipe_holds_every_value_in_the_order_of_the_schema() -> None:
-    lines = parse("out: runs/x\n").to_yaml().splitlines()
+    lines = parse("out: runs/ähm\n").to_yaml().splitlines()
     sections = [line.partition(":")[0] for line in lines if not line.startswith((" ", "-"))]
     assert sections == ["model", "data", "selection", "train", "eval", "log", "out"]
-    for resolved in ("  dtype: float32", "  score: gradient", "  density: 0.01", "  seed: 42"):
+    for resolved in (
+        "out: runs/ähm",
+        "  dtype: float32",
+        "  score: gradient",
+        "  density: 0.01",
+        "  seed: 42",
+    ):
         assert resolved in lines
+
+
+def test_a_recipe_does_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        parse().train.seed = 3
 
 
 def test_importing_the_recipe_leaves_heavy_libraries_out() -> None:

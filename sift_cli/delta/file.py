@@ -98,7 +98,7 @@ def weight_delta(
 
 def fingerprint(tensor: Tensor) -> str:
     """Sixteen hex digits of SHA-256 over dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    digest = hashlib.sha256(_kind(tensor).encode())
     digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:16]
 
@@ -208,13 +208,18 @@ def _damaged(path: Path, why: str) -> SiftError:
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(_canonical(header).encode())
     for name in sorted(tensors):
-        digest.update(f"{name}{tensors[name].dtype}{list(tensors[name].shape)}".encode())
+        digest.update(f"{name}{_kind(tensors[name])}".encode())
         digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
 
 
 def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _kind(tensor: Tensor) -> str:
+    """Dtype and shape in words, as in `float32[2, 4]`."""
+    return f"{_dtype_name(tensor.dtype)}{list(tensor.shape)}"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
