@@ -4,8 +4,8 @@ usage: python benchmarks/glue_minilm.py MODEL DATA --out OUT [--tasks rte cola s
 
 MODEL is a model folder, DATA a folder with one folder of GLUE files per task. Every run is a
 `sift train` of its own, on one core, and is skipped where its summary is there already. First each
-method's learning rate is tuned on 3,000 of SST-2's *training* rows, with others held out for it; the
-validation splits see only the tuned rates, and the weights of the last step. Writes
+method's learning rate is tuned on 3,000 of SST-2's *training* rows, with others held out for it;
+the validation splits see only the tuned rates, and the weights of the last step. Writes
 OUT/results.json and prints the tables as Markdown.
 """
 

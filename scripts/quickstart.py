@@ -1,4 +1,7 @@
-"""The quickstart: train, merge, evaluate and predict with the same commands that a user types."""
+"""The quickstart: train, merge, evaluate and predict with the same commands that a user types.
+
+`--svg` also writes the picture that README.md shows.
+"""
 
 import json
 import shlex
@@ -18,7 +21,7 @@ SENTENCES = [
     "I have had worse evenings, though none that cost this much.",
     "Not one page of it bored me.",
 ]
-console = Console()
+console = Console(record=True)
 
 
 def sift(*args: str) -> dict[str, Any]:
@@ -55,6 +58,8 @@ def main() -> None:
     for one in predictions:
         table.add_row(f'"{one["text"]}"', f"{one['label']} ({one['probability']:.0%})")
     console.print(table)
+    if "--svg" in sys.argv:
+        console.save_svg("docs/quickstart.svg", title="make quickstart")
     if again != summary["metrics"]:
         sys.exit("the merged model does not score what the trained one did")
 

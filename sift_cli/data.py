@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BUILTIN = Path(__file__).parent / "builtin"
-NUMBER = (
-    "__row__"  # the column of row numbers in source splits, which may have a `row` of their own
-)
+NUMBER = "__row__"  # row numbers, in source splits that may have a column `row` of their own
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 SPLIT_NAMES = {
     "train": ("train",),

@@ -1,0 +1,79 @@
+"""Writes docs/recipe.md, the reference of every recipe key, from the schema."""
+
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from sift_cli.data import TASKS
+from sift_cli.recipe import Recipe
+from sift_cli.selection.policies import POLICIES
+
+PAGE = Path(__file__).parent.parent / "docs/recipe.md"
+INTRO = """# The recipe
+
+Every key, read from the schema; `scripts/recipe_reference.py` writes this page. `model.path`,
+`data.path` and `data.task` are enough to begin with. Unknown keys are errors. `sift train --set
+section.key=value` wins over the file, and the resolved recipe is saved in the run folder.
+"""
+
+
+def main() -> None:
+    """Writes the page."""
+    PAGE.write_text(reference(), encoding="utf-8")
+
+
+def reference() -> str:
+    """The page."""
+    parts = [INTRO]
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            parts.append(f"\n## {name}\n\n{section.__doc__}\n\n| key | takes | default | |\n")
+            parts.append("| --- | --- | --- | --- |\n")
+            parts += [_row(key, one) for key, one in section.model_fields.items()]
+        else:
+            parts.append(f"\n## {name}\n\n{field.description}\n")
+    parts.append("\n## Policies\n\nA policy fills the axes that `selection` leaves open.\n\n")
+    parts.append("| policy | score | scope | structure | schedule | source |\n")
+    parts.append("| --- | --- | --- | --- | --- | --- |\n")
+    for name, row in POLICIES.items():
+        axes = f"{row.score} | {row.scope} | {row.structure} | {row.schedule}"
+        parts.append(f"| {name} | {axes} | {row.paper} |\n")
+    parts.append("\n## Tasks\n\n| task | text | labels | metrics |\n| --- | --- | --- | --- |\n")
+    for name, task in TASKS.items():
+        labels = ", ".join(task.labels) if task.labels else "a number"
+        metrics = ", ".join(task.metrics)
+        parts.append(f"| {name} | {', '.join(task.text)} | {labels} | {metrics} |\n")
+    parts.append("| custom | `data.text` | `data.label` | `data.metrics` |\n")
+    return "".join(parts)
+
+
+def _row(key: str, field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    said = "" if default is None else f"`{default}`"
+    if default is PydanticUndefined:
+        said = "required"
+    return f"| {key} | {_takes(field.annotation)} | {said} | {field.description or ''} |\n"
+
+
+def _takes(kind: Any) -> str:
+    origin = get_origin(kind)
+    if origin is Literal:
+        return ", ".join(str(one) for one in get_args(kind))
+    if origin in (Union, UnionType):
+        return " or ".join(_takes(one) for one in get_args(kind) if one is not type(None))
+    if origin is list:
+        return "list"
+    if hasattr(kind, "__metadata__"):
+        return _takes(get_args(kind)[0])
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true, false"}[
+        kind.__name__
+    ]
+
+
+if __name__ == "__main__":
+    main()
