@@ -310,3 +310,20 @@ def test_gather_after_scatter_is_the_identity(data: st.DataObject) -> None:
 def test_support_refuses_bad_positions(positions: list[int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Support.of((2, 3), torch.tensor(positions))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_step_on_a_gpu_equals_dense_adamw_under_the_mask(architecture: str) -> None:
+    model = tiny_model(architecture).cuda()
+    reference = copy.deepcopy(model)
+    supports = supports_of(model, 0.1)
+    masks = {name: mask.cuda() for name, mask in masks_of(reference, supports).items()}
+    dense = MaskedAdamW(reference, masks)
+    parameters = attach(model, supports)
+    optimizer = SparseAdamW(parameters, **SETTINGS)
+    for step in range(20):
+        batch = {key: value.cuda() for key, value in tiny_batch(seed=step).items()}
+        sparse_step(model, parameters, optimizer, [batch], max_norm=0.5)
+        dense.step([batch], max_norm=0.5)
+        assert_equal_models(model, reference)

@@ -172,6 +172,10 @@ def test_a_finished_run_is_not_overwritten(recipe_file: Path, tmp_path: Path) ->
     with pytest.raises(SiftError, match="holds a finished run"):
         train(recipe, tmp_path / "run")
     assert (tmp_path / "run/delta.safetensors").read_bytes() == before
+    wrong = load_recipe(recipe_file, ["data.text=[nope]"])
+    with pytest.raises(SiftError, match="no column"):
+        train(wrong, tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run/delta.safetensors").read_bytes() == before
     train(recipe, tmp_path / "run", overwrite=True)
 
 
@@ -312,3 +316,14 @@ def test_kept_weights_follow_the_first_best_or_the_last() -> None:
         kept.restore()
         assert kept.step == wanted
         assert parameters.segments[0].weight.detach().tolist() == [[float(wanted)] * 2]
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_and_its_evaluation_agree(recipe_file: Path, tmp_path: Path) -> None:
+    summary = train(load_recipe(recipe_file), tmp_path / "run", device="cuda")
+    assert summary["device"] == "cuda"
+    assert summary["bf16_autocast"] == torch.cuda.is_bf16_supported()
+    loaded, recipe = load_tuned(str(tmp_path / "run"))
+    assert recipe is not None
+    again = open_session(recipe, device="cuda", train=False, tuned=loaded).evaluate()
+    assert again == summary["metrics"]

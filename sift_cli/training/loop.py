@@ -24,7 +24,7 @@ from sift_cli.selection.targets import choose_weights
 from sift_cli.session import Session, open_session
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach
 from sift_cli.training.batches import Batches
-from sift_cli.training.run import Timing, open_run_folder, open_sinks, write_run
+from sift_cli.training.run import Timing, open_run_folder, require_free, write_run
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -44,7 +44,7 @@ def train(
     """
     timing = Timing()
     console = console or Console(stderr=True, quiet=True)
-    open_run_folder(out, overwrite)
+    require_free(out, overwrite)
     session = open_session(recipe, device=device)
     assert session.train is not None
     for split, cut in session.truncated().items():
@@ -71,7 +71,7 @@ def train(
         SCHEDULES[recipe.train.lr_schedule], optimizer.adamw, warmup, batches.steps
     )
     kept = Kept(parameters, recipe.eval.keep, session.task.metrics[0])
-    log = open_sinks(recipe, out, console)
+    log = open_run_folder(recipe, out, console)
     try:
         for step, rows in enumerate(batches, start=1):
             with timing.step():

@@ -43,17 +43,17 @@ class Timing:
         self.step_ms.append((time.perf_counter() - began) * 1e3)
 
 
-def open_run_folder(out: Path, overwrite: bool) -> None:
-    """Makes the folder; raises SiftError where it holds a finished run and may not lose it."""
+def require_free(out: Path, overwrite: bool) -> None:
+    """Raises SiftError where `out` holds a finished run that may not be overwritten."""
     if (out / SUMMARY_FILE).exists() and not overwrite:
         raise SiftError(f"{out} holds a finished run; choose another --out, or pass --overwrite")
+
+
+def open_run_folder(recipe: Recipe, out: Path, console: Console) -> Sinks:
+    """Makes the folder, clears it of an earlier run; returns metrics.jsonl and the other sinks."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / SUMMARY_FILE).unlink(missing_ok=True)
-    (out / DELTA_FILE).unlink(missing_ok=True)
-
-
-def open_sinks(recipe: Recipe, out: Path, console: Console) -> Sinks:
-    """metrics.jsonl and the terminal, and what the recipe adds."""
+    for name in (SUMMARY_FILE, DELTA_FILE):
+        (out / name).unlink(missing_ok=True)
     (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     sinks: list[Sink] = [JsonLines(out / "metrics.jsonl")]
     if recipe.log.tensorboard:
