@@ -261,7 +261,13 @@ def _infer_labels(rows: Dataset, column: str) -> tuple[str, ...] | None:
     if all(isinstance(value, str) for value in values):
         return tuple(sorted(set(values)))
     if all(isinstance(value, bool | int) for value in values):
-        return tuple(str(code) for code in range(int(max(values)) + 1))
+        count = int(max(values)) + 1
+        if count > max(len(values), 100):
+            raise SiftError(
+                f"data.label: {column!r} goes up to {count - 1:,} in {len(values):,} rows, so it "
+                "holds no codes of classes; name them in data.labels, or use real numbers"
+            )
+        return tuple(str(code) for code in range(count))
     return None
 
 
@@ -280,7 +286,7 @@ def _check_rows(
     names: tuple[str, ...] | None,
 ) -> Dataset:
     """The same rows with the columns text, pair, label and row alone, every value checked."""
-    from datasets import Dataset
+    from datasets import ClassLabel, Dataset
 
     _require(rows, split, [*text, label])
     numbers = list(rows[NUMBER])
@@ -297,6 +303,10 @@ def _check_rows(
         _refuse(split, "targets that are not finite", numbers, [not one for one in finite])
         out["label"] = [float(value) for value in given]
     else:
+        feature = rows.features[label]
+        own = feature.names if isinstance(feature, ClassLabel) else []
+        if set(own) == set(names):  # the source's own codes, which may be in another order
+            given = [own[code] if code in range(len(own)) else code for code in given]
         codes = {name: code for code, name in enumerate(names)}
         coded = [codes.get(value, -1) if isinstance(value, str) else value for value in given]
         valid = [isinstance(code, int) and 0 <= code < len(names) for code in coded]

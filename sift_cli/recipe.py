@@ -22,7 +22,7 @@ from sift_cli.errors import SiftError
 from sift_cli.metrics import METRICS
 from sift_cli.selection.policies import POLICIES
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -205,6 +205,13 @@ class Recipe(Section):
 
 Place = tuple[str | int, ...]
 
+# Keys of the file that an override makes void: a resolved recipe holds what its policy filled in.
+REPLACES = {
+    "selection.policy": ("score", "scope", "structure", "schedule"),
+    "selection.budget": ("density",),
+    "selection.density": ("budget",),
+}
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe file; each override is `a.b=value` and wins over the file.
@@ -248,16 +255,20 @@ def _read(
     def walk(node: yaml.Node, place: Place) -> Any:
         places.setdefault(place, locate(node.start_mark))
         if isinstance(node, yaml.MappingNode):
-            loader.flatten_mapping(node)
+            own = {id(key_node) for key_node, _ in node.value}
+            loader.flatten_mapping(node)  # merge keys come first and may be given again
             found: dict[Any, Any] = {}
+            seen = set()
             for key_node, value_node in node.value:
                 key = loader.construct_object(key_node, deep=True)
                 if not isinstance(key, str):
                     problems.append((locate(key_node.start_mark), f"{key!r}: a key must be text"))
                     continue
-                if key in found:
+                if key in seen:
                     twice = f"{_dotted((*place, key))}: given twice"
                     problems.append((locate(key_node.start_mark), twice))
+                if id(key_node) in own:
+                    seen.add(key)
                 places[(*place, key)] = locate(key_node.start_mark)
                 found[key] = walk(value_node, (*place, key))
             return found
@@ -309,9 +320,13 @@ def _override(
         if not isinstance(section.get(key), dict):
             section[key] = {}
         section = section[key]
+    for replaced in (keys[-1], *(REPLACES.get(dotted.strip(), ()) if value is not None else ())):
+        inside = (*keys[:-1], replaced)
+        if not places.get(inside, "").startswith("--set"):  # two overrides can still disagree
+            section.pop(replaced, None)
+        for place in [p for p in places if p[: len(keys)] == inside]:
+            del places[place]
     section[keys[-1]] = value
-    for place in [p for p in places if p[: len(keys)] == tuple(keys)]:
-        del places[place]
     places[tuple(keys)] = where
 
 

@@ -610,3 +610,23 @@ def test_the_splits_of_the_reviews_share_no_run_of_six_words(
     }
     assert len(runs["train"]) > 5000
     assert runs["train"] & runs["validation"] == set()
+
+
+def test_codes_of_a_class_label_follow_its_names_not_its_order(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset
+
+    rows = Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [0, 1, 1]})
+    rows = rows.cast_column("label", ClassLabel(names=["positive", "negative"]))
+    for split in ("train", "validation"):
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    task = load_task(str(tmp_path), "sst2")
+    assert task.train is not None
+    assert list(task.train["label"]) == [1, 0, 0]
+
+
+def test_a_column_of_ids_is_not_taken_for_labels(tmp_path: Path) -> None:
+    lines = "\n".join(f'{{"t": "x", "y": {code}}}' for code in (5, 10**12))
+    (tmp_path / "train.jsonl").write_text(lines)
+    (tmp_path / "validation.jsonl").write_text(lines)
+    with pytest.raises(SiftError, match=r"holds no codes of classes; name them in data\.labels"):
+        load_task(str(tmp_path), "custom", text=["t"], label="y")

@@ -56,8 +56,7 @@ def test_all_mistakes_come_at_once_one_line_each() -> None:
     added = "selection:\n  density: 2\ntrain:\n  epoch: 3\n  batch_size: none\n"
     assert errors(added) == [
         "r.yaml:7:3 selection.density: input should be less than or equal to 1, got 2",
-        "r.yaml:10:3 train.batch_size: input should be a valid integer, unable to parse string as "
-        "an integer, got 'none'",
+        "r.yaml:10:3 train.batch_size: input should be a valid integer, got 'none'",
         "r.yaml:9:3 train.epoch: unknown key; did you mean train.epochs?",
     ]
 
@@ -387,3 +386,35 @@ def test_an_installed_package_brings_its_recipes_inside(
     (inside / "one.yaml").write_text("# About it\nmodel:\n")
     assert shipped.folder() == inside
     assert shipped.listing() == {"one": "About it"}
+
+
+RESOLVED = parse_recipe(
+    "model: {path: m}\ndata: {path: d, task: rte}\nselection: {density: 0.02}\n", "r"
+).to_yaml()
+
+
+def test_another_policy_for_a_resolved_recipe_brings_its_own_axes() -> None:
+    recipe = parse_recipe(RESOLVED, "r", ["selection.policy=random"])
+    assert recipe.selection.score == "random"
+    both = ["selection.score=magnitude", "selection.policy=random"]
+    for order in (both, both[::-1]):
+        assert parse_recipe(RESOLVED, "r", order).selection.score == "magnitude"
+
+
+def test_a_budget_replaces_a_density_and_the_other_way_round() -> None:
+    recipe = parse_recipe(RESOLVED, "r", ["selection.budget=500"])
+    assert (recipe.selection.budget, recipe.selection.density) == (500, None)
+    again = parse_recipe(recipe.to_yaml(), "r", ["selection.density=0.5"])
+    assert (again.selection.budget, again.selection.density) == (None, 0.5)
+    with pytest.raises(SiftError, match="not both"):
+        parse_recipe(RESOLVED, "r", ["selection.budget=500", "selection.density=0.5"])
+
+
+def test_merge_keys_may_be_overridden_and_true_is_no_number() -> None:
+    text = "a: &a {path: x}\nmodel: {<<: *a, path: m}\ndata: {path: d, task: rte}\n"
+    with pytest.raises(SiftError) as caught:
+        parse_recipe(text + "eval: {every: true}\n", "r")
+    lines = sorted(str(caught.value).splitlines())
+    assert len(lines) == 2
+    assert lines[0].startswith("r:1:1 a: unknown key")
+    assert lines[1].startswith("r:4:8 eval.every")
