@@ -8,7 +8,7 @@ help:  ## what there is
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,quickstart,peft]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,quickstart]'
 	touch $@
 
 .venv/.quickstart:

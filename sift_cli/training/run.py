@@ -55,12 +55,12 @@ def open_run_folder(recipe: Recipe, out: Path, console: Console) -> Sinks:
     for name in (SUMMARY_FILE, DELTA_FILE):
         (out / name).unlink(missing_ok=True)
     (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    sinks: list[Sink] = [JsonLines(out / "metrics.jsonl")]
+    sinks: list[Sink] = []
     if recipe.log.tensorboard:
         sinks.append(TensorBoard(out / "tensorboard"))
     if recipe.log.wandb:
         sinks.append(WandB(out, recipe.model_dump(mode="json")))
-    return Sinks([*sinks, Bar(console)])
+    return Sinks([*sinks, JsonLines(out / "metrics.jsonl"), Bar(console)])
 
 
 def write_run(
