@@ -4,9 +4,9 @@ usage: python benchmarks/glue_minilm.py MODEL DATA --out OUT [--tasks sst2 cola 
 
 MODEL is a model folder, DATA a folder with one folder of GLUE files per task. Every run is a
 `sift train` of its own, on one core, and is skipped where its summary is there already. Each method
-gets two learning rates on each task and is shown with the better one, chosen on the validation
-split itself, so all scores are a little optimistic. Weights are those of the last step. Writes
-OUT/results.json and prints the tables as Markdown.
+gets two learning rates on SST-2 and CoLA and is shown with the better one, chosen on the validation
+split itself, so the scores are a little optimistic; on RTE, whose rows are long, it gets the lower
+one. Weights are those of the last step. Writes OUT/results.json and prints a table as Markdown.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from statistics import mean
 from typing import Any
 
 METHODS: dict[str, list[str]] = {
-    "sift 1 %": ["selection.policy=sift", "selection.density=0.01"],
+    "sift 1 %": [5e-4, 2e-3],
     "random 1 %": ["selection.policy=random", "selection.density=0.01"],
     "full": ["selection.policy=magnitude", "selection.density=1.0", "selection.target=all"],
     "sift .1 %": ["selection.policy=sift", "selection.density=0.001"],
@@ -34,10 +34,10 @@ RATES = {
     "random .1 %": [4e-3, 8e-3],
 }
 MAIN = ["sift 1 %", "random 1 %", "full"]
-TASKS: dict[str, tuple[list[str], list[str]]] = {  # what to change, and which methods run
-    "sst2": (["train.epochs=2", "data.max_train_rows=10000"], list(METHODS)),
-    "cola": (["train.epochs=3"], MAIN),
-    "rte": (["train.epochs=4"], MAIN),
+TASKS: dict[str, tuple[list[str], list[str], int]] = {  # changes, methods, count of rates
+    "sst2": (["train.epochs=2", "data.max_train_rows=10000"], list(METHODS), 2),
+    "cola": (["train.epochs=3"], MAIN, 2),
+    "rte": (["train.epochs=4"], MAIN, 1),
 }
 SHARED = [
     "eval.keep=last",
@@ -82,9 +82,9 @@ def main() -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting: dict[Key, list[Any]] = {}
         for task in given.tasks:
-            changes, methods = TASKS[task]
+            changes, methods, count = TASKS[task]
             for method in methods:
-                for rate in RATES[method]:
+                for rate in RATES[method][:count]:
                     for seed in given.seeds:
                         last = [f"train.learning_rate={rate}", f"train.seed={seed}"]
                         name = f"{task}-{method.replace(' ', '').replace('%', '')}-{rate:g}-{seed}"
