@@ -20,7 +20,7 @@ from statistics import mean
 from typing import Any
 
 METHODS: dict[str, list[str]] = {
-    "sift 1 %": [5e-4, 2e-3],
+    "sift 1 %": ["selection.policy=sift", "selection.density=0.01"],
     "random 1 %": ["selection.policy=random", "selection.density=0.01"],
     "full": ["selection.policy=magnitude", "selection.density=1.0", "selection.target=all"],
     "sift .1 %": ["selection.policy=sift", "selection.density=0.001"],
