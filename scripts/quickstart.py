@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,16 +18,16 @@ from rich.table import Table
 RECIPE = "quickstart"
 RUN = Path("runs/quickstart")
 SENTENCES = [
-    "The soup was cold, but everything that followed made us forget it.",
-    "I have had worse evenings, though none that cost this much.",
+    "The soup was cold and nobody seemed to care.",
     "Not one page of it bored me.",
+    "The lens is sharp, but the shutter broke within a week.",
 ]
 console = Console(record=True)
 
 
 def sift(*args: str) -> dict[str, Any]:
     """Runs one command and returns what it printed as JSON; progress goes to the terminal."""
-    console.print(f"[bold]$ sift {shlex.join(args)}[/bold]", highlight=False, soft_wrap=True)
+    console.print(f"[bold]$ sift {shlex.join(args)}[/bold]", highlight=False)
     command = [str(Path(sys.executable).parent / "sift"), *args, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -59,9 +60,16 @@ def main() -> None:
         table.add_row(f'"{one["text"]}"', f"{one['label']} ({one['probability']:.0%})")
     console.print(table)
     if "--svg" in sys.argv:
-        console.save_svg("docs/quickstart.svg", title="make quickstart")
+        Path("docs/quickstart.svg").write_text(picture())
     if again != summary["metrics"]:
         sys.exit("the merged model does not score what the trained one did")
+
+
+def picture() -> str:
+    """All that was printed as an SVG, in the reader's own monospace font: nothing to fetch."""
+    svg = console.export_svg(title="make quickstart")
+    svg = re.sub(r"@font-face {.*?}", "", svg, flags=re.DOTALL)
+    return svg.replace("Fira Code, monospace", "monospace")
 
 
 if __name__ == "__main__":
