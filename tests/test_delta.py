@@ -103,6 +103,37 @@ def test_file_applied_to_the_base_gives_the_trained_weights_and_back(
     assert left == list(again.dense)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_weights_are_stored_once_and_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = nn.Embedding(12, 6)
+            self.head = nn.Linear(6, 12, bias=False)
+            self.head.weight = self.embed.weight
+            self.to(dtype)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embed(ids))
+
+    trained, model, base = Tied(), Tied(), Tied()
+    marks = state_fingerprints(trained, [])
+    assert list(marks) == ["embed.weight"]
+    support = Support.of((12, 6), torch.arange(0, 72, 3))
+    parameters = attach(trained, {"embed.weight": support})
+    trained(torch.tensor([1, 2, 3])).square().sum().backward()
+    SparseAdamW(parameters, lr=0.1).step()
+    save_delta(tmp_path / "d", build_delta(parameters, [], marks, dict(ABOUT)))
+    delta = load_delta(tmp_path / "d")
+    apply_delta(model, delta)
+    assert bits_equal(model.head.weight, trained.embed.weight)
+    assert not bits_equal(model.head.weight, base.head.weight)
+    with torch.no_grad():
+        delta.weights["embed.weight"].toggle_(model.embed.weight)
+    assert bits_equal(model.head.weight, base.head.weight)
+
+
 def test_a_full_support_stores_no_positions(tmp_path: Path) -> None:
     delta, _ = train_a_little(tiny_model("bert", torch.float32), 1.0)
     save_delta(tmp_path / "d.safetensors", delta)

@@ -83,6 +83,7 @@ class Global:
         self._names: list[str] = []
         self._shapes: list[tuple[int, ...]] = []
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # scores, weight indices, positions
+        self._held = 0  # candidates in all parts
         self._floor = float("-inf")
 
     def add(self, name: str, shape: tuple[int, ...], scores: Tensor) -> None:
@@ -94,7 +95,8 @@ class Global:
         self._names.append(name)
         self._shapes.append(shape)
         self._parts.append((scores[positions].float().cpu(), owner, positions.cpu()))
-        if sum(len(part[0]) for part in self._parts) > 2 * self.budget:
+        self._held += len(positions)
+        if self._held > 2 * self.budget:
             self._prune()
 
     def supports(self) -> dict[str, Support]:
@@ -114,5 +116,6 @@ class Global:
         scores, owner, positions = (torch.cat(column) for column in zip(*self._parts, strict=True))
         keep = largest(scores, self.budget)
         self._parts = [(scores[keep], owner[keep], positions[keep])]
+        self._held = len(keep)
         if len(keep) == self.budget:
             self._floor = float(scores[keep].min())
