@@ -42,7 +42,7 @@ TASKS: dict[str, tuple[list[str], dict[str, list[float]]]] = {  # changes; metho
         {"sift 1 %": [2e-3, 4e-3], "random 1 %": [4e-3], "full": [1e-4]},
     ),
     "rte": (
-        ["train.epochs=4"],
+        ["train.epochs=3"],
         {"sift 1 %": [5e-4], "random 1 %": [4e-3], "full": [1e-4]},
     ),
 }
