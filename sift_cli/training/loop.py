@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from sift_cli.delta.apply import state_fingerprints
@@ -63,13 +64,7 @@ def train(
     )
     supports = select_entries(recipe, session, batches, sparse) | whole(session.model, dense)
     parameters = attach(session.model, supports)
-    optimizer = SparseAdamW(
-        parameters, recipe.train.learning_rate, weight_decay=recipe.train.weight_decay
-    )
-    warmup = ceil(recipe.train.warmup * batches.steps)
-    schedule = get_scheduler(
-        SCHEDULES[recipe.train.lr_schedule], optimizer.adamw, warmup, batches.steps
-    )
+    optimizer, schedule = make_optimizer(recipe, parameters, batches.steps)
     kept = Kept(parameters, recipe.eval.keep, session.task.metrics[0])
     log = open_run_folder(recipe, out, console)
     try:
@@ -82,18 +77,7 @@ def train(
                 optimizer.step()
                 schedule.step()
             if step % recipe.log.every == 0 or step == batches.steps:
-                log.log(
-                    {
-                        "step": step,
-                        "steps": batches.steps,
-                        "epoch": step / batches.steps_per_epoch,
-                        "loss": loss,
-                        "learning_rate": rate,
-                        "grad_norm": norm,
-                        "step_time_ms": timing.step_ms[-1],
-                        "rows_per_second": sum(map(len, rows)) / timing.step_ms[-1] * 1e3,
-                    }
-                )
+                log.log(progress(step, batches, loss, rate, norm, rows, timing.step_ms[-1]))
             if evaluates(step, recipe.eval.every, batches):
                 metrics = session.evaluate()
                 best = kept.offer(step, metrics)
@@ -185,6 +169,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(flag)
 
 
+def make_optimizer(
+    recipe: Recipe, parameters: SparseParameters, steps: int
+) -> tuple[SparseAdamW, LRScheduler]:
+    """AdamW over the selected entries, and the learning rate of each of `steps`."""
+    settings = recipe.train
+    optimizer = SparseAdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+    warmup = ceil(settings.warmup * steps)
+    name = SCHEDULES[settings.lr_schedule]
+    return optimizer, get_scheduler(name, optimizer.adamw, warmup, steps)
+
+
 def kept_randomness(device: torch.device) -> Any:
     """Leaves the random states of the host and of `device` as they were."""
     devices = [device] if device.type == "cuda" else []
@@ -224,6 +219,28 @@ def require_finite(
         f"{step - 1}. Try a lower train.learning_rate, or look at these rows",
         ExitCode.NOT_FINITE,
     )
+
+
+def progress(
+    step: int,
+    batches: Batches,
+    loss: float,
+    rate: float,
+    norm: float,
+    rows: Sequence[list[int]],
+    step_ms: float,
+) -> dict[str, float]:
+    """What is logged of one step."""
+    return {
+        "step": step,
+        "steps": batches.steps,
+        "epoch": step / batches.steps_per_epoch,
+        "loss": loss,
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "step_time_ms": step_ms,
+        "rows_per_second": sum(map(len, rows)) / step_ms * 1e3,
+    }
 
 
 def evaluates(step: int, every: str | int, batches: Batches) -> bool:
