@@ -73,7 +73,7 @@ def train(
                 loss = add_gradient(session, rows)
                 norm = float(optimizer.clip(recipe.train.max_grad_norm))
                 require_finite(step, loss, norm, session, rows)
-                rate = schedule.get_last_lr()[0]
+                rate = float(schedule.get_last_lr()[0])
                 optimizer.step()
                 schedule.step()
             if step % recipe.log.every == 0 or step == batches.steps:
