@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from sift_cli.data import TASKS
-from sift_cli.recipe import Recipe
+from sift_cli.recipe import OPTIONS, Recipe
 from sift_cli.selection.policies import POLICIES
 
 PAGE = Path(__file__).parent.parent / "docs/recipe.md"
@@ -37,12 +37,19 @@ def reference() -> str:
             parts += [_row(key, one) for key, one in section.model_fields.items()]
         else:
             parts.append(f"\n## {name}\n\n{field.description}\n")
-    parts.append("\n## Policies\n\nA policy fills the axes that `selection` leaves open.\n\n")
-    parts.append("| policy | score | scope | structure | schedule | source |\n")
-    parts.append("| --- | --- | --- | --- | --- | --- |\n")
+    parts.append(
+        "\nSome keys of `selection` belong to one kind of it and are errors elsewhere:\n\n"
+    )
+    parts.append("| key | belongs to | default there |\n| --- | --- | --- |\n")
+    for key, (default, of) in OPTIONS.items():
+        parts.append(f"| {key} | `{of}` | {'' if default is None else f'`{default}`'} |\n")
+    parts.append("\n## Policies\n\nA policy fills what `selection` leaves open.\n\n")
+    parts.append("| policy | score | scope | structure | schedule | and | source |\n")
+    parts.append("| --- | --- | --- | --- | --- | --- | --- |\n")
     for name, row in POLICIES.items():
         axes = f"{row.score} | {row.scope} | {row.structure} | {row.schedule}"
-        parts.append(f"| {name} | {axes} | {row.paper} |\n")
+        more = ", ".join(f"`{key}: {value}`" for key, value in row.defaults.items())
+        parts.append(f"| {name} | {axes} | {more} | {row.paper} |\n")
     parts.append("\n## Tasks\n\n| task | text | labels | metrics |\n| --- | --- | --- | --- |\n")
     for name, task in TASKS.items():
         labels = ", ".join(task.labels) if task.labels else "a number"
@@ -68,6 +75,8 @@ def _takes(kind: Any) -> str:
         return " or ".join(_takes(one) for one in get_args(kind) if one is not type(None))
     if origin is list:
         return "list"
+    if origin is dict:
+        return "patterns"
     if hasattr(kind, "__metadata__"):
         return _takes(get_args(kind)[0])
     return {"str": "text", "int": "integer", "float": "number", "bool": "true, false"}[

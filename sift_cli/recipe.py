@@ -1,7 +1,7 @@
 """The recipe: its schema, its file, and errors that say where. Imports no torch."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     WrapValidator,
     model_validator,
@@ -20,7 +21,14 @@ from pydantic import (
 from sift_cli.data import TASKS
 from sift_cli.errors import SiftError
 from sift_cli.metrics import METRICS
-from sift_cli.selection.policies import POLICIES
+from sift_cli.selection.policies import (
+    CHANGING,
+    POLICIES,
+    SCHEDULES,
+    SCOPES,
+    SCORES,
+    STRUCTURES,
+)
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -106,16 +114,62 @@ class DataSection(Section):
         return self
 
 
+# Keys that only some selections have, with their defaults and what they belong to.
+OPTIONS: dict[str, tuple[object, str]] = {
+    "block_size": (16, "structure: block"),
+    "rank": (32, "score: low-rank"),
+    "every": (20, "schedule: every-n-steps"),
+    "drop": (1.0, "schedule: every-n-steps"),
+    "revert": (False, "schedule: every-batch or every-n-steps"),
+    "history": ("keep", "schedule: every-batch or every-n-steps"),
+    "warmup_steps": (50, "schedule: after-warmup"),
+    "warmup_trains": ("head", "schedule: after-warmup"),
+    "warmup_learning_rate": (None, "schedule: after-warmup"),
+}
+AXES = ("score", "scope", "structure", "schedule")
+
+
+def _density(value: object) -> object:
+    """One share, or patterns with shares; the error is that of what was meant."""
+    kind: Any = dict[str, Share] if isinstance(value, dict) else Share
+    try:
+        return None if value is None else TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{first['loc'][0]}: " if first["loc"] else ""
+        said = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        raise ValueError(f"{where}{said}, got {first['input']!r}") from None
+
+
+def _score_name(value: str) -> str:
+    file, colon, function = value.rpartition(":")
+    if value not in SCORES and not (colon and file.endswith(".py") and function.isidentifier()):
+        raise ValueError(f"unknown: {value!r}{_nearest(value, SCORES)}, or FILE.py:FUNCTION")
+    return value
+
+
 class SelectionSection(Section):
     """Which entries train."""
 
     policy: PolicyName = Field("sift", description="a row of the policy table")
-    score: Literal["gradient", "magnitude", "random"] | None = None
-    scope: Literal["tensor", "global"] | None = None
-    structure: Literal["entry"] | None = None
-    schedule: Literal["first-batch"] | None = None
+    score: Annotated[str, AfterValidator(_score_name)] | None = Field(
+        None, description="what an entry is worth; or FILE.py:FUNCTION"
+    )
+    scope: Annotated[str, _one_of(SCOPES)] | None = Field(
+        None, description="where entries compete for the budget"
+    )
+    structure: Annotated[str, _one_of(STRUCTURES)] | None = Field(
+        None, description="what is chosen whole"
+    )
+    schedule: Annotated[str, _one_of(SCHEDULES)] | None = Field(
+        None, description="when entries are chosen"
+    )
     batches: PositiveInt = Field(1, description="calibration batches whose gradients are summed")
-    density: Share | None = Field(None, description="share of the targeted entries; 0.01 if unset")
+    density: Annotated[float | dict[str, float] | None, BeforeValidator(_density)] = Field(
+        None,
+        description="share of the targeted entries, or {default: share, PATTERN: share}; "
+        "0.01 if unset",
+    )
     budget: PositiveInt | None = Field(None, description="entries in all, instead of a density")
     target: Annotated[str | list[str], _in_short("all-linear, all, or name patterns")] = Field(
         "all-linear", description="all-linear, all, or name patterns"
@@ -124,29 +178,83 @@ class SelectionSection(Section):
     dense: Names = Field(
         default_factory=lambda: ["classifier", "score"], description="modules trained whole"
     )
+    block_size: PositiveInt | None = Field(None, description="edge of a block")
+    rank: PositiveInt | None = Field(None, description="rank of the low-rank score")
+    every: PositiveInt | None = Field(None, description="steps between selections")
+    drop: Share | None = Field(
+        None, description="share of the support that changed least and is chosen anew each time"
+    )
+    revert: bool | None = Field(None, description="entries that leave go back to the base")
+    history: Literal["keep", "reset", "park"] | None = Field(
+        None, description="what becomes of Adam's moments when the support changes"
+    )
+    warmup_steps: PositiveInt | None = Field(None, description="steps before entries are chosen")
+    warmup_trains: Literal["head", "all"] | None = Field(
+        None, description="what these train; after `all`, weights go back to the base"
+    )
+    warmup_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="train.learning_rate for the head and 1e-4 for all if unset"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _row(cls, given: Any) -> Any:
-        """Fills the axes that the recipe leaves open from the policy's row."""
+        """Fills what the recipe leaves open: axes and options from the policy, then defaults."""
         if not isinstance(given, dict):
             return given
         row = POLICIES.get(str(given.get("policy", "sift")), POLICIES["sift"])
-        axes = {
-            "score": row.score,
-            "scope": row.scope,
-            "structure": row.structure,
-            "schedule": row.schedule,
-        }
-        return {**given, **{key: value for key, value in axes.items() if given.get(key) is None}}
+        filled = {**given}
+        for key, value in {**{axis: getattr(row, axis) for axis in AXES}, **row.defaults}.items():
+            applies = key not in OPTIONS or _applies(key, filled)
+            if filled.get(key) is None and applies:
+                filled[key] = value
+        for key, (value, _) in OPTIONS.items():
+            if filled.get(key) is None and _applies(key, filled):
+                filled[key] = value
+        return filled
 
     @model_validator(mode="after")
-    def _one_size(self) -> "SelectionSection":
+    def _fits_together(self) -> "SelectionSection":
         if self.density is not None and self.budget is not None:
             raise ValueError("density: give density or budget, not both")
         if self.density is None and self.budget is None:
             object.__setattr__(self, "density", 0.01)
+        for key, (_, needs) in OPTIONS.items():
+            if getattr(self, key) is not None and not _applies(key, dict(self)):
+                raise ValueError(f"{key}: it belongs to {needs}, and would do nothing here")
+        if isinstance(self.density, dict):
+            if "default" not in self.density:
+                raise ValueError("density: give the other weights a share too, as `default`")
+            if self.scope == "global":
+                raise ValueError(
+                    "density: under scope global all weights share one budget; patterns need "
+                    "scope tensor or neuron"
+                )
+        if self.scope == "neuron" and self.structure in ("row", "column"):
+            raise ValueError(
+                f"structure: a {self.structure} is no part of one neuron; scope neuron goes with "
+                "entry or block"
+            )
+        if self.score == "change" and self.warmup_trains != "all":
+            raise ValueError(
+                "score: change is how far a warm-up moved each entry; it needs schedule "
+                "after-warmup and warmup_trains: all"
+            )
         return self
+
+
+def _applies(option: str, selection: Mapping[str, Any]) -> bool:
+    schedule = selection.get("schedule")
+    if option == "block_size":
+        return selection.get("structure") == "block"
+    if option == "rank":
+        score = str(selection.get("score"))
+        return score == "low-rank" or ".py:" in score
+    if option in ("every", "drop"):
+        return schedule == "every-n-steps"
+    if option in ("revert", "history"):
+        return schedule in CHANGING
+    return schedule == "after-warmup"
 
 
 class TrainSection(Section):
@@ -207,7 +315,10 @@ Place = tuple[str | int, ...]
 
 # Keys of the file that an override makes void: a resolved recipe holds what its policy filled in.
 REPLACES = {
-    "selection.policy": ("score", "scope", "structure", "schedule"),
+    "selection.policy": AXES,
+    "selection.score": ("rank",),
+    "selection.structure": ("block_size",),
+    "selection.schedule": tuple(key for key, (_, of) in OPTIONS.items() if "schedule" in of),
     "selection.budget": ("density",),
     "selection.density": ("budget",),
 }
@@ -320,7 +431,10 @@ def _override(
         if not isinstance(section.get(key), dict):
             section[key] = {}
         section = section[key]
-    for replaced in (keys[-1], *(REPLACES.get(dotted.strip(), ()) if value is not None else ())):
+    void = REPLACES.get(dotted.strip(), ()) if value is not None else ()
+    if dotted.strip() == "selection.policy":
+        void = (*void, *_filled_in(section))
+    for replaced in (keys[-1], *void):
         inside = (*keys[:-1], replaced)
         if not places.get(inside, "").startswith("--set"):  # two overrides can still disagree
             section.pop(replaced, None)
@@ -328,6 +442,13 @@ def _override(
             del places[place]
     section[keys[-1]] = value
     places[tuple(keys)] = where
+
+
+def _filled_in(section: Mapping[str, Any]) -> list[str]:
+    """The options of a selection that hold what its policy, or the default, gives them."""
+    row = POLICIES.get(str(section.get("policy", "sift")), POLICIES["sift"])
+    usual = {"batches": 1, **{key: value for key, (value, _) in OPTIONS.items()}, **row.defaults}
+    return [key for key, value in usual.items() if section.get(key) in (value, None)]
 
 
 def _describe(error: Any, places: dict[Place, str], source: str) -> tuple[str, str]:

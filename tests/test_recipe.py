@@ -274,7 +274,10 @@ def test_a_custom_task_needs_text_and_label(given: tuple[str, ...]) -> None:
         ("data.task=custm", "data.task: unknown: 'custm'; did you mean custom?"),
         ("selection.policy=magnitud", "selection.policy: unknown: 'magnitud'; did you mean magnit"),
         ("data.metrics=[f1, mathews]", "data.metrics[1]: unknown: 'mathews'; did you mean matth"),
-        ("selection.policy=zzz", "selection.policy: unknown: 'zzz'; known: sift, random, magnit"),
+        (
+            "selection.policy=zzz",
+            "selection.policy: unknown: 'zzz'; known: sift, current-batch, random, magnit",
+        ),
     ],
 )
 def test_an_unknown_name_offers_the_nearest(override: str, expected: str) -> None:

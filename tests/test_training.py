@@ -254,7 +254,7 @@ def test_regression_and_pairs(tmp_path: Path, recipe_text: str) -> None:
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sift_cli.training import loop
+    from sift_cli.training import choosing, loop
 
     real, calls = loop.add_gradient, []
 
@@ -264,6 +264,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
         return math.nan if len(calls) == 4 else loss  # selection, then steps 1, 2, 3
 
     monkeypatch.setattr(loop, "add_gradient", poisoned)
+    monkeypatch.setattr(choosing, "add_gradient", poisoned)
     with pytest.raises(SiftError, match=r"step 3: the loss is nan") as caught:
         train(load_recipe(recipe_file), tmp_path / "run")
     assert caught.value.code == ExitCode.NOT_FINITE

@@ -29,6 +29,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe.")
 ]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Let selection.score run a function in a file.")
+]
 Device = Annotated[
     str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")
 ]
@@ -60,6 +63,7 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished run in the run folder.")
     ] = False,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Train, evaluate, and write the run folder."""
@@ -73,7 +77,14 @@ def train(
     folder = out or Path(resolved.out or f"runs/{path.stem}")
     from sift_cli.training import train as run
 
-    summary = run(resolved, folder, device=device, overwrite=overwrite, console=stderr)
+    summary = run(
+        resolved,
+        folder,
+        device=device,
+        overwrite=overwrite,
+        allow_code=allow_code,
+        console=stderr,
+    )
     if as_json:
         _print_json(summary)
         return
@@ -205,6 +216,25 @@ def recipes_ls() -> None:
     table = Table("name", "what it does")
     for name, about in shipped.listing().items():
         table.add_row(name, about)
+    stdout.print(table)
+
+
+@recipes_app.command("policies")
+def recipes_policies(as_json: Json = False) -> None:
+    """List the named ways to choose entries: rows of `selection.policy`."""
+    from dataclasses import asdict
+
+    from sift_cli.selection.policies import POLICIES
+
+    if as_json:
+        _print_json({name: asdict(row) for name, row in POLICIES.items()})
+        return
+    table = Table("policy", "score, scope, structure, schedule", "source")
+    table.columns[0].no_wrap = True
+    for name, row in POLICIES.items():
+        chosen = ", ".join([row.score, row.scope, row.structure, row.schedule])
+        more = "".join(f"; {key}: {value}" for key, value in row.defaults.items())
+        table.add_row(name, chosen + more, row.paper)
     stdout.print(table)
 
 

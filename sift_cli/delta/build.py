@@ -3,9 +3,12 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sift_cli.delta.apply import rest_fingerprints
 from sift_cli.delta.file import Delta, weight_delta
-from sift_cli.sparse import SparseParameters
+from sift_cli.sparse import SparseParameters, Support
 
 
 def build_delta(
@@ -14,22 +17,45 @@ def build_delta(
     marks: Mapping[str, str],
     about: dict[str, Any],
 ) -> Delta:
-    """The difference between the model's weights now and before `attach`.
+    """The difference between the model's weights now and before any of them trained.
 
-    `new` names the parameters that the base lacks: they are stored whole. `marks` are the
+    It holds the entries of the support, and under a changing support all others that differ from
+    the base. `new` names the parameters that the base lacks: they are stored whole. `marks` are the
     fingerprints of all other tensors of the model, taken before training.
     """
+    supports = {segment.name: segment.support for segment in parameters}
+    touched = {name: (support, base) for name, support, base in parameters.touched}
     weights, dense = {}, {}
-    for segment in parameters:
-        weight = segment.weight.detach()
-        if segment.name in new:
-            dense[segment.name] = weight.cpu().clone()
+    for name, weight in parameters.model.named_parameters():
+        if name not in touched:
             continue
-        weights[segment.name] = weight_delta(
-            segment.support,
-            base=parameters.base[segment.span].to(weight.dtype),
-            trained=segment.support.gather(weight),
-            base_mark=marks[segment.name],
-            whole=weight,
-        )
+        if name in new:
+            dense[name] = weight.detach().cpu().clone()
+            continue
+        support, base = touched[name]
+        trained = support.to(weight.device).gather(weight).cpu()
+        held = supports.get(name)
+        if held is None or len(held) < len(support):
+            keep = _bits_differ(base, trained)
+            every = support.positions
+            if every is None:
+                every = torch.arange(support.size)
+            if held is not None and held.positions is not None:
+                keep |= torch.isin(every, held.positions.cpu())
+            support, base, trained = (
+                Support.of(support.shape, every[keep]),
+                base[keep],
+                trained[keep],
+            )
+        if len(support):
+            whole = weight.detach()
+            weights[name] = weight_delta(support, base, trained, marks[name], whole)
     return Delta(weights, dense, rest_fingerprints(marks, weights), about)
+
+
+def _bits_differ(one: Tensor, other: Tensor) -> Tensor:
+    """Where two tensors [K] differ in a bit, so that -0 is not 0."""
+    width = one.element_size()
+    pairs = (tensor.contiguous().view(torch.uint8).view(-1, width) for tensor in (one, other))
+    first, second = pairs
+    return (first != second).any(1)

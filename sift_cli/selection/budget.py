@@ -1,6 +1,9 @@
-"""How many entries each weight may train, and the exact choice of that many."""
+"""How many units each weight may train, and the exact choice of that many.
 
-from collections.abc import Mapping
+Units are single entries, or blocks, rows or columns that are chosen whole.
+"""
+
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from math import ceil
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sift_cli.errors import SiftError
-from sift_cli.sparse import Support
+from sift_cli.selection.structures import Units
 
 
 def share(density: float, size: int) -> int:
@@ -20,21 +23,28 @@ def share(density: float, size: int) -> int:
     return ceil(Fraction(str(density)) * size)
 
 
-def allot(budget: int, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Splits `budget` entries over weights in proportion to their sizes, summing to it exactly.
+def allot(budget: int, units: Mapping[str, Units]) -> dict[str, int]:
+    """Splits `budget` entries over weights in proportion to their sizes, in whole units.
 
-    What rounding down leaves over goes to the largest remainders, earlier weights first. Raises
-    SiftError where the weights hold fewer entries than the budget.
+    What rounding down leaves over goes to the largest remainders, earlier weights first, as long as
+    whole units fit; single entries sum to the budget exactly. Raises SiftError where the weights
+    hold fewer entries than the budget.
     """
-    total = sum(sizes.values())
+    held = {name: one.count * one.size for name, one in units.items()}
+    total = sum(held.values())
     if budget > total:
         raise SiftError(
             f"selection.budget: {budget:,} entries asked for, the targeted weights hold {total:,}"
         )
-    counts = {name: budget * size // total for name, size in sizes.items()}
-    by_remainder = sorted(sizes, key=lambda name: -(budget * sizes[name] % total))
-    for name in by_remainder[: budget - sum(counts.values())]:
-        counts[name] += 1
+    exact = {name: Fraction(budget * held[name], total * one.size) for name, one in units.items()}
+    counts = {name: int(share_of) for name, share_of in exact.items()}
+    left = budget - sum(counts[name] * one.size for name, one in units.items())
+    for name in sorted(units, key=lambda name: counts[name] - exact[name]):
+        if units[name].size <= left and counts[name] < units[name].count:
+            counts[name] += 1
+            left -= units[name].size
+    if not any(counts.values()):
+        raise SiftError(f"selection.budget: {budget:,} entries are less than any whole unit")
     return counts
 
 
@@ -55,67 +65,106 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 class PerTensor:
-    """Entries compete within their own weight: each weight is settled when its scores arrive."""
+    """Units compete within their own weight: each weight is settled when its scores arrive."""
 
     def __init__(self, counts: Mapping[str, int]) -> None:
         self.counts = counts
-        self._supports: dict[str, Support] = {}
+        self._chosen: dict[str, Tensor] = {}
 
-    def add(self, name: str, shape: tuple[int, ...], scores: Tensor) -> None:
-        """Takes the flat scores of one weight."""
-        positions = largest(scores, self.counts[name])
-        self._supports[name] = Support.of(shape, positions.cpu())
+    def add(self, name: str, scores: Tensor, size: int = 1) -> None:
+        """Takes the scores of one weight's units, [down, across]."""
+        self._chosen[name] = largest(scores.reshape(-1), self.counts[name]).cpu()
 
-    def supports(self) -> dict[str, Support]:
-        """The supports of all weights added."""
-        return self._supports
+    def chosen(self) -> dict[str, Tensor]:
+        """The numbers of the units that won, by weight, on the host."""
+        return self._chosen
+
+
+class PerNeuron:
+    """Units compete within their output neuron, and each neuron of a weight has the same share.
+
+    Where the share is no whole number, the neurons whose next best unit scores highest get one
+    more, so the weight's count is met exactly.
+    """
+
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        self.counts = counts
+        self._chosen: dict[str, Tensor] = {}
+
+    def add(self, name: str, scores: Tensor, size: int = 1) -> None:
+        """Takes the scores of one weight's units, [neurons, across]."""
+        neurons, across = scores.shape
+        each, more = divmod(self.counts[name], neurons)
+        values, order = scores.sort(dim=1, descending=True, stable=True)
+        start = torch.arange(neurons, device=scores.device)[:, None] * across
+        won = (start + order[:, :each]).reshape(-1)
+        if more:
+            lucky = largest(values[:, each], more)
+            won = torch.cat([won, start[lucky, 0] + order[lucky, each]])
+        self._chosen[name] = won.sort().values.cpu()
+
+    def chosen(self) -> dict[str, Tensor]:
+        """The numbers of the units that won, by weight, on the host."""
+        return self._chosen
 
 
 class Global:
-    """Entries of all weights compete for one budget.
+    """Units of all weights compete for one budget of entries, by their mean scores.
 
-    Candidates that can no longer win are dropped whenever twice the budget has gathered, so the
-    cost is linear in the number of entries whatever the number of weights.
+    No weight takes part with more units than the budget holds; of these the best are taken as long
+    as the next one fits. Among equals the weight that comes first in
+    `names` wins, in whatever order weights arrive. Candidates that can no longer win are dropped
+    whenever twice the budget has gathered, so the cost is linear in the number of entries whatever
+    the number of weights, and the choice is that of a sort of everything.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, names: Iterable[str]) -> None:
         self.budget = budget
-        self._names: list[str] = []
-        self._shapes: list[tuple[int, ...]] = []
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # scores, weight indices, positions
-        self._held = 0  # candidates in all parts
+        self._owners = {name: index for index, name in enumerate(names)}
+        self._sizes = dict.fromkeys(self._owners, 1)
+        self._parts: dict[int, tuple[Tensor, Tensor]] = {}  # by owner: scores, units; sorted
         self._floor = float("-inf")
 
-    def add(self, name: str, shape: tuple[int, ...], scores: Tensor) -> None:
-        """Takes the flat scores of one weight."""
-        positions = (scores > self._floor).nonzero().flatten()
-        if len(positions) > self.budget:
-            positions = largest(scores, self.budget)
-        owner = torch.full((len(positions),), len(self._names), dtype=torch.int32)
-        self._names.append(name)
-        self._shapes.append(shape)
-        self._parts.append((scores[positions].float().cpu(), owner, positions.cpu()))
-        self._held += len(positions)
-        if self._held > 2 * self.budget:
-            self._prune()
+    def add(self, name: str, scores: Tensor, size: int = 1) -> None:
+        """Takes the scores of one weight's units."""
+        scores = scores.reshape(-1)
+        units = (scores >= self._floor).nonzero().flatten()
+        if len(units) > self.budget // size:
+            units = largest(scores, self.budget // size)
+        self._sizes[name] = size
+        self._parts[self._owners[name]] = (scores[units].float().cpu(), units.cpu())
+        if self._held() > 2 * self.budget:
+            self._prune(spare=1)
 
-    def supports(self) -> dict[str, Support]:
-        """The supports of all weights added; a weight none of whose entries won is left out."""
-        if not self._parts:
-            return {}
+    def chosen(self) -> dict[str, Tensor]:
+        """The numbers of the units that won; a weight none of whose units won is left out."""
         self._prune()
-        ((_, owner, positions),) = self._parts
         found = {}
-        for index, (name, shape) in enumerate(zip(self._names, self._shapes, strict=True)):
-            mine = positions[owner == index]
-            if len(mine):
-                found[name] = Support.of(shape, mine)
+        for name, owner in self._owners.items():
+            units = self._parts.get(owner, (None, torch.empty(0)))[1]
+            if len(units):
+                found[name] = units
         return found
 
-    def _prune(self) -> None:
-        scores, owner, positions = (torch.cat(column) for column in zip(*self._parts, strict=True))
-        keep = largest(scores, self.budget)
-        self._parts = [(scores[keep], owner[keep], positions[keep])]
-        self._held = len(keep)
-        if len(keep) == self.budget:
-            self._floor = float(scores[keep].min())
+    def _held(self) -> int:
+        sizes = list(self._sizes.values())
+        return sum(len(units) * sizes[owner] for owner, (_, units) in self._parts.items())
+
+    def _prune(self, spare: int = 0) -> None:
+        """Keeps the winners so far and `spare` more: the first that no longer fits ends them."""
+        if self._held() <= self.budget:
+            return
+        owners = sorted(self._parts)
+        scores = torch.cat([self._parts[owner][0] for owner in owners])
+        sizes = list(self._sizes.values())
+        size = torch.cat([torch.full((len(self._parts[o][1]),), sizes[o]) for o in owners])
+        ranked = scores.sort(descending=True, stable=True)
+        fits = int((size[ranked.indices].cumsum(0) <= self.budget).sum())
+        self._floor = float(ranked.values[fits])
+        wins = torch.zeros(len(scores), dtype=torch.bool)
+        wins[ranked.indices[: fits + spare]] = True
+        for owner, win in zip(
+            owners, wins.split([len(self._parts[o][1]) for o in owners]), strict=True
+        ):
+            kept, units = self._parts[owner]
+            self._parts[owner] = (kept[win], units[win])

@@ -1,21 +1,95 @@
 """The policy table: each named way to choose entries is one row. Imports no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+SCORES = (
+    "gradient",
+    "absolute-gradient",
+    "fisher",
+    "snip",
+    "magnitude",
+    "smallest-magnitude",
+    "random",
+    "low-rank",
+    "activation-magnitude",
+    "large-gradient-small-weight",
+    "gradient-per-input",
+    "change",
+)
+SCOPES = ("tensor", "neuron", "global")
+STRUCTURES = ("entry", "block", "row", "column")
+SCHEDULES = ("first-batch", "every-batch", "every-n-steps", "after-warmup")
+CHANGING = ("every-batch", "every-n-steps")  # schedules under which the support changes
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Defaults for the axes of selection, with the source of the method."""
+    """The four axes of selection, other keys' defaults, and the source of the method."""
 
     score: str
     scope: str
     structure: str
     schedule: str
     paper: str
+    defaults: Mapping[str, object] = field(default_factory=dict)
 
 
 POLICIES: dict[str, Policy] = {
-    "sift": Policy("gradient", "tensor", "entry", "first-batch", "Song et al. 2024, 2312.11875"),
-    "random": Policy("random", "tensor", "entry", "first-batch", "SpRPA, 2502.15975"),
-    "magnitude": Policy("magnitude", "tensor", "entry", "first-batch", "SHiRA, 2406.13175"),
+    "sift": Policy(
+        "gradient", "tensor", "entry", "first-batch", "SIFT: Song et al. 2024, arXiv 2312.11875"
+    ),
+    "current-batch": Policy(
+        "gradient", "tensor", "entry", "every-batch", "compared in SIFT, arXiv 2312.11875"
+    ),
+    "random": Policy("random", "tensor", "entry", "first-batch", "SpRPA, arXiv 2502.15975"),
+    "magnitude": Policy("magnitude", "tensor", "entry", "first-batch", "SHiRA, arXiv 2406.13175"),
+    "smallest-magnitude": Policy(
+        "smallest-magnitude", "tensor", "entry", "first-batch", "PaFi: Liao et al., ACL 2023"
+    ),
+    "neuron-magnitude": Policy(
+        "magnitude", "neuron", "entry", "first-batch", "NeuroAda, EMNLP 2025"
+    ),
+    "neuron-gradient": Policy("gradient", "neuron", "entry", "first-batch", "GPS, CVPR 2024"),
+    "snip": Policy("snip", "tensor", "entry", "first-batch", "SHiRA-SNIP, arXiv 2406.13175"),
+    "fisher": Policy(
+        "fisher", "global", "entry", "first-batch", "FISH Mask, arXiv 2111.09839", {"batches": 8}
+    ),
+    "low-rank": Policy(
+        "low-rank", "tensor", "entry", "every-n-steps", "LIFT, ICML 2025", {"every": 50}
+    ),
+    "blocks": Policy(
+        "absolute-gradient", "tensor", "block", "first-batch", "SMT, ICLR 2025", {"batches": 8}
+    ),
+    "columns": Policy("random", "tensor", "column", "first-batch", "PaCA, ICLR 2025"),
+    "rows": Policy("random", "tensor", "row", "first-batch", "S2FT, NeurIPS 2024"),
+    "drop-grow": Policy(
+        "absolute-gradient",
+        "tensor",
+        "entry",
+        "every-n-steps",
+        "SpIEL, arXiv 2401.16405",
+        {"drop": 0.2, "revert": True},
+    ),
+    "lottery": Policy(
+        "change",
+        "global",
+        "entry",
+        "after-warmup",
+        "LT-SFT, ACL 2022",
+        {"warmup_steps": 200, "warmup_trains": "all"},
+    ),
+    "large-gradient-small-weight": Policy(
+        "large-gradient-small-weight",
+        "tensor",
+        "entry",
+        "first-batch",
+        "GaLLoP, arXiv 2510.19778",
+    ),
+    "activation-magnitude": Policy(
+        "activation-magnitude", "tensor", "entry", "first-batch", "Wanda, arXiv 2306.11695"
+    ),
+    "gradient-per-input": Policy(
+        "gradient-per-input", "tensor", "entry", "first-batch", "docs/selection.md, 2026"
+    ),
 }

@@ -1,59 +1,179 @@
 """The score table: how much each entry of one weight is worth training."""
 
+import importlib.util
+import inspect
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sift_cli.errors import ExitCode, SiftError
 
+# What a score function may ask for, by the name of its parameter. Weights of linear layers come as
+# [outputs, inputs], all others in their own shape.
+EVIDENCE = {
+    "weight": "the weight",
+    "gradient": "sum over the calibration batches of `fold` of its gradient, in its shape",
+    "input_norm": "2-norm of each input over all tokens, [inputs]; one for what has no such input",
+    "change": "how far the warm-up moved it, |trained - base|, in its shape",
+    "generator": "a seeded generator of the weight's own, on the host",
+    "rank": "selection.rank",
+}
+NEED_DATA = {"gradient", "input_norm"}
+
+
+def _itself(gradient: Tensor) -> Tensor:
+    return gradient
+
 
 @dataclass(frozen=True)
 class Score:
-    """A row: `of(weight, gradient, generator)` gives one score per entry, larger is better.
+    """A row: `of` gives one score per entry, larger is better, in the shape of the weight.
 
-    All three scores have the shape of the weight. `gradient` is None where `needs_gradient` is
-    false.
+    `of` takes what its parameters name (EVIDENCE); `fold` is applied to each batch's gradient
+    before the batches are summed.
     """
 
-    of: Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
-    needs_gradient: bool
+    of: Callable[..., Tensor]
+    fold: Callable[[Tensor], Tensor] = _itself
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """The names of `of`'s parameters."""
+        return frozenset(inspect.signature(self.of).parameters)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether batches must be seen."""
+        return bool(self.needs & NEED_DATA)
 
 
-def _gradient(weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
-    assert gradient is not None
+def _gradient(gradient: Tensor) -> Tensor:
     return gradient.abs()
 
 
-def _magnitude(weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+def _snip(weight: Tensor, gradient: Tensor) -> Tensor:
+    return (weight * gradient).abs()
+
+
+def _magnitude(weight: Tensor) -> Tensor:
     return weight.abs()
 
 
-def _random(weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+def _smallest_magnitude(weight: Tensor) -> Tensor:
+    return -weight.abs()
+
+
+def _random(weight: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(weight.shape, generator=generator)
 
 
+def _low_rank(weight: Tensor, generator: torch.Generator, rank: int) -> Tensor:
+    """|W_r|, the rank-r approximation (LIFT), by a randomised SVD with two power iterations.
+
+    Halko, Martinsson and Tropp 2011, algorithm 4.4. What is no matrix is its own approximation.
+    """
+    if weight.dim() != 2 or rank >= min(weight.shape):
+        return weight.abs()
+    wide = weight.float()
+    width = min(rank + 8, *weight.shape)
+    probe = torch.randn(weight.shape[1], width, generator=generator).to(wide.device)
+    basis = torch.linalg.qr(wide @ probe).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis).Q).Q
+    left, values, right = torch.linalg.svd(basis.T @ wide, full_matrices=False)
+    approximation: Tensor = (basis @ left[:, :rank]) * values[:rank] @ right[:rank]
+    return approximation.abs()
+
+
+def _activation_magnitude(weight: Tensor, input_norm: Tensor) -> Tensor:
+    """|W| times the norm of its input (Wanda)."""
+    return weight.abs() * input_norm
+
+
+def _large_gradient_small_weight(weight: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.abs() / (weight.abs() + 1e-8)
+
+
+def _gradient_per_input(gradient: Tensor, input_norm: Tensor) -> Tensor:
+    """|gradient| over the norm of its input, so that loud inputs win no more than their share."""
+    return gradient.abs() / input_norm.clamp_min(1e-3 * float(input_norm.max()) + 1e-30)
+
+
+def _change(change: Tensor) -> Tensor:
+    return change
+
+
 SCORES: dict[str, Score] = {
-    "gradient": Score(_gradient, needs_gradient=True),
-    "magnitude": Score(_magnitude, needs_gradient=False),
-    "random": Score(_random, needs_gradient=False),
+    "gradient": Score(_gradient),
+    "absolute-gradient": Score(_gradient, fold=torch.abs),
+    "fisher": Score(_gradient, fold=torch.square),
+    "snip": Score(_snip),
+    "magnitude": Score(_magnitude),
+    "smallest-magnitude": Score(_smallest_magnitude),
+    "random": Score(_random),
+    "low-rank": Score(_low_rank),
+    "activation-magnitude": Score(_activation_magnitude),
+    "large-gradient-small-weight": Score(_large_gradient_small_weight),
+    "gradient-per-input": Score(_gradient_per_input),
+    "change": Score(_change),
 }
 
 
-def score_entries(
-    score: Score, name: str, weight: Tensor, gradient: Tensor | None, seed: int
-) -> Tensor:
-    """Scores of all entries of the weight called `name`, flat.
+def find_score(name: str, allow_code: bool = False) -> Score:
+    """The row called `name`, or the function that `FILE.py:FUNCTION` names.
+
+    Raises SiftError where code is not allowed, or where there is no such function.
+    """
+    if name in SCORES:
+        return SCORES[name]
+    file, _, function = name.rpartition(":")
+    if not allow_code:
+        raise SiftError(f"selection.score: {name} is code; pass --allow-code to run it")
+    path = Path(file).expanduser()
+    spec = importlib.util.spec_from_file_location("sift_own_score", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise SiftError(f"selection.score: {file}: no such file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise SiftError(f"selection.score: {file}: {type(error).__name__}: {error}") from error
+    own = getattr(module, function, None)
+    if not callable(own):
+        raise SiftError(f"selection.score: {file} holds no function {function!r}")
+    score = Score(own)
+    unknown = sorted(score.needs - set(EVIDENCE))
+    if unknown:
+        raise SiftError(
+            f"selection.score: {name} asks for {', '.join(unknown)}; a score may ask for "
+            + ", ".join(EVIDENCE)
+        )
+    return score
+
+
+def score_entries(score: Score, name: str, evidence: Mapping[str, object], seed: int) -> Tensor:
+    """Scores of the weight called `name`, in its shape.
 
     Randomness is drawn on the host from a seed of the weight's own, so that the device, the order
     of the weights and what else is selected change nothing. Raises SiftError (exit code 4) where a
     score is not finite.
     """
     own_seed = zlib.crc32(f"{seed}/{name}".encode())
-    generator = torch.Generator().manual_seed(own_seed)
-    scores = score.of(weight.detach(), gradient, generator).reshape(-1)
+    given = {**evidence, "generator": torch.Generator().manual_seed(own_seed)}
+    scores = score.of(**{key: given[key] for key in score.needs})
+    weight = evidence["weight"]
+    assert isinstance(weight, Tensor)
+    if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise SiftError(
+            f"selection.score: for {name} of shape {list(weight.shape)} it gave {got}; a score "
+            "has the shape of the weight"
+        )
     if not bool(torch.isfinite(scores).all()):
         raise SiftError(
             f"selection: the scores of {name} are not finite; try train.precision: float32, or "

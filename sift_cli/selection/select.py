@@ -1,96 +1,186 @@
 """From scores to supports, one dense gradient at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from sift_cli.selection.budget import Global, PerTensor, allot, share
-from sift_cli.selection.scores import SCORES, Score, score_entries
+from sift_cli.errors import SiftError
+from sift_cli.selection.budget import Global, PerNeuron, PerTensor, allot, largest, share
+from sift_cli.selection.observe import observed_gradients, observed_inputs
+from sift_cli.selection.scores import Score, score_entries
+from sift_cli.selection.structures import Units
+from sift_cli.selection.targets import density_of, linear_layers
 from sift_cli.sparse import Support
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How entries are chosen, whatever the model.
+
+    Exactly one of `density` (share of each weight, or of all together under scope `global`; or
+    patterns with a `default`) and `budget` (entries in all) is given. `block` is the edge of a
+    block, `rank` that of the low-rank score.
+    """
+
+    score: Score
+    scope: str = "tensor"
+    structure: str = "entry"
+    density: float | Mapping[str, float] | None = None
+    budget: int | None = None
+    block: int = 1
+    rank: int = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A support that is to stay but for the share `drop` of its units that changed least.
+
+    `change` is how far each entry is from the base, [K].
+    """
+
+    support: Support
+    change: Tensor
+    drop: float
+
+
 def select(
-    weights: Mapping[str, nn.Parameter],
+    model: nn.Module,
+    names: Sequence[str],
+    rule: Rule,
     *,
-    score: str,
-    scope: str,
-    density: float | None = None,
-    budget: int | None = None,
     seed: int = 0,
     backward: Sequence[Callable[[], object]] = (),
+    change: Mapping[str, Tensor] | None = None,
+    held: Mapping[str, Held] | None = None,
 ) -> dict[str, Support]:
-    """The entries of `weights` (name -> parameter) to train, on the host.
+    """The entries to train of the model's parameters called `names`; supports on the host.
 
-    `score` and `scope` name rows of the tables; exactly one of `density` (share of each weight, or
-    of all together under scope `global`) and `budget` (entries in all) is given. Each callable in
-    `backward` runs one calibration batch forward and backward; with one batch each gradient is
-    scored and freed as it arrives, with several their sum gathers on the host. A weight that the
-    loss does not depend on has no gradient to rank and is left out. Raises SiftError where a score
-    is not finite or the budget does not fit.
+    Each callable in `backward` runs one calibration batch forward and backward. With one batch each
+    gradient is scored and freed as it arrives, with several their sum gathers on the host. A weight
+    that the loss does not depend on has no gradient to rank and is left out. `change` (dense, by
+    name) is evidence for scores that ask for it; `held` says what of an earlier support stays.
+    Raises SiftError where a score is not finite, a budget or a block does not fit, or a score needs
+    batches and there are none.
     """
-    sizes = {name: weight.numel() for name, weight in weights.items()}
-    chooser = _chooser(scope, density, budget, sizes)
-    row = SCORES[score]
-    if row.needs_gradient:
-        _score_gradients(weights, row, chooser, seed, backward)
-    else:
-        for name, weight in weights.items():
-            scores = score_entries(row, name, weight, None, seed)
-            chooser.add(name, tuple(weight.shape), scores)
-    return chooser.supports()
+    named = dict(model.named_parameters())
+    weights = {name: named[name] for name in names}
+    layers = linear_layers(model)
+    units = {
+        name: Units.of(
+            name,
+            weight,
+            rule.structure,
+            rule.block,
+            transposed=name in layers and layers[name].transposed,
+        )
+        for name, weight in weights.items()
+    }
+    score, held = rule.score, held or {}
+    if score.needs_data and not backward:
+        raise SiftError("selection.score: it looks at batches, and there are none to look at")
+    chooser = _chooser(rule, weights, units)
+    watched = {
+        name: layers[name].module
+        for name in names
+        if "input_norm" in score.needs and name in layers and weights[name].dim() == 2
+    }
+    with observed_inputs(watched) as squares:
+
+        def settle(name: str, gradient: Tensor | None) -> None:
+            weight, cut = weights[name].detach(), units[name]
+            evidence = {
+                "weight": cut.turned(weight),
+                "gradient": None if gradient is None else cut.turned(gradient),
+                "input_norm": _input_norm(name, weight, cut, squares),
+                "change": cut.turned(change[name]) if change is not None else None,
+                "rank": rule.rank,
+            }
+            scores = cut.mean(score_entries(score, name, evidence, seed))
+            if name in held:
+                scores = _hold(scores, cut, held[name])
+            chooser.add(name, scores, cut.size)
+
+        if score.needs_data:
+            _see_batches(weights, score, backward, settle)
+        else:
+            for name in names:
+                settle(name, None)
+    return {
+        name: Support.of(tuple(weights[name].shape), units[name].positions(won))
+        for name, won in _in_order(chooser.chosen(), names).items()
+    }
 
 
 def _chooser(
-    scope: str, density: float | None, budget: int | None, sizes: Mapping[str, int]
-) -> PerTensor | Global:
-    if scope == "global":
-        total = sum(sizes.values())
-        count = share(density, total) if density is not None else budget
-        assert count is not None
-        return Global(sum(allot(count, sizes).values()))
-    if density is not None:
-        return PerTensor({name: share(density, size) for name, size in sizes.items()})
-    assert budget is not None
-    return PerTensor(allot(budget, sizes))
+    rule: Rule, weights: Mapping[str, Tensor], units: Mapping[str, Units]
+) -> PerTensor | PerNeuron | Global:
+    held = {name: one.count * one.size for name, one in units.items()}
+    if rule.scope == "global":
+        count = rule.budget
+        if count is None:
+            assert isinstance(rule.density, float | int)
+            count = share(rule.density, sum(weight.numel() for weight in weights.values()))
+        elif count > sum(held.values()):
+            allot(count, units)
+        return Global(min(count, sum(held.values())), units)
+    if rule.budget is not None:
+        counts = allot(rule.budget, units)
+    else:
+        assert rule.density is not None
+        densities = density_of(rule.density, weights)
+        counts = {name: share(densities[name], one.count) for name, one in units.items()}
+    return PerNeuron(counts) if rule.scope == "neuron" else PerTensor(counts)
 
 
-def _score_gradients(
+def _input_norm(name: str, weight: Tensor, units: Units, squares: Mapping[str, Tensor]) -> Tensor:
+    if name in squares:
+        return squares[name].sqrt()
+    width = units.shape[-1] if len(units.shape) else 1
+    return torch.ones(width, device=weight.device)
+
+
+def _hold(scores: Tensor, units: Units, held: Held) -> Tensor:
+    """Scores under which all but the least changed of the held units win before any other."""
+    positions = held.support.positions
+    if positions is None:
+        positions = torch.arange(held.support.size, device=held.change.device)
+    holding = units.holding(positions.long().to(held.change.device))
+    unit, place = holding.unique(return_inverse=True)
+    moved = torch.zeros(len(unit), device=held.change.device).index_add_(
+        0, place, held.change.float()
+    )
+    stay = len(unit) - share(held.drop, len(unit))
+    flat = scores.reshape(-1).clone()
+    flat[unit[largest(moved, stay)].to(flat.device)] = float("inf")
+    return flat.view(scores.shape)
+
+
+def _see_batches(
     weights: Mapping[str, nn.Parameter],
-    row: Score,
-    chooser: PerTensor | Global,
-    seed: int,
+    score: Score,
     backward: Sequence[Callable[[], object]],
+    settle: Callable[[str, Tensor | None], None],
 ) -> None:
-    """Runs the calibration batches; hooks take each gradient away as soon as it is there."""
+    """Runs the batches; each gradient is folded and settled, or added up on the host."""
     sums: dict[str, Tensor] = {}
 
-    def settle(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
-        chooser.add(name, tuple(weight.shape), score_entries(row, name, weight, gradient, seed))
-
-    def take(name: str, weight: nn.Parameter) -> None:
-        gradient, weight.grad = weight.grad, None
-        assert gradient is not None
+    def take(name: str, gradient: Tensor) -> None:
+        folded = score.fold(gradient)
         if len(backward) == 1:
-            settle(name, weight, gradient)
+            settle(name, folded)
         elif name in sums:
-            sums[name] += gradient.to("cpu", sums[name].dtype)
+            sums[name] += folded.to("cpu", sums[name].dtype)
         else:
-            sums[name] = gradient.to("cpu").float()
+            sums[name] = folded.to("cpu").float()
 
-    flags = {name: weight.requires_grad for name, weight in weights.items()}
-    handles = []
-    for name, weight in weights.items():
-        weight.requires_grad_(True)
-        handles.append(
-            weight.register_post_accumulate_grad_hook(lambda w, name=name: take(name, w))
-        )
-    try:
+    with observed_gradients(weights, take):
         for run in backward:
             run()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, weight in weights.items():
-            weight.requires_grad_(flags[name])
     for name in list(sums):
-        settle(name, weights[name], sums.pop(name))
+        settle(name, sums.pop(name).to(weights[name].device))
+
+
+def _in_order(chosen: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    return {name: chosen[name] for name in names if name in chosen and len(chosen[name])}

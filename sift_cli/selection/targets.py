@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import translate
 
 from torch import nn
@@ -50,7 +51,7 @@ def choose_weights(
     whole = [
         name for name in names if name in fresh or any(matches(pattern, name) for pattern in dense)
     ]
-    linear = _linear_parameters(model)
+    linear = linear_layers(model)
     taken, out = set(whole), []
     for name in names:
         if name in taken or any(_targets(pattern, name, linear) for pattern in exclude):
@@ -60,26 +61,56 @@ def choose_weights(
     return out, whole
 
 
-def _targets(pattern: str, name: str, linear: set[str]) -> bool:
+def _targets(pattern: str, name: str, linear: Container[str]) -> bool:
     if pattern == "all":
         return True
     return name in linear if pattern == "all-linear" else matches(pattern, name)
 
 
-def _linear_parameters(model: nn.Module) -> set[str]:
-    """Weights and biases of linear layers; GPT-2's Conv1D is one with a transposed weight."""
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer; `transposed` where it stores its weight as [inputs, outputs]."""
+
+    module: nn.Module
+    transposed: bool
+
+
+def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
+    """The linear layer of each weight and bias that has one; GPT-2's Conv1D is transposed."""
     return {
-        f"{prefix}.{name}" if prefix else name
+        f"{prefix}.{name}" if prefix else name: LinearLayer(
+            module, not isinstance(module, nn.Linear)
+        )
         for prefix, module in model.named_modules()
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
         for name, _ in module.named_parameters(recurse=False)
     }
 
 
+def density_of(density: float | Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The density of each of `names`: one for all, or that of the last pattern that matches.
+
+    Raises SiftError for a pattern that matches none of them.
+    """
+    names = list(names)
+    if not isinstance(density, Mapping):
+        return dict.fromkeys(names, density)
+    found = dict.fromkeys(names, density["default"])
+    for pattern, own in density.items():
+        if pattern == "default":
+            continue
+        matched = [name for name in names if matches(pattern, name)]
+        if not matched:
+            raise _no_match("density", pattern, names)
+        found.update(dict.fromkeys(matched, own))
+    return found
+
+
 def _no_match(key: str, pattern: str, names: Sequence[str]) -> SiftError:
     parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
     near = difflib.get_close_matches(pattern.split(".")[-1], parts, n=3) or parts[:12]
     return SiftError(
-        f"selection.{key}: no parameter of the model matches {pattern!r}; its names hold parts "
-        f"such as {', '.join(near)} (keywords: {', '.join(KEYWORDS)})"
+        f"selection.{key}: no {'targeted ' if key == 'density' else ''}parameter of the model "
+        f"matches {pattern!r}; its names hold parts such as {', '.join(near)}"
+        + ("" if key == "density" else f" (keywords: {', '.join(KEYWORDS)})")
     )

@@ -1,8 +1,15 @@
 """AdamW over the flat buffer, with the rounding into the weights that belongs to each step."""
 
-import torch
+from collections.abc import Mapping
+from math import log
 
-from sift_cli.sparse.parameters import SparseParameters
+import torch
+from torch import Tensor
+
+from sift_cli.sparse.parameters import Move, Segment, SparseParameters, find, positions_of
+from sift_cli.sparse.support import Support
+
+HISTORIES = ("keep", "reset", "park")
 
 
 class SparseAdamW:
@@ -10,6 +17,11 @@ class SparseAdamW:
 
     Moments are fp32 and of shape [K], whatever the dtype of the base. Weight decay pulls every
     trained entry towards zero, as torch.optim.AdamW does with the parameters it is given.
+
+    Once the support has changed, every entry counts its own steps for the bias correction.
+    `history` says what a change does to moments and counts: `keep` those of the entries that stay
+    and forget the rest; `reset` those of every weight whose support may change; `park` those of
+    entries that leave, on the host, until they come back.
     """
 
     def __init__(
@@ -19,8 +31,10 @@ class SparseAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        history: str = "keep",
     ) -> None:
         self.parameters = parameters
+        self.history = history
         self.adamw = torch.optim.AdamW(
             [parameters.flat],
             lr=lr,
@@ -29,14 +43,124 @@ class SparseAdamW:
             weight_decay=weight_decay,
             fused=True,
         )
+        self.ages: Tensor | None = None  # steps of each entry, [K]; None while all are alike
+        self._parked: dict[str, tuple[Tensor, Tensor]] = {}  # positions [P], columns [4, P]
 
-    def clip(self, max_norm: float | None) -> torch.Tensor:
+    def clip(self, max_norm: float | None) -> Tensor:
         """Scales the gradient to a 2-norm of at most `max_norm`; returns its norm before."""
         limit = float("inf") if max_norm is None else max_norm
         return torch.nn.utils.clip_grad_norm_([self.parameters.flat], limit)
 
     def step(self) -> None:
         """One update from the gradient buffer, written into the weights; then clears the buffer."""
-        self.adamw.step()
+        if self.ages is None:
+            self.adamw.step()
+        else:
+            self.ages += 1
+            state, group = self.adamw.state[self.parameters.flat], self.adamw.param_groups[0]
+            aged_adamw_(
+                self.parameters.flat.data,
+                self.parameters.grad,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                self.ages,
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
         self.parameters.write_back()
         self.parameters.zero_grad()
+
+    def move(self, supports: Mapping[str, Support], revert: bool = False) -> Move:
+        """Trains `supports` from now on; moments and step counts follow the entries.
+
+        With `revert`, entries that leave go back to their base value.
+        """
+        masters, moments, ages = self._state()
+        move = self.parameters.move(supports, revert)
+        if self.history == "park":
+            columns = torch.stack([*moments, ages, masters])
+            for segment in move.before:
+                self._park(segment, move.left[segment.span], columns[:, segment.span])
+        stays = move.origin >= 0
+        if self.history == "reset":
+            for segment in self.parameters:
+                if segment.support.positions is not None:
+                    stays[segment.span] = False
+        source = move.origin[stays]
+        state = self.adamw.state[self.parameters.flat]
+        for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+            state[key] = torch.zeros_like(self.parameters.flat.data)
+            state[key][stays] = moment[source]
+        self.ages = torch.zeros_like(self.parameters.flat.data)
+        self.ages[stays] = ages[source]
+        if self.history == "park":
+            for segment in self.parameters:
+                self._return(segment, move.origin[segment.span] < 0, keep_masters=not revert)
+        return move
+
+    def _state(self) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Masters, both moments and ages, each [K]."""
+        flat = self.parameters.flat
+        state = self.adamw.state[flat]
+        if "exp_avg" not in state:
+            state.update(
+                step=torch.zeros((), device=flat.device),
+                exp_avg=torch.zeros_like(flat.data),
+                exp_avg_sq=torch.zeros_like(flat.data),
+            )
+        ages = self.ages
+        if ages is None:
+            ages = torch.full_like(flat.data, float(state["step"]))
+        return flat.data, (state["exp_avg"], state["exp_avg_sq"]), ages
+
+    def _park(self, segment: Segment, left: Tensor, columns: Tensor) -> None:
+        positions = positions_of(segment.support, left).cpu()
+        gone = columns[:, left].cpu()
+        if segment.name in self._parked:
+            held, kept = self._parked[segment.name]
+            positions, gone = torch.cat([held, positions]), torch.cat([kept, gone], dim=1)
+        order = positions.argsort()
+        self._parked[segment.name] = positions[order], gone[:, order]
+
+    def _return(self, segment: Segment, came: Tensor, keep_masters: bool) -> None:
+        if segment.name not in self._parked:
+            return
+        held, kept = self._parked[segment.name]
+        places = came.nonzero().flatten()
+        at = find(positions_of(segment.support, came).cpu().to(held.dtype), held)
+        known = at >= 0
+        columns = kept[:, at[known]].to(self.parameters.flat)
+        places = places[known.to(places.device)] + segment.start
+        state = self.adamw.state[self.parameters.flat]
+        state["exp_avg"][places], state["exp_avg_sq"][places] = columns[0], columns[1]
+        assert self.ages is not None
+        self.ages[places] = columns[2]
+        if keep_masters:
+            self.parameters.flat.data[places] = columns[3]
+        stays = torch.ones(len(held), dtype=torch.bool)
+        stays[at[known]] = False
+        self._parked[segment.name] = held[stays], kept[:, stays]
+
+
+def aged_adamw_(
+    values: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ages: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of AdamW in place, all tensors [K], where entry k takes its `ages[k]`-th step."""
+    first, second = betas
+    values.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(gradient, 1 - first)
+    exp_avg_sq.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    corrected = exp_avg / -torch.expm1(ages * log(first))
+    scale = (exp_avg_sq / -torch.expm1(ages * log(second))).sqrt_().add_(eps)
+    values.addcdiv_(corrected, scale, value=-lr)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from sift_cli.sparse.linear import Gradient, choose_gradient, selected_forward
 from sift_cli.sparse.support import Support
 
+GradientFor = Callable[[Support, torch.device], Gradient]
+
 
 @dataclass(frozen=True, eq=False)
 class Segment:
@@ -27,30 +29,94 @@ class Segment:
         return slice(self.start, self.stop)
 
 
+class Touched:
+    """The base values of every entry that ever trained, by weight, on the host.
+
+    Under a fixed support these are the trained entries; under a changing one they gather.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[Support, Tensor]] = {}
+
+    def add(self, name: str, support: Support, weight: Tensor) -> None:
+        """Remembers the entries of `support` that are new, as they are in `weight` now."""
+        found = support.gather(weight).cpu()
+        support = support.to(torch.device("cpu"))
+        if name not in self._held:
+            self._held[name] = support, found
+            return
+        old, values = self._held[name]
+        if old.positions is None:
+            return
+        if support.positions is None:
+            found[old.positions] = values
+            self._held[name] = support, found
+            return
+        fresh = ~torch.isin(support.positions, old.positions)
+        positions = torch.cat([old.positions, support.positions[fresh]])
+        order = positions.argsort()
+        union = Support.of(support.shape, positions)
+        self._held[name] = union, torch.cat([values, found[fresh]])[order]
+
+    def forget(self) -> None:
+        """Forgets all entries; for weights that are back at the base."""
+        self._held.clear()
+
+    def __iter__(self) -> Iterator[tuple[str, Support, Tensor]]:
+        """Name, support and base values ([K], in the weight's dtype) of each weight."""
+        return iter((name, support, values) for name, (support, values) in self._held.items())
+
+    def values(self, name: str, support: Support) -> Tensor:
+        """The base values at `support`, all of whose entries must have been added, [K]."""
+        old, values = self._held[name]
+        if old.positions is None or support.positions is None:
+            return values if support.positions is None else values[support.positions.cpu()]
+        return values[torch.searchsorted(old.positions, support.positions.cpu())]
+
+
+@dataclass(frozen=True, eq=False)
+class Move:
+    """What became of the flat buffer when the support changed.
+
+    `origin` ([K], int64) is where each entry lay before, -1 for those that came; `left` ([K
+    before], bool) marks those that left; `before` are the segments as they were.
+    """
+
+    before: list[Segment]
+    origin: Tensor
+    left: Tensor
+
+
 class SparseParameters:
     """Masters and gradients of all selected entries, in the order of the model's parameters.
 
     `flat` is one parameter of shape [K] in fp32 (fp64 for an fp64 model) whose `.grad` is a buffer
-    of the same shape: every backward pass adds to it. `base` holds the K entries as they were
-    before training, in fp32 on the host. The model's weights hold the tuned values themselves;
-    `write_back` rounds the masters into them once.
+    of the same shape: every backward pass adds to it. `touched` remembers what trained entries were
+    before. The model's weights hold the tuned values themselves; `write_back` rounds the masters
+    into them once.
     """
 
-    def __init__(self, segments: list[Segment]) -> None:
-        if not segments:
-            raise ValueError("no entry is selected")
-        self.segments = segments
+    def __init__(
+        self,
+        model: nn.Module,
+        supports: Mapping[str, Support],
+        gradient_for: GradientFor,
+        touched: Touched | None = None,
+    ) -> None:
+        self.model, self._gradient_for = model, gradient_for
+        self._undo: list[Callable[[], object]] = []
+        self.touched = touched or Touched()
+        self.segments = segments_of(model, supports)
         wide = torch.float32
-        for segment in segments:
+        for segment in self.segments:
             wide = torch.promote_types(wide, segment.weight.dtype)
-        total, device = segments[-1].stop, segments[0].weight.device
-        self.flat = nn.Parameter(torch.empty(total, dtype=wide, device=device))
-        for segment in segments:
+            self.touched.add(segment.name, segment.support, segment.weight)
+        device = self.segments[0].weight.device
+        self.flat = nn.Parameter(torch.empty(self.segments[-1].stop, dtype=wide, device=device))
+        for segment in self.segments:
             self.flat.data[segment.span] = segment.support.gather(segment.weight).to(wide)
         self.grad = torch.zeros_like(self.flat.data)
         self.flat.grad = self.grad
-        self.base = self.flat.detach().to("cpu", copy=True)
-        self._undo: list[Callable[[], object]] = []
 
     def __len__(self) -> int:
         """Number of trained entries, K."""
@@ -69,15 +135,78 @@ class SparseParameters:
         """Clears the gradient buffer, keeping it in place."""
         self.grad.zero_()
 
-    def state(self) -> Tensor:
-        """A copy of the masters, [K]: all that is needed to come back to this point."""
-        return self.flat.detach().clone()
+    def state(self) -> dict[str, tuple[Support, Tensor]]:
+        """The weights at every entry that ever trained: all that `load_state` needs."""
+        named = dict(self.model.named_parameters())
+        return {
+            name: (support, support.to(named[name].device).gather(named[name]))
+            for name, support, _ in self.touched
+        }
 
     @torch.no_grad()
-    def load_state(self, masters: Tensor) -> None:
-        """Takes masters saved by `state` and writes them into the weights."""
-        self.flat.copy_(masters)
-        self.write_back()
+    def load_state(self, state: Mapping[str, tuple[Support, Tensor]]) -> None:
+        """Brings the weights back to where `state` was taken, and the masters with them."""
+        self.revert()
+        named = dict(self.model.named_parameters())
+        for name, (support, values) in state.items():
+            support.to(named[name].device).scatter_(named[name], values)
+        self._read()
+
+    @torch.no_grad()
+    def revert(self) -> None:
+        """Brings weights and masters back to the base."""
+        named = dict(self.model.named_parameters())
+        for name, support, values in self.touched:
+            weight = named[name]
+            support.to(weight.device).scatter_(weight, values.to(weight.device))
+        self._read()
+
+    def change(self, segment: Segment) -> Tensor:
+        """How far each of the segment's entries is from the base, [K]."""
+        base = self.touched.values(segment.name, segment.support)
+        return (self.flat.detach()[segment.span] - base.to(self.flat)).abs()
+
+    @torch.no_grad()
+    def move(self, supports: Mapping[str, Support], revert: bool = False) -> Move:
+        """Makes `supports` the trained entries from now on.
+
+        Entries that stay keep their masters; entries that leave keep their value in the weights, or
+        go back to the base with `revert`.
+        """
+        self.detach()
+        before = self.segments
+        after = segments_of(self.model, supports)
+        old = {segment.name: segment for segment in before}
+        origin = torch.cat([_origin(old.get(new.name), new) for new in after])
+        stays = origin >= 0
+        left = torch.ones(len(self), dtype=torch.bool, device=origin.device)
+        left[origin[stays]] = False
+        for segment in before if revert else ():
+            self._send_home(segment, left[segment.span])
+        for segment in after:
+            self.touched.add(segment.name, segment.support, segment.weight)
+        masters = self.flat.data.new_empty(after[-1].stop)
+        for segment in after:
+            masters[segment.span] = segment.support.gather(segment.weight).to(masters.dtype)
+        masters[stays] = self.flat.data[origin[stays]]
+        self.segments, self.flat.grad = after, None
+        self.flat.data, self.grad = masters, torch.zeros_like(masters)
+        self.flat.grad = self.grad
+        self.wire()
+        return Move(before, origin, left)
+
+    def wire(self) -> None:
+        """Makes backward passes deliver the selected gradients, and only these."""
+        named = dict(self.model.named_parameters())
+        _freeze(named.values(), self._undo)
+        layers = _plain_linear_layers(self.model)
+        for segment in self.segments:
+            layer = layers.get(id(segment.weight))
+            if layer is None:
+                _hook(segment, self)
+            else:
+                kernel = self._gradient_for(segment.support, segment.weight.device)
+                _replace_forward(layer, self._leaf(segment), kernel, self._undo)
 
     def detach(self) -> None:
         """Gives the model its own forward passes and `requires_grad` flags back; values stay."""
@@ -90,20 +219,41 @@ class SparseParameters:
         leaf.grad = self.grad[segment.span]
         return leaf
 
+    def _read(self) -> None:
+        for segment in self.segments:
+            values = segment.support.gather(segment.weight)
+            self.flat.data[segment.span] = values.to(self.flat.dtype)
+
+    def _send_home(self, segment: Segment, left: Tensor) -> None:
+        if not bool(left.any()):
+            return
+        gone = Support.of(segment.support.shape, positions_of(segment.support, left))
+        base = self.touched.values(segment.name, gone).to(segment.weight.device)
+        gone.scatter_(segment.weight, base)
+
 
 def attach(
     model: nn.Module,
     supports: Mapping[str, Support],
-    gradient_for: Callable[[Support, torch.device], Gradient] = choose_gradient,
+    gradient_for: GradientFor = choose_gradient,
+    touched: Touched | None = None,
 ) -> SparseParameters:
     """Makes the entries in `supports` (parameter name -> support) the only ones that train.
 
     Linear layers with a weight of their own compute only the selected gradient; every other weight
     (embeddings, norms, biases, Conv1D, tied weights) is gathered from its dense gradient, which
-    lives no longer than one hook. `gradient_for` overrides the choice of kernel.
+    lives no longer than one hook. `gradient_for` overrides the choice of kernel; `touched` carries
+    the base values of entries that trained earlier.
 
     Raises KeyError for a name that the model lacks, ValueError for a support of another shape.
     """
+    parameters = SparseParameters(model, supports, gradient_for, touched)
+    parameters.wire()
+    return parameters
+
+
+def segments_of(model: nn.Module, supports: Mapping[str, Support]) -> list[Segment]:
+    """The supports that hold anything, in the order of the model's parameters."""
     named = dict(model.named_parameters())
     unknown = [name for name in supports if name not in named]
     if unknown:
@@ -118,17 +268,40 @@ def attach(
         on_device = support.to(weight.device)
         segments.append(Segment(name, weight, on_device, start, start + len(support)))
         start += len(support)
-    parameters = SparseParameters(segments)
-    _freeze(named.values(), parameters._undo)
-    layers = _plain_linear_layers(model)
-    for segment in segments:
-        layer = layers.get(id(segment.weight))
-        if layer is None:
-            _hook(segment, parameters)
-        else:
-            kernel = gradient_for(segment.support, segment.weight.device)
-            _replace_forward(layer, parameters._leaf(segment), kernel, parameters._undo)
-    return parameters
+    if not segments:
+        raise ValueError("no entry is selected")
+    return segments
+
+
+def positions_of(support: Support, where: Tensor) -> Tensor:
+    """The positions of those entries of a support that `where` ([K], bool) marks."""
+    if support.positions is None:
+        return where.nonzero().flatten()
+    return support.positions[where]
+
+
+def find(positions: Tensor, among: Tensor) -> Tensor:
+    """Where each of `positions` stands in the sorted `among`, -1 where it does not; int64."""
+    if not len(among):
+        return torch.full(positions.shape, -1, dtype=torch.int64, device=positions.device)
+    place = torch.searchsorted(among, positions).clamp_(max=len(among) - 1)
+    return torch.where(among[place] == positions, place, -1)
+
+
+def _origin(old: Segment | None, new: Segment) -> Tensor:
+    """Where each entry of a segment lay in the flat buffer before, -1 where it did not."""
+    count, device = len(new.support), new.weight.device
+    if old is None:
+        return torch.full((count,), -1, device=device)
+    before, after = old.support.positions, new.support.positions
+    if before is None:
+        place = torch.arange(count, device=device) if after is None else after.long()
+    elif after is None:
+        place = torch.full((count,), -1, device=device)
+        place[before.long()] = torch.arange(len(before), device=device)
+    else:
+        place = find(after, before)
+    return torch.where(place >= 0, place + old.start, -1)
 
 
 def _freeze(weights: Iterable[nn.Parameter], undo: list[Callable[[], object]]) -> None:

@@ -1,7 +1,7 @@
 """Which rows make which step: shuffled, bucketed by length, seeded."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -56,15 +56,22 @@ class Batches:
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         """The micro-batches of each step: lists of at most `batch_size` row indices."""
-        done = 0
-        while True:
-            epoch = done // self.steps_per_epoch
-            for rows in bucketed(
+        return self.since(1)
+
+    def endless(self) -> Iterator[list[list[int]]]:
+        """As iteration, without an end."""
+        return replace(self, steps=2**62).since(1)
+
+    def since(self, step: int) -> Iterator[list[list[int]]]:
+        """As iteration, from the given step (1 is the first) to the last."""
+        epoch, skip = divmod(step - 1, self.steps_per_epoch)
+        while step <= self.steps:
+            order = bucketed(
                 self.lengths, self.batch_size * self.accumulate, self.seed * 1_000_003 + epoch
-            ):
-                if done == self.steps:
-                    return
-                done += 1
+            )
+            for rows in order[skip : skip + self.steps - step + 1]:
+                step += 1
                 yield [
                     rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)
                 ]
+            epoch, skip = epoch + 1, 0

@@ -52,14 +52,14 @@ def require_free(out: Path, overwrite: bool) -> None:
 def open_run_folder(recipe: Recipe, out: Path, console: Console) -> Sinks:
     """Makes the folder, clears it of an earlier run; returns metrics.jsonl and the other sinks."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in (SUMMARY_FILE, DELTA_FILE):
-        (out / name).unlink(missing_ok=True)
-    (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    sinks: list[Sink] = []
+    sinks: list[Sink] = []  # first: a package that is missing must not cost the earlier run
     if recipe.log.tensorboard:
         sinks.append(TensorBoard(out / "tensorboard"))
     if recipe.log.wandb:
         sinks.append(WandB(out, recipe.model_dump(mode="json")))
+    for name in (SUMMARY_FILE, DELTA_FILE):
+        (out / name).unlink(missing_ok=True)
+    (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     return Sinks([*sinks, JsonLines(out / "metrics.jsonl"), Bar(console)])
 
 
@@ -92,6 +92,7 @@ def write_run(
         "metrics_before": metrics_before,
         "trained_entries": sum(counts.values()) - dense_entries,
         "dense_entries": dense_entries,
+        "changed_entries": sum(w.count for n, w in delta.weights.items() if n not in dense),
         "total_entries": sum(weight.numel() for weight in session.model.parameters()),
         "steps": steps,
         "kept_step": kept_step,

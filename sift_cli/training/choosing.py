@@ -1,0 +1,175 @@
+"""Which entries train at which step: the recipe's selection, carried out along a run."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sift_cli.errors import ExitCode, SiftError
+from sift_cli.recipe import Recipe, SelectionSection
+from sift_cli.selection.scores import find_score
+from sift_cli.selection.select import Held, Rule, select
+from sift_cli.session import Session
+from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach
+from sift_cli.training.batches import Batches
+from sift_cli.training.gradient import add_gradient
+
+ALL_RATE = 1e-4  # of a warm-up that trains every entry, where the recipe gives none
+
+
+def rule_of(selection: SelectionSection, allow_code: bool = False) -> Rule:
+    """What the recipe says of score, scope, structure and size."""
+    return Rule(
+        score=find_score(selection.score or "gradient", allow_code),
+        scope=selection.scope or "tensor",
+        structure=selection.structure or "entry",
+        density=selection.density,
+        budget=selection.budget,
+        block=selection.block_size or 1,
+        rank=selection.rank or 32,
+    )
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """The recipe's selection over one run.
+
+    `sparse` names the weights of which entries are chosen, `dense` those that train whole.
+    """
+
+    recipe: Recipe
+    session: Session
+    batches: Batches
+    rule: Rule
+    sparse: Sequence[str]
+    dense: Sequence[str]
+
+    def begin(self) -> SparseParameters:
+        """Warms up where the schedule says so, chooses, and attaches what was chosen."""
+        if not self.sparse:
+            raise SiftError("selection.target: nothing is left beside the modules trained whole")
+        if self.recipe.selection.schedule != "after-warmup":
+            return attach(self.session.model, self.supports(1))
+        warmed, change = self._warm_up()
+        return attach(self.session.model, self.supports(1, change=change), touched=warmed.touched)
+
+    def due(self, step: int) -> bool:
+        """Whether entries are chosen anew before this step."""
+        schedule = self.recipe.selection.schedule
+        every = 1 if schedule == "every-batch" else self.recipe.selection.every
+        return step > 1 and every is not None and (step - 1) % every == 0
+
+    def change(self, step: int, optimizer: SparseAdamW) -> None:
+        """Chooses anew from the batches that begin with this one, and trains that from now on."""
+        drop = self.recipe.selection.drop or 1.0
+        parameters = optimizer.parameters
+        held = {
+            segment.name: Held(segment.support, parameters.change(segment), drop)
+            for segment in parameters
+            if drop < 1
+        }
+        parameters.detach()
+        supports = self.supports(step, held=held)
+        optimizer.move(supports, revert=bool(self.recipe.selection.revert))
+
+    def supports(
+        self,
+        step: int,
+        change: dict[str, Tensor] | None = None,
+        held: dict[str, Held] | None = None,
+    ) -> dict[str, Support]:
+        """The entries to train from `step` on, and the modules that train whole.
+
+        The calibration batches are those of the next steps, seen with the same dropout masks:
+        selection leaves random states as it found them, and each of them trains as well.
+        """
+        model = self.session.model
+        batches = islice(self.batches.since(step), self.recipe.selection.batches)
+        with frozen(model), kept_randomness(self.session.device):
+            chosen = select(
+                model,
+                self.sparse,
+                self.rule,
+                seed=self.recipe.train.seed,
+                backward=backward_passes(self.session, batches),
+                change=change,
+                held=held,
+            )
+        return chosen | whole(model, self.dense)
+
+    def _warm_up(self) -> tuple[SparseParameters, dict[str, Tensor] | None]:
+        """Trains the head alone, or everything, on the first batches.
+
+        The head stays as it was trained. Where everything trained, all of it goes back to where it
+        started, and what is returned beside is how far each weight had moved.
+        """
+        selection, settings, model = self.recipe.selection, self.recipe.train, self.session.model
+        everything = selection.warmup_trains == "all"
+        names = [*(self.sparse if everything else ()), *self.dense]
+        if not names:
+            raise SiftError("selection.warmup_trains: no module trains whole, so there is no head")
+        parameters = attach(model, whole(model, names))
+        usual = ALL_RATE if everything else settings.learning_rate
+        optimizer = SparseAdamW(parameters, selection.warmup_learning_rate or usual)
+        for rows in islice(self.batches.endless(), selection.warmup_steps):
+            loss = add_gradient(self.session, rows)
+            norm = float(optimizer.clip(settings.max_grad_norm))
+            if not torch.isfinite(torch.tensor([loss, norm])).all():
+                raise SiftError(
+                    f"selection: the warm-up's loss is {loss}, its gradient's norm {norm}; try a "
+                    "lower selection.warmup_learning_rate",
+                    ExitCode.NOT_FINITE,
+                )
+            optimizer.step()
+        parameters.detach()
+        if not everything:
+            return parameters, None
+        change = {
+            segment.name: parameters.change(segment).view(segment.weight.shape)
+            for segment in parameters
+            if segment.name in set(self.sparse)
+        }
+        parameters.revert()
+        parameters.touched.forget()
+        return parameters, change
+
+
+def backward_passes(
+    session: Session, batches: Iterable[list[list[int]]]
+) -> list[Callable[[], object]]:
+    """A forward and backward pass for each micro-batch of each of `batches`, not run yet."""
+    passes: list[Callable[[], object]] = []
+    for rows in batches:
+        total = sum(map(len, rows))
+        passes += [partial(add_gradient, session, [part], total) for part in rows]
+    return passes
+
+
+def whole(model: nn.Module, names: Sequence[str]) -> dict[str, Support]:
+    """Supports that hold every entry of the parameters called `names`."""
+    named = dict(model.named_parameters())
+    return {name: Support(tuple(named[name].shape)) for name in names}
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter gathers a gradient, but for those that ask for one meanwhile."""
+    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    for weight, _ in flags:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight, flag in flags:
+            weight.requires_grad_(flag)
+
+
+def kept_randomness(device: torch.device) -> Any:
+    """Leaves the random states of the host and of `device` as they were."""
+    devices = [device] if device.type == "cuda" else []
+    return torch.random.fork_rng(devices)
