@@ -12,12 +12,12 @@ Writes OUT/results.json and prints a table as Markdown.
 import argparse
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from runs import run
 
 METHODS: dict[str, list[str]] = {
     "sift 1 %": ["selection.policy=sift", "selection.density=0.01"],
@@ -26,54 +26,18 @@ METHODS: dict[str, list[str]] = {
     "sift .1 %": ["selection.policy=sift", "selection.density=0.001"],
     "random .1 %": ["selection.policy=random", "selection.density=0.001"],
 }
-TASKS: dict[str, tuple[list[str], dict[str, list[float]]]] = {  # changes; methods with their rates
-    "sst2": (
-        ["train.epochs=2", "data.max_train_rows=10000"],
-        {
-            "sift 1 %": [5e-4, 2e-3, 4e-3],
-            "random 1 %": [1e-3, 4e-3],
-            "full": [1e-4, 2e-4],
-            "sift .1 %": [2e-3, 4e-3],
-            "random .1 %": [4e-3, 8e-3],
-        },
-    ),
-    "cola": (
-        ["train.epochs=3"],
-        {"sift 1 %": [2e-3, 4e-3], "random 1 %": [4e-3], "full": [1e-4]},
-    ),
-    "rte": (
-        ["train.epochs=3"],
-        {"sift 1 %": [5e-4, 4e-3], "random 1 %": [4e-3], "full": [1e-4]},
-    ),
+RATES: dict[str, dict[str, list[float]]] = {
+    "sst2": {
+        "sift 1 %": [5e-4, 2e-3, 4e-3],
+        "random 1 %": [1e-3, 4e-3],
+        "full": [1e-4, 2e-4],
+        "sift .1 %": [2e-3, 4e-3],
+        "random .1 %": [4e-3, 8e-3],
+    },
+    "cola": {"sift 1 %": [1e-3, 2e-3, 4e-3], "random 1 %": [4e-3], "full": [1e-4]},
+    "rte": {"sift 1 %": [5e-4, 4e-3], "random 1 %": [4e-3], "full": [1e-4]},
 }
-SHARED = [
-    "eval.keep=last",
-    "train.batch_size=32",
-    "data.max_length=128",
-    "train.precision=bfloat16",
-]
 Key = tuple[str, str, float]
-
-
-def run(model: str, data: str, out: Path, task: str, changes: list[str]) -> dict[str, Any]:
-    """The summary of one `sift train`, from disk where it is there already."""
-    summary = out / "summary.json"
-    if not summary.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        recipe = out.parent / f"{out.name}.yaml"
-        recipe.write_text(
-            f"model: {{path: {model}}}\ndata: {{path: {data}/{task}, task: {task}}}\n"
-        )
-        command = [sys.executable, "-m", "sift_cli", "train", str(recipe), "--out", str(out)]
-        for change in [*SHARED, *changes]:
-            command += ["--set", change]
-        print("running", out.name, flush=True)
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{out}: exit {done.returncode}\n{done.stderr}")
-    found: dict[str, Any] = json.loads(summary.read_text())
-    return found
 
 
 def main() -> None:
@@ -82,15 +46,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=list(RATES), choices=RATES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting: dict[Key, list[Any]] = {}
         for task in given.tasks:
-            changes, methods = TASKS[task]
-            for method, rates in methods.items():
+            for method, rates in RATES[task].items():
                 for rate in rates:
                     for seed in given.seeds:
                         last = [f"train.learning_rate={rate}", f"train.seed={seed}"]
@@ -101,7 +64,7 @@ def main() -> None:
                             given.data,
                             given.out / name,
                             task,
-                            [*METHODS[method], *changes, *last],
+                            [*METHODS[method], *last],
                         )
                         waiting.setdefault((task, method, rate), []).append(job)
         done = {key: [job.result() for job in jobs] for key, jobs in waiting.items()}

@@ -1,0 +1,41 @@
+"""One `sift train` of a benchmark: run once, read from disk ever after."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SHARED = [
+    "eval.keep=last",
+    "train.batch_size=32",
+    "data.max_length=128",
+    "train.precision=bfloat16",
+]
+TASKS = {  # how long each task trains
+    "sst2": ["train.epochs=2", "data.max_train_rows=10000"],
+    "cola": ["train.epochs=3"],
+    "rte": ["train.epochs=3"],
+}
+
+
+def run(model: str, data: str, out: Path, task: str, changes: list[str]) -> dict[str, Any]:
+    """The summary of one `sift train` on one core, from disk where it is there already."""
+    summary = out / "summary.json"
+    if not summary.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        recipe = out.parent / f"{out.name}.yaml"
+        recipe.write_text(
+            f"model: {{path: {model}}}\ndata: {{path: {data}/{task}, task: {task}}}\n"
+        )
+        command = [sys.executable, "-m", "sift_cli", "train", str(recipe), "--out", str(out)]
+        for change in [*SHARED, *TASKS[task], *changes]:
+            command += ["--set", change]
+        print("running", out.name, flush=True)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{out}: exit {done.returncode}\n{done.stderr}")
+    found: dict[str, Any] = json.loads(summary.read_text())
+    return found
