@@ -21,7 +21,6 @@ from statistics import mean, stdev
 from typing import Any
 
 from runs import TASKS, run
-
 from sift_cli.selection.policies import POLICIES
 
 # beside the rows of the policy table: what happens to Adam's history, and a head that is warm
