@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from runs import run
+from trainings import run
 
 METHODS: dict[str, list[str]] = {
     "sift 1 %": ["selection.policy=sift", "selection.density=0.01"],

@@ -20,7 +20,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from runs import TASKS, run
+from trainings import TASKS, run
+
 from sift_cli.selection.policies import POLICIES
 
 # beside the rows of the policy table: what happens to Adam's history, and a head that is warm

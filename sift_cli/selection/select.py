@@ -45,6 +45,14 @@ class Held:
     drop: float
 
 
+def check(model: nn.Module, names: Sequence[str], rule: Rule) -> None:
+    """Raises what `select` would of densities, budgets and blocks, before anything is computed."""
+    if not names:
+        raise SiftError("selection.target: nothing is left beside the modules trained whole")
+    weights, units = _cut(model, names, rule)
+    _chooser(rule, weights, units)
+
+
 def select(
     model: nn.Module,
     names: Sequence[str],
@@ -64,19 +72,8 @@ def select(
     Raises SiftError where a score is not finite, a budget or a block does not fit, or a score needs
     batches and there are none.
     """
-    named = dict(model.named_parameters())
-    weights = {name: named[name] for name in names}
+    weights, units = _cut(model, names, rule)
     layers = linear_layers(model)
-    units = {
-        name: Units.of(
-            name,
-            weight,
-            rule.structure,
-            rule.block,
-            transposed=name in layers and layers[name].transposed,
-        )
-        for name, weight in weights.items()
-    }
     score, held = rule.score, held or {}
     if score.needs_data and not backward:
         raise SiftError("selection.score: it looks at batches, and there are none to look at")
@@ -111,6 +108,26 @@ def select(
         name: Support.of(tuple(weights[name].shape), units[name].positions(won))
         for name, won in _in_order(chooser.chosen(), names).items()
     }
+
+
+def _cut(
+    model: nn.Module, names: Sequence[str], rule: Rule
+) -> tuple[dict[str, nn.Parameter], dict[str, Units]]:
+    """The weights called `names`, and the units that each consists of."""
+    named = dict(model.named_parameters())
+    weights = {name: named[name] for name in names}
+    layers = linear_layers(model)
+    units = {
+        name: Units.of(
+            name,
+            weight,
+            rule.structure,
+            rule.block,
+            transposed=name in layers and layers[name].transposed,
+        )
+        for name, weight in weights.items()
+    }
+    return weights, units
 
 
 def _chooser(

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from sift_cli.errors import ExitCode, SiftError
@@ -48,11 +50,10 @@ class Chooser:
     rule: Rule
     sparse: Sequence[str]
     dense: Sequence[str]
+    console: Console = field(default_factory=lambda: Console(stderr=True, quiet=True))
 
     def begin(self) -> SparseParameters:
         """Warms up where the schedule says so, chooses, and attaches what was chosen."""
-        if not self.sparse:
-            raise SiftError("selection.target: nothing is left beside the modules trained whole")
         if self.recipe.selection.schedule != "after-warmup":
             return attach(self.session.model, self.supports(1))
         warmed, change = self._warm_up()
@@ -116,7 +117,11 @@ class Chooser:
         parameters = attach(model, whole(model, names))
         usual = ALL_RATE if everything else settings.learning_rate
         optimizer = SparseAdamW(parameters, selection.warmup_learning_rate or usual)
-        for rows in islice(self.batches.endless(), selection.warmup_steps):
+        steps = selection.warmup_steps or 0
+        self.console.print(f"warm-up: {steps} steps of {selection.warmup_trains}", highlight=False)
+        walk = islice(self.batches.endless(), steps)
+        hidden = not self.console.is_terminal
+        for rows in track(walk, "warm-up", steps, console=self.console, disable=hidden):
             loss = add_gradient(self.session, rows)
             norm = float(optimizer.clip(settings.max_grad_norm))
             if not torch.isfinite(torch.tensor([loss, norm])).all():

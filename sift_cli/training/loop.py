@@ -15,6 +15,7 @@ from sift_cli.delta.apply import state_fingerprints
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models import recompute_activations
 from sift_cli.recipe import Recipe
+from sift_cli.selection.select import check
 from sift_cli.selection.targets import choose_weights
 from sift_cli.session import Session, open_session
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support
@@ -46,13 +47,6 @@ def train(
     rule = rule_of(recipe.selection, allow_code)
     session = open_session(recipe, device=device)
     assert session.train is not None
-    for split, cut in session.truncated().items():
-        if cut:
-            console.print(f"{split}: {cut:,} rows cut to {recipe.data.max_length} tokens")
-    metrics_before = session.evaluate()
-    marks = state_fingerprints(session.model, session.new)
-    batches = plan_batches(recipe, session)
-    prepare_model(session, recipe.train.gradient_checkpointing)
     sparse, dense = choose_weights(
         session.model,
         recipe.selection.target,
@@ -60,7 +54,15 @@ def train(
         recipe.selection.dense,
         session.new,
     )
-    chooser = Chooser(recipe, session, batches, rule, sparse, dense)
+    check(session.model, sparse, rule)
+    for split, cut in session.truncated().items():
+        if cut:
+            console.print(f"{split}: {cut:,} rows cut to {recipe.data.max_length} tokens")
+    metrics_before = session.evaluate()
+    marks = state_fingerprints(session.model, session.new)
+    batches = plan_batches(recipe, session)
+    prepare_model(session, recipe.train.gradient_checkpointing)
+    chooser = Chooser(recipe, session, batches, rule, sparse, dense, console)
     parameters = chooser.begin()
     optimizer, schedule = make_optimizer(recipe, parameters, batches.steps)
     kept = Kept(parameters, recipe.eval.keep, session.task.metrics[0])
