@@ -34,7 +34,7 @@ RATES: dict[str, dict[str, list[float]]] = {
         "sift .1 %": [2e-3, 4e-3],
         "random .1 %": [4e-3, 8e-3],
     },
-    "cola": {"sift 1 %": [1e-3, 2e-3, 4e-3], "random 1 %": [2e-3, 4e-3], "full": [1e-4]},
+    "cola": {"sift 1 %": [1e-3, 2e-3, 4e-3], "random 1 %": [1e-3, 2e-3, 4e-3], "full": [1e-4]},
     "rte": {"sift 1 %": [5e-4, 4e-3], "random 1 %": [4e-3], "full": [1e-4]},
 }
 Key = tuple[str, str, float]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -202,7 +203,14 @@ def test_an_interrupted_run_exits_with_130(recipe_file: Path, tmp_path: Path) ->
     out = tmp_path / "run"
     command = [sys.executable, "-m", "sift_cli", "train", str(recipe_file), "--out", str(out)]
     command += ["--set", "train.epochs=100000", "--set", "log.every=1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV) as run:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=ENV,
+        # a background job of a shell is started deaf to SIGINT, and its children are too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as run:
         metrics = out / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
