@@ -9,15 +9,12 @@ scores are a little optimistic; the others are told beside it. Weights are those
 Writes OUT/results.json and prints a table as Markdown.
 """
 
-import argparse
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from trainings import run
+from trainings import arguments, run
 
 METHODS: dict[str, list[str]] = {
     "sift 1 %": ["selection.policy=sift", "selection.density=0.01"],
@@ -42,13 +39,8 @@ Key = tuple[str, str, float]
 
 def main() -> None:
     """Trains and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("data")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=list(RATES), choices=RATES)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting: dict[Key, list[Any]] = {}

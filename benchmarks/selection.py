@@ -10,9 +10,7 @@ prints the table of docs/selection.md: the rate with the best mean over seeds, m
 deviation.
 """
 
-import argparse
 import json
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -20,7 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from trainings import TASKS, run
+from trainings import arguments, run
 
 from sift_cli.selection.policies import POLICIES
 
@@ -30,7 +28,7 @@ VARIANTS = {
     "current-batch-park": ["selection.policy=current-batch", "selection.history=park"],
     "every-20": ["selection.policy=sift", "selection.schedule=every-n-steps"],
     "sift-warm-head": ["selection.policy=sift", "selection.schedule=after-warmup"],
-    "full": ["selection.policy=magnitude", "selection.density=1.0", "selection.target=all"],
+    "full": ["selection.policy=magnitude", "selection.target=all"],
 }
 METHODS = {name: [f"selection.policy={name}"] for name in POLICIES} | VARIANTS
 NAME = re.compile(
@@ -40,37 +38,28 @@ NAME = re.compile(
 
 def main() -> None:
     """Trains, gathers and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("data")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser = arguments(__doc__)
     parser.add_argument("--policies", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--densities", nargs="+", type=float, default=[0.01, 0.001])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     with ThreadPoolExecutor(given.jobs) as pool:
-        jobs = []
+        jobs: dict[str, Any] = {}
         for seed, task, density, rate, policy in product(
             given.seeds, given.tasks, given.densities, given.rates, given.policies
         ):
+            if policy == "full":
+                density = 1.0
             changes = [f"train.learning_rate={rate}", f"train.seed={seed}"]
-            if policy != "full":
-                changes.append(f"selection.density={density}")
+            changes.append(f"selection.density={density}")
             name = f"{task}-{policy}-d{density:g}-r{rate:g}-s{seed}"
-            jobs.append(
-                pool.submit(
-                    run,
-                    given.model,
-                    given.data,
-                    given.out / name,
-                    task,
-                    [*METHODS[policy], *changes],
+            if name not in jobs:
+                out = given.out / name
+                jobs[name] = pool.submit(
+                    run, given.model, given.data, out, task, [*METHODS[policy], *changes]
                 )
-            )
-        for job in jobs:
+        for job in jobs.values():
             job.result()
     rows = gather(given.out)
     (given.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """One `sift train` of a benchmark: run once, read from disk ever after."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,6 +19,17 @@ TASKS = {  # how long each task trains
     "cola": ["train.epochs=3"],
     "rte": ["train.epochs=3"],
 }
+
+
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of trainings is told."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    return parser
 
 
 def run(model: str, data: str, out: Path, task: str, changes: list[str]) -> dict[str, Any]:

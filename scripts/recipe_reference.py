@@ -41,8 +41,9 @@ def reference() -> str:
         "\nSome keys of `selection` belong to one kind of it and are errors elsewhere:\n\n"
     )
     parts.append("| key | belongs to | default there |\n| --- | --- | --- |\n")
-    for key, (default, of) in OPTIONS.items():
-        parts.append(f"| {key} | `{of}` | {'' if default is None else f'`{default}`'} |\n")
+    for key, option in OPTIONS.items():
+        default = "" if option.default is None else f"`{option.default}`"
+        parts.append(f"| {key} | `{option.needs}` | {default} |\n")
     parts.append("\n## Policies\n\nA policy fills what `selection` leaves open.\n\n")
     parts.append("| policy | score | scope | structure | schedule | and | source |\n")
     parts.append("| --- | --- | --- | --- | --- | --- | --- |\n")

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -114,17 +114,34 @@ class DataSection(Section):
         return self
 
 
-# Keys that only some selections have, with their defaults and what they belong to.
-OPTIONS: dict[str, tuple[object, str]] = {
-    "block_size": (16, "structure: block"),
-    "rank": (32, "score: low-rank"),
-    "every": (20, "schedule: every-n-steps"),
-    "drop": (1.0, "schedule: every-n-steps"),
-    "revert": (False, "schedule: every-batch or every-n-steps"),
-    "history": ("keep", "schedule: every-batch or every-n-steps"),
-    "warmup_steps": (50, "schedule: after-warmup"),
-    "warmup_trains": ("head", "schedule: after-warmup"),
-    "warmup_learning_rate": (None, "schedule: after-warmup"),
+class Option(NamedTuple):
+    """A key that only some selections have: those whose `axis` is one of `values`."""
+
+    default: object
+    axis: str
+    values: tuple[str, ...]
+
+    @property
+    def needs(self) -> str:
+        """What it belongs to, as a recipe would say it."""
+        return f"{self.axis}: {' or '.join(self.values)}"
+
+    def applies(self, selection: Mapping[str, Any]) -> bool:
+        """Whether it does something there; a score of one's own may ask for anything."""
+        value = str(selection.get(self.axis))
+        return value in self.values or (self.axis == "score" and ".py:" in value)
+
+
+OPTIONS = {
+    "block_size": Option(16, "structure", ("block",)),
+    "rank": Option(32, "score", ("low-rank",)),
+    "every": Option(20, "schedule", ("every-n-steps",)),
+    "drop": Option(1.0, "schedule", ("every-n-steps",)),
+    "revert": Option(False, "schedule", CHANGING),
+    "history": Option("keep", "schedule", CHANGING),
+    "warmup_steps": Option(50, "schedule", ("after-warmup",)),
+    "warmup_trains": Option("head", "schedule", ("after-warmup",)),
+    "warmup_learning_rate": Option(None, "schedule", ("after-warmup",)),
 }
 AXES = ("score", "scope", "structure", "schedule")
 
@@ -205,12 +222,12 @@ class SelectionSection(Section):
         row = POLICIES.get(str(given.get("policy", "sift")), POLICIES["sift"])
         filled = {**given}
         for key, value in {**{axis: getattr(row, axis) for axis in AXES}, **row.defaults}.items():
-            applies = key not in OPTIONS or _applies(key, filled)
+            applies = key not in OPTIONS or OPTIONS[key].applies(filled)
             if filled.get(key) is None and applies:
                 filled[key] = value
-        for key, (value, _) in OPTIONS.items():
-            if filled.get(key) is None and _applies(key, filled):
-                filled[key] = value
+        for key, option in OPTIONS.items():
+            if filled.get(key) is None and option.applies(filled):
+                filled[key] = option.default
         return filled
 
     @model_validator(mode="after")
@@ -219,9 +236,9 @@ class SelectionSection(Section):
             raise ValueError("density: give density or budget, not both")
         if self.density is None and self.budget is None:
             object.__setattr__(self, "density", 0.01)
-        for key, (_, needs) in OPTIONS.items():
-            if getattr(self, key) is not None and not _applies(key, dict(self)):
-                raise ValueError(f"{key}: it belongs to {needs}, and would do nothing here")
+        for key, option in OPTIONS.items():
+            if getattr(self, key) is not None and not option.applies(dict(self)):
+                raise ValueError(f"{key}: it belongs to {option.needs}, and would do nothing here")
         if isinstance(self.density, dict):
             if "default" not in self.density:
                 raise ValueError("density: give the other weights a share too, as `default`")
@@ -241,20 +258,6 @@ class SelectionSection(Section):
                 "after-warmup and warmup_trains: all"
             )
         return self
-
-
-def _applies(option: str, selection: Mapping[str, Any]) -> bool:
-    schedule = selection.get("schedule")
-    if option == "block_size":
-        return selection.get("structure") == "block"
-    if option == "rank":
-        score = str(selection.get("score"))
-        return score == "low-rank" or ".py:" in score
-    if option in ("every", "drop"):
-        return schedule == "every-n-steps"
-    if option in ("revert", "history"):
-        return schedule in CHANGING
-    return schedule == "after-warmup"
 
 
 class TrainSection(Section):
@@ -316,9 +319,10 @@ Place = tuple[str | int, ...]
 # Keys of the file that an override makes void: a resolved recipe holds what its policy filled in.
 REPLACES = {
     "selection.policy": AXES,
-    "selection.score": ("rank",),
-    "selection.structure": ("block_size",),
-    "selection.schedule": tuple(key for key, (_, of) in OPTIONS.items() if "schedule" in of),
+    **{
+        f"selection.{axis}": tuple(key for key, one in OPTIONS.items() if one.axis == axis)
+        for axis in AXES
+    },
     "selection.budget": ("density",),
     "selection.density": ("budget",),
 }
@@ -447,7 +451,11 @@ def _override(
 def _filled_in(section: Mapping[str, Any]) -> list[str]:
     """The options of a selection that hold what its policy, or the default, gives them."""
     row = POLICIES.get(str(section.get("policy", "sift")), POLICIES["sift"])
-    usual = {"batches": 1, **{key: value for key, (value, _) in OPTIONS.items()}, **row.defaults}
+    usual = {
+        "batches": 1,
+        **{key: option.default for key, option in OPTIONS.items()},
+        **row.defaults,
+    }
     return [key for key, value in usual.items() if section.get(key) in (value, None)]
 
 

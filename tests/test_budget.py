@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 
 from sift_cli.errors import SiftError
-from sift_cli.selection.budget import Global, PerNeuron, PerTensor, allot, largest, share
+from sift_cli.selection.budget import Global, PerWeight, allot, largest, share
 from sift_cli.selection.structures import Units
 
 # few different values, so that ties are the rule
@@ -153,7 +153,7 @@ def flat(weights: list[list[float]]) -> list[tuple[int, int, float]]:
     return [(owner, at, score) for owner, one in enumerate(weights) for at, score in enumerate(one)]
 
 
-def winners(chooser: Global | PerTensor | PerNeuron) -> dict[str, list[int]]:
+def winners(chooser: Global | PerWeight) -> dict[str, list[int]]:
     return {name: units.tolist() for name, units in chooser.chosen().items()}
 
 
@@ -262,7 +262,7 @@ def test_global_with_a_budget_beyond_the_weights_takes_every_unit() -> None:
 @given(st.lists(st.tuples(SCORES, st.integers(0, 30)), min_size=1, max_size=5))
 def test_per_tensor_takes_the_best_of_each(given_: list[tuple[list[float], int]]) -> None:
     counts = {f"w{at}": count for at, (_, count) in enumerate(given_)}
-    chooser = PerTensor(counts)
+    chooser = PerWeight(counts)
     for at, (scores, _) in enumerate(given_):
         chooser.add(f"w{at}", torch.tensor(scores))
     assert winners(chooser) == {
@@ -278,7 +278,7 @@ def test_per_neuron_gives_each_neuron_its_best_and_meets_the_count(
     row = st.lists(value, min_size=across, max_size=across)
     scores = data.draw(st.lists(row, min_size=neurons, max_size=neurons))
     count = data.draw(st.integers(1, neurons * across))
-    chooser = PerNeuron({"w": count})
+    chooser = PerWeight({"w": count}, per_neuron=True)
     chooser.add("w", torch.tensor(scores))
     each, more = divmod(count, neurons)
     ranked = [sorted(range(across), key=lambda at, one=one: (-one[at], at)) for one in scores]

@@ -14,14 +14,13 @@ from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.selection.policies import CHANGING, POLICIES, STRUCTURES
 from sift_cli.selection.structures import Units
-from sift_cli.selection.targets import choose_weights
 from sift_cli.session import Session, open_session
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.optimizer import HISTORIES
 from sift_cli.training import train
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.gradient import add_gradient
-from sift_cli.training.loop import make_optimizer, plan_batches
+from sift_cli.training.loop import make_optimizer
 
 CASES = [
     (policy, structure)
@@ -57,12 +56,7 @@ def resolved(path: Path, policy: str, structure: str, *more: str) -> Recipe:
 def opened(recipe: Recipe) -> tuple[Session, Chooser]:
     session = open_session(recipe)
     session.model.double().train()
-    chosen = recipe.selection
-    sparse, dense = choose_weights(
-        session.model, chosen.target, chosen.exclude, chosen.dense, session.new
-    )
-    batches = plan_batches(recipe, session)
-    return session, Chooser(recipe, session, batches, rule_of(chosen), sparse, dense)
+    return session, Chooser.of(recipe, session, rule_of(recipe.selection))
 
 
 class Reference:

@@ -14,12 +14,11 @@ from sift_cli.analysis import probe
 from sift_cli.cli import app
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
-from sift_cli.selection.targets import choose_weights
 from sift_cli.session import open_session
 from sift_cli.training import train
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.gradient import add_gradient
-from sift_cli.training.loop import make_optimizer, plan_batches
+from sift_cli.training.loop import make_optimizer
 
 STEPS = 5
 
@@ -35,15 +34,10 @@ def dense_gradients(recipe: Recipe) -> list[dict[str, Tensor]]:
     """The whole gradient of each step, along the training that the recipe describes."""
     session = open_session(recipe)
     session.model.train()
-    chosen = recipe.selection
-    sparse, dense = choose_weights(
-        session.model, chosen.target, chosen.exclude, chosen.dense, session.new
-    )
-    batches = plan_batches(recipe, session)
-    chooser = Chooser(recipe, session, batches, rule_of(chosen), sparse, dense)
-    optimizer, schedule = make_optimizer(recipe, chooser.begin(), batches.steps)
+    chooser = Chooser.of(recipe, session, rule_of(recipe.selection))
+    optimizer, schedule = make_optimizer(recipe, chooser.begin(), chooser.batches.steps)
     found = []
-    for rows, _ in zip(batches, range(STEPS), strict=False):
+    for rows, _ in zip(chooser.batches, range(STEPS), strict=False):
         twin = copy.deepcopy(session.model)
         for module in twin.modules():
             vars(module).pop("forward", None)
@@ -51,7 +45,7 @@ def dense_gradients(recipe: Recipe) -> list[dict[str, Tensor]]:
         batch = session.collate(session.train.take(rows[0]))  # type: ignore[union-attr]
         twin(**batch).loss.backward()
         named = dict(twin.named_parameters())
-        found.append({name: named[name].grad.flatten() for name in sparse})  # type: ignore[union-attr]
+        found.append({name: named[name].grad.flatten() for name in chooser.sparse})  # type: ignore[union-attr]
         add_gradient(session, rows)
         optimizer.clip(recipe.train.max_grad_norm)
         optimizer.step()

@@ -6,7 +6,7 @@ how alike masks are, and how much of Adam's history a changing mask throws away:
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -24,13 +24,12 @@ from sift_cli.recipe import AXES, OPTIONS, Recipe, parse_recipe
 from sift_cli.selection.budget import largest, share
 from sift_cli.selection.observe import observed_gradients
 from sift_cli.selection.policies import POLICIES
-from sift_cli.selection.targets import choose_weights
 from sift_cli.session import Session, open_session
 from sift_cli.sparse import Support
 from sift_cli.sparse.parameters import find
 from sift_cli.training.choosing import Chooser, frozen, kept_randomness, rule_of
 from sift_cli.training.gradient import add_gradient
-from sift_cli.training.loop import make_optimizer, plan_batches, prepare_model
+from sift_cli.training.loop import make_optimizer, prepare_model
 
 CURVE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BETA2 = 0.999  # decay of Adam's second moment
@@ -60,12 +59,18 @@ def probe(
     asked = list(dict.fromkeys(["sift", "current-batch", "random", *policies]))
     recipes = {name: _with_policy(recipe, name) for name in asked}
     recipes.setdefault(recipe.selection.policy, recipe)
-    choosers = {name: _chooser(one, session, allow_code) for name, one in recipes.items()}
+    choosers = {
+        name: Chooser.of(one, session, rule_of(one.selection, allow_code))
+        for name, one in recipes.items()
+    }
     chooser = choosers[recipe.selection.policy]
     masks = {name: _Mask(name, one) for name, one in choosers.items()}
     named = dict(session.model.named_parameters())
-    classes = _class_masks(session, choosers["sift"])
     parameters = chooser.begin()
+    parameters.detach()
+    for mask in masks.values():
+        mask.renew(1)
+    classes = _class_masks(session, choosers["sift"], masks["sift"].supports)
     optimizer, schedule = make_optimizer(recipe, parameters, chooser.batches.steps)
     planned = min(steps, chooser.batches.steps)
     track_of = _Track({name: named[name].numel() for name in chooser.sparse})
@@ -74,7 +79,7 @@ def probe(
         if chooser.due(step):
             chooser.change(step, optimizer)
         parameters.detach()
-        for mask in masks.values():
+        for mask in masks.values() if step > 1 else ():
             mask.renew(step)
         targets = {segment.name: segment for segment in parameters}
 
@@ -89,7 +94,7 @@ def probe(
         with frozen(session.model), observed_gradients(weights, take):
             add_gradient(session, rows)
         for mask in masks.values():
-            mask.settle(step)
+            mask.settle(step, track_of.energy[step])
         optimizer.clip(recipe.train.max_grad_norm)
         optimizer.step()
         schedule.step()
@@ -114,15 +119,6 @@ def _with_policy(recipe: Recipe, policy: str) -> Recipe:
     return parse_recipe(yaml.safe_dump(values), f"--policies {policy}")
 
 
-def _chooser(recipe: Recipe, session: Session, allow_code: bool) -> Chooser:
-    chosen = recipe.selection
-    sparse, dense = choose_weights(
-        session.model, chosen.target, chosen.exclude, chosen.dense, session.new
-    )
-    rule = rule_of(chosen, allow_code)
-    return Chooser(recipe, session, plan_batches(recipe, session), rule, sparse, dense)
-
-
 @dataclass
 class _Mask:
     """One policy's mask along the run, and what a second moment on it alone would be.
@@ -138,7 +134,6 @@ class _Mask:
     lost: list[float] = field(default_factory=list)  # share of second moment, per change
     replaced: list[float] = field(default_factory=list)  # share of entries, per change
     _energy: float = 0.0
-    _whole: float = 0.0
     _lost: float = 0.0
     _held: float = 0.0
     _gone: int = 0
@@ -163,30 +158,28 @@ class _Mask:
         self.supports = self.chooser.supports(step)
 
     def see(self, name: str, gradient: Tensor) -> Tensor | None:
-        """Adds one weight's gradient; returns the positions that the mask has there."""
+        """Adds one weight's flat gradient; returns the positions that the mask has there."""
         support = self.supports.get(name)
         positions: Tensor | None
         if support is None:
             count, positions = 0, torch.zeros(0, dtype=torch.int64)
         elif self.follows:
-            count, positions = len(support), largest(gradient.reshape(-1).abs(), len(support))
+            count, positions = len(support), largest(gradient.abs(), len(support))
         else:
             count, positions = len(support), support.positions
-        flat = gradient.reshape(-1).float()
-        inside = (flat if positions is None else flat[positions.long()]).square()
+        inside = (gradient if positions is None else gradient[positions.long()]).square()
         self._energy += float(inside.sum())
-        self._whole += float(flat.square().sum())
         self._age(name, positions, inside)
         self._entries += count
         return positions
 
-    def settle(self, step: int) -> None:
-        """Ends a step."""
-        self.kept.append(sqrt(self._energy / self._whole) if self._whole else 0.0)
+    def settle(self, step: int, whole: float) -> None:
+        """Ends a step whose gradient had the energy `whole`."""
+        self.kept.append(sqrt(self._energy / whole) if whole else 0.0)
         if step > 1:
             self.lost.append(self._lost / self._held if self._held else 0.0)
             self.replaced.append(self._gone / max(self._entries, 1))
-        self._energy = self._whole = self._lost = self._held = 0.0
+        self._energy = self._lost = self._held = 0.0
         self._gone = self._entries = 0
 
     def _age(self, name: str, positions: Tensor | None, squares: Tensor) -> None:
@@ -213,18 +206,20 @@ class _Track:
     sizes: dict[str, int]
     curve: dict[int, dict[str, list[float]]] = field(default_factory=dict)  # step, name -> energy
     whole: dict[int, dict[str, float]] = field(default_factory=dict)
-    alike: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+    energy: dict[int, float] = field(default_factory=dict)  # squared norm of each step's gradient
+    alike: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     _first: dict[str, Tensor] = field(default_factory=dict)
-    _last: dict[str, Tensor] = field(default_factory=dict)
 
     def see(self, step: int, name: str, gradient: Tensor, masks: Any, curve: bool) -> None:
         """Adds one weight's gradient."""
+        flat = gradient.reshape(-1).float()
+        squares = flat.square()
+        self.energy[step] = self.energy.get(step, 0.0) + float(squares.sum())
         for mask in masks:
-            positions = mask.see(name, gradient)
+            positions = mask.see(name, flat)
             if mask.policy == "current-batch" and positions is not None:
                 self._compare(step, name, positions)
         if curve:
-            squares = gradient.reshape(-1).float().square()
             counts = [share(density, len(squares)) for density in CURVE]
             top = squares.topk(counts[-1]).values.double().cumsum(0)
             at = self.curve.setdefault(step, {})
@@ -232,18 +227,20 @@ class _Track:
             self.whole.setdefault(step, {})[name] = float(squares.double().sum())
 
     def _compare(self, step: int, name: str, positions: Tensor) -> None:
-        first = self._first.setdefault(name, positions)
-        last = self._last.get(name, positions)
-        common = (torch.isin(positions, first).sum(), torch.isin(positions, last).sum())
-        self.alike.setdefault(step, []).append((len(positions), int(common[0]), int(common[1])))
-        self._last[name] = positions
+        common = torch.isin(positions, self._first.setdefault(name, positions)).sum()
+        self.alike.setdefault(step, []).append((len(positions), int(common)))
 
 
-def _class_masks(session: Session, chooser: Chooser) -> dict[str, dict[str, Tensor]]:
-    """The mask of one batch of each class alone, by label and weight; none for regression."""
+def _class_masks(
+    session: Session, chooser: Chooser, supports: Mapping[str, Support]
+) -> dict[str, dict[str, Tensor]]:
+    """The mask of one batch of each class alone, by label and weight; none for regression.
+
+    Each is as large as the one in `supports`.
+    """
     assert session.train is not None
     labels = session.task.labels
-    if labels is None or (chooser.rule.budget is not None and not chooser.sparse):
+    if labels is None:
         return {}
     wanted = chooser.recipe.train.batch_size
     rows: dict[int, list[int]] = {}
@@ -253,13 +250,13 @@ def _class_masks(session: Session, chooser: Chooser) -> dict[str, dict[str, Tens
             rows[int(label)].append(row)
     found = {}
     named = dict(session.model.named_parameters())
-    counts = {name: len(one) for name, one in _first_supports(chooser).items()}
+    counts = {name: len(supports[name]) for name in chooser.sparse if name in supports}
     weights = {name: named[name] for name in counts}
     for label in sorted(rows)[:CLASSES]:
         masks: dict[str, Tensor] = {}
 
         def take(name: str, gradient: Tensor, masks: dict[str, Tensor] = masks) -> None:
-            masks[name] = gradient.reshape(-1).abs().topk(counts[name]).indices
+            masks[name] = largest(gradient.reshape(-1).abs(), counts[name])
 
         with (
             frozen(session.model),
@@ -269,11 +266,6 @@ def _class_masks(session: Session, chooser: Chooser) -> dict[str, dict[str, Tens
             add_gradient(session, [rows[label]])
         found[labels[label]] = masks
     return found
-
-
-def _first_supports(chooser: Chooser) -> dict[str, Support]:
-    chosen = chooser.supports(1)
-    return {name: chosen[name] for name in chooser.sparse if name in chosen}
 
 
 def kind(name: str) -> str:
@@ -323,8 +315,8 @@ def _report(
         "curve": {"densities": list(CURVE), "norm_share": curves},
         "kept_norm_share": later,
         "overlap": {
-            "with_first_batch": _overlaps(seen, 1),
-            "with_batch_before": _overlaps(seen, 2),
+            "with_first_batch": _overlaps(seen),
+            "with_batch_before": [1 - gone for gone in masks["current-batch"].replaced],
             "between_classes": _between(classes),
         },
     }
@@ -339,14 +331,13 @@ def _curve(seen: _Track, step: int, chosen: Callable[[str], bool]) -> list[float
     return [sqrt(sum(top) / whole) for top in tops]
 
 
-def _overlaps(seen: _Track, column: int) -> list[float]:
-    """For each step but the first, the share of the current mask that the other mask holds."""
-    found = []
-    for step, counts in seen.alike.items():
-        if step > 1:
-            total = sum(count[0] for count in counts)
-            found.append(sum(count[column] for count in counts) / total)
-    return found
+def _overlaps(seen: _Track) -> list[float]:
+    """For each step but the first, the share of its mask that the first batch's mask holds."""
+    return [
+        sum(common for _, common in counts) / sum(size for size, _ in counts)
+        for step, counts in seen.alike.items()
+        if step > 1
+    ]
 
 
 def _between(classes: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
@@ -368,7 +359,7 @@ def _sentences(found: dict[str, Any]) -> list[str]:
     first, current, random = (kept[name]["mean"] for name in ("sift", "current-batch", "random"))
     place = CURVE.index(1e-2)
     shares = [step["overall"][place] for step in found["curve"]["norm_share"].values()]
-    before = mean(found["overlap"]["with_batch_before"] or [1.0])
+    replaced = kept["current-batch"]["replaced_per_step"]
     lost = kept["current-batch"]["second_moment_lost_per_step"]
     how = (
         f"far above what a random mask keeps ({random:.0%})"
@@ -382,7 +373,7 @@ def _sentences(found: dict[str, Any]) -> list[str]:
         f"Over {found['steps'] - 1} later steps the first batch's mask keeps {first:.0%} of each "
         f"gradient's norm, {first / max(current, 1e-12):.0%} of what the current batch's mask "
         f"keeps ({current:.0%}) and {how}.",
-        f"A mask chosen anew for every batch replaces {1 - before:.0%} of its entries at each step "
+        f"A mask chosen anew for every batch replaces {replaced:.0%} of its entries at each step "
         f"and throws away {lost:.0%} of the second moment that Adam has gathered; a mask that "
         "stays throws away none.",
     ]

@@ -4,10 +4,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sift_cli.delta.apply import rest_fingerprints
-from sift_cli.delta.file import Delta, weight_delta
+from sift_cli.delta.file import SIGNED, Delta, weight_delta
 from sift_cli.sparse import SparseParameters, Support
 
 
@@ -36,7 +35,8 @@ def build_delta(
         trained = support.to(weight.device).gather(weight).cpu()
         held = supports.get(name)
         if held is None or len(held) < len(support):
-            keep = _bits_differ(base, trained)
+            bits = SIGNED[base.element_size()]  # so that -0 is not 0
+            keep = base.view(bits) != trained.view(bits)
             every = support.positions
             if every is None:
                 every = torch.arange(support.size)
@@ -51,11 +51,3 @@ def build_delta(
             whole = weight.detach()
             weights[name] = weight_delta(support, base, trained, marks[name], whole)
     return Delta(weights, dense, rest_fingerprints(marks, weights), about)
-
-
-def _bits_differ(one: Tensor, other: Tensor) -> Tensor:
-    """Where two tensors [K] differ in a bit, so that -0 is not 0."""
-    width = one.element_size()
-    pairs = (tensor.contiguous().view(torch.uint8).view(-1, width) for tensor in (one, other))
-    first, second = pairs
-    return (first != second).any(1)

@@ -23,6 +23,20 @@ def share(density: float, size: int) -> int:
     return ceil(Fraction(str(density)) * size)
 
 
+def entries(units: Mapping[str, Units]) -> int:
+    """Entries that the units of all weights hold."""
+    return sum(one.count * one.size for one in units.values())
+
+
+def require_fits(budget: int, units: Mapping[str, Units]) -> None:
+    """Raises SiftError where the weights hold fewer entries than the budget."""
+    total = entries(units)
+    if budget > total:
+        raise SiftError(
+            f"selection.budget: {budget:,} entries asked for, the targeted weights hold {total:,}"
+        )
+
+
 def allot(budget: int, units: Mapping[str, Units]) -> dict[str, int]:
     """Splits `budget` entries over weights in proportion to their sizes, in whole units.
 
@@ -30,13 +44,9 @@ def allot(budget: int, units: Mapping[str, Units]) -> dict[str, int]:
     whole units fit; single entries sum to the budget exactly. Raises SiftError where the weights
     hold fewer entries than the budget.
     """
-    held = {name: one.count * one.size for name, one in units.items()}
-    total = sum(held.values())
-    if budget > total:
-        raise SiftError(
-            f"selection.budget: {budget:,} entries asked for, the targeted weights hold {total:,}"
-        )
-    exact = {name: Fraction(budget * held[name], total * one.size) for name, one in units.items()}
+    require_fits(budget, units)
+    total = entries(units)
+    exact = {name: Fraction(budget * one.count, total) for name, one in units.items()}
     counts = {name: int(share_of) for name, share_of in exact.items()}
     left = budget - sum(counts[name] * one.size for name, one in units.items())
     for name in sorted(units, key=lambda name: counts[name] - exact[name]):
@@ -64,44 +74,43 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return chosen.nonzero().flatten()
 
 
-class PerTensor:
-    """Units compete within their own weight: each weight is settled when its scores arrive."""
+def largest_per_neuron(scores: Tensor, count: int) -> Tensor:
+    """Units of `scores` ([neurons, across]) of which each neuron has its largest, sorted.
 
-    def __init__(self, counts: Mapping[str, int]) -> None:
+    Where `count` is no multiple of the neurons, those whose next best unit scores highest get one
+    more, so it is met exactly. Among equals the first win.
+    """
+    neurons, across = scores.shape
+    each, more = divmod(count, neurons)
+    values, order = scores.sort(dim=1, descending=True, stable=True)
+    start = torch.arange(neurons, device=scores.device)[:, None] * across
+    won = (start + order[:, :each]).reshape(-1)
+    if more:
+        lucky = largest(values[:, each], more)
+        won = torch.cat([won, start[lucky, 0] + order[lucky, each]])
+    return won.sort().values
+
+
+class PerWeight:
+    """Units compete within their own weight, or within their output neuron with `per_neuron`.
+
+    Each weight is settled when its scores arrive.
+    """
+
+    def __init__(self, counts: Mapping[str, int], per_neuron: bool = False) -> None:
         self.counts = counts
+        self.per_neuron = per_neuron
         self._chosen: dict[str, Tensor] = {}
 
     def add(self, name: str, scores: Tensor, size: int = 1) -> None:
         """Takes the scores of one weight's units, [down, across]."""
-        self._chosen[name] = largest(scores.reshape(-1), self.counts[name]).cpu()
-
-    def chosen(self) -> dict[str, Tensor]:
-        """The numbers of the units that won, by weight, on the host."""
-        return self._chosen
-
-
-class PerNeuron:
-    """Units compete within their output neuron, and each neuron of a weight has the same share.
-
-    Where the share is no whole number, the neurons whose next best unit scores highest get one
-    more, so the weight's count is met exactly.
-    """
-
-    def __init__(self, counts: Mapping[str, int]) -> None:
-        self.counts = counts
-        self._chosen: dict[str, Tensor] = {}
-
-    def add(self, name: str, scores: Tensor, size: int = 1) -> None:
-        """Takes the scores of one weight's units, [neurons, across]."""
-        neurons, across = scores.shape
-        each, more = divmod(self.counts[name], neurons)
-        values, order = scores.sort(dim=1, descending=True, stable=True)
-        start = torch.arange(neurons, device=scores.device)[:, None] * across
-        won = (start + order[:, :each]).reshape(-1)
-        if more:
-            lucky = largest(values[:, each], more)
-            won = torch.cat([won, start[lucky, 0] + order[lucky, each]])
-        self._chosen[name] = won.sort().values.cpu()
+        count = self.counts[name]
+        won = (
+            largest_per_neuron(scores, count)
+            if self.per_neuron
+            else largest(scores.reshape(-1), count)
+        )
+        self._chosen[name] = won.cpu()
 
     def chosen(self) -> dict[str, Tensor]:
         """The numbers of the units that won, by weight, on the host."""
@@ -112,10 +121,10 @@ class Global:
     """Units of all weights compete for one budget of entries, by their mean scores.
 
     No weight takes part with more units than the budget holds; of these the best are taken as long
-    as the next one fits. Among equals the weight that comes first in
-    `names` wins, in whatever order weights arrive. Candidates that can no longer win are dropped
-    whenever twice the budget has gathered, so the cost is linear in the number of entries whatever
-    the number of weights, and the choice is that of a sort of everything.
+    as the next one fits. Among equals the weight that comes first in `names` wins, in whatever
+    order weights arrive. Candidates that can no longer win are dropped whenever twice the budget
+    has gathered, so the cost is linear in the number of entries whatever the number of weights, and
+    the choice is that of a sort of everything.
     """
 
     def __init__(self, budget: int, names: Iterable[str]) -> None:

@@ -7,11 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from sift_cli.errors import SiftError
-from sift_cli.selection.budget import Global, PerNeuron, PerTensor, allot, largest, share
+from sift_cli.selection.budget import (
+    Global,
+    PerWeight,
+    allot,
+    entries,
+    largest,
+    require_fits,
+    share,
+)
 from sift_cli.selection.observe import observed_gradients, observed_inputs
 from sift_cli.selection.scores import Score, score_entries
 from sift_cli.selection.structures import Units
-from sift_cli.selection.targets import density_of, linear_layers
+from sift_cli.selection.targets import LinearLayer, density_of, linear_layers
 from sift_cli.sparse import Support
 
 
@@ -49,7 +57,7 @@ def check(model: nn.Module, names: Sequence[str], rule: Rule) -> None:
     """Raises what `select` would of densities, budgets and blocks, before anything is computed."""
     if not names:
         raise SiftError("selection.target: nothing is left beside the modules trained whole")
-    weights, units = _cut(model, names, rule)
+    weights, _, units = _cut(model, names, rule)
     _chooser(rule, weights, units)
 
 
@@ -72,8 +80,7 @@ def select(
     Raises SiftError where a score is not finite, a budget or a block does not fit, or a score needs
     batches and there are none.
     """
-    weights, units = _cut(model, names, rule)
-    layers = linear_layers(model)
+    weights, layers, units = _cut(model, names, rule)
     score, held = rule.score, held or {}
     if score.needs_data and not backward:
         raise SiftError("selection.score: it looks at batches, and there are none to look at")
@@ -112,8 +119,8 @@ def select(
 
 def _cut(
     model: nn.Module, names: Sequence[str], rule: Rule
-) -> tuple[dict[str, nn.Parameter], dict[str, Units]]:
-    """The weights called `names`, and the units that each consists of."""
+) -> tuple[dict[str, nn.Parameter], dict[str, LinearLayer], dict[str, Units]]:
+    """The weights called `names`, the model's linear layers, and the units of each weight."""
     named = dict(model.named_parameters())
     weights = {name: named[name] for name in names}
     layers = linear_layers(model)
@@ -127,28 +134,27 @@ def _cut(
         )
         for name, weight in weights.items()
     }
-    return weights, units
+    return weights, layers, units
 
 
 def _chooser(
     rule: Rule, weights: Mapping[str, Tensor], units: Mapping[str, Units]
-) -> PerTensor | PerNeuron | Global:
-    held = {name: one.count * one.size for name, one in units.items()}
+) -> PerWeight | Global:
     if rule.scope == "global":
         count = rule.budget
         if count is None:
             assert isinstance(rule.density, float | int)
             count = share(rule.density, sum(weight.numel() for weight in weights.values()))
-        elif count > sum(held.values()):
-            allot(count, units)
-        return Global(min(count, sum(held.values())), units)
+        else:
+            require_fits(count, units)
+        return Global(min(count, entries(units)), units)
     if rule.budget is not None:
         counts = allot(rule.budget, units)
     else:
         assert rule.density is not None
         densities = density_of(rule.density, weights)
         counts = {name: share(densities[name], one.count) for name, one in units.items()}
-    return PerNeuron(counts) if rule.scope == "neuron" else PerTensor(counts)
+    return PerWeight(counts, per_neuron=rule.scope == "neuron")
 
 
 def _input_norm(name: str, weight: Tensor, units: Units, squares: Mapping[str, Tensor]) -> Tensor:

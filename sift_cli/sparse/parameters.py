@@ -58,10 +58,6 @@ class Touched:
         union = Support.of(support.shape, positions)
         self._held[name] = union, torch.cat([values, found[fresh]])[order]
 
-    def forget(self) -> None:
-        """Forgets all entries; for weights that are back at the base."""
-        self._held.clear()
-
     def __iter__(self) -> Iterator[tuple[str, Support, Tensor]]:
         """Name, support and base values ([K], in the weight's dtype) of each weight."""
         return iter((name, support, values) for name, (support, values) in self._held.items())
@@ -113,8 +109,7 @@ class SparseParameters:
             self.touched.add(segment.name, segment.support, segment.weight)
         device = self.segments[0].weight.device
         self.flat = nn.Parameter(torch.empty(self.segments[-1].stop, dtype=wide, device=device))
-        for segment in self.segments:
-            self.flat.data[segment.span] = segment.support.gather(segment.weight).to(wide)
+        self._read()
         self.grad = torch.zeros_like(self.flat.data)
         self.flat.grad = self.grad
 
@@ -146,19 +141,14 @@ class SparseParameters:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, tuple[Support, Tensor]]) -> None:
         """Brings the weights back to where `state` was taken, and the masters with them."""
-        self.revert()
-        named = dict(self.model.named_parameters())
-        for name, (support, values) in state.items():
-            support.to(named[name].device).scatter_(named[name], values)
+        self._write(self.touched)
+        self._write((name, support, values) for name, (support, values) in state.items())
         self._read()
 
     @torch.no_grad()
     def revert(self) -> None:
         """Brings weights and masters back to the base."""
-        named = dict(self.model.named_parameters())
-        for name, support, values in self.touched:
-            weight = named[name]
-            support.to(weight.device).scatter_(weight, values.to(weight.device))
+        self._write(self.touched)
         self._read()
 
     def change(self, segment: Segment) -> Tensor:
@@ -185,13 +175,12 @@ class SparseParameters:
             self._send_home(segment, left[segment.span])
         for segment in after:
             self.touched.add(segment.name, segment.support, segment.weight)
-        masters = self.flat.data.new_empty(after[-1].stop)
-        for segment in after:
-            masters[segment.span] = segment.support.gather(segment.weight).to(masters.dtype)
-        masters[stays] = self.flat.data[origin[stays]]
+        kept = self.flat.data[origin[stays]]
         self.segments, self.flat.grad = after, None
-        self.flat.data, self.grad = masters, torch.zeros_like(masters)
-        self.flat.grad = self.grad
+        self.flat.data = self.flat.data.new_empty(after[-1].stop)
+        self._read()
+        self.flat.data[stays] = kept
+        self.flat.grad = self.grad = torch.zeros_like(self.flat.data)
         self.wire()
         return Move(before, origin, left)
 
@@ -218,6 +207,12 @@ class SparseParameters:
         leaf = self.flat.detach()[segment.span].requires_grad_()
         leaf.grad = self.grad[segment.span]
         return leaf
+
+    def _write(self, entries: Iterable[tuple[str, Support, Tensor]]) -> None:
+        named = dict(self.model.named_parameters())
+        for name, support, values in entries:
+            weight = named[name]
+            support.to(weight.device).scatter_(weight, values.to(weight.device))
 
     def _read(self) -> None:
         for segment in self.segments:

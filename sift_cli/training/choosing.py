@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import Recipe, SelectionSection
 from sift_cli.selection.scores import find_score
-from sift_cli.selection.select import Held, Rule, select
+from sift_cli.selection.select import Held, Rule, check, select
+from sift_cli.selection.targets import choose_weights
 from sift_cli.session import Session
-from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach
+from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
 from sift_cli.training.batches import Batches
 from sift_cli.training.gradient import add_gradient
 
@@ -50,14 +51,39 @@ class Chooser:
     rule: Rule
     sparse: Sequence[str]
     dense: Sequence[str]
-    console: Console = field(default_factory=lambda: Console(stderr=True, quiet=True))
+    console: Console
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, session: Session, rule: Rule, console: Console | None = None
+    ) -> "Chooser":
+        """The recipe's selection for this session.
+
+        Raises SiftError where its patterns, densities, budgets or blocks do not fit the model.
+        """
+        chosen, settings = recipe.selection, recipe.train
+        sparse, dense = choose_weights(
+            session.model, chosen.target, chosen.exclude, chosen.dense, session.new
+        )
+        check(session.model, sparse, rule)
+        assert session.train is not None
+        batches = Batches.plan(
+            session.train.lengths,
+            batch_size=settings.batch_size,
+            accumulate=settings.accumulate,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            seed=settings.seed,
+        )
+        console = console or Console(stderr=True, quiet=True)
+        return cls(recipe, session, batches, rule, sparse, dense, console)
 
     def begin(self) -> SparseParameters:
         """Warms up where the schedule says so, chooses, and attaches what was chosen."""
         if self.recipe.selection.schedule != "after-warmup":
             return attach(self.session.model, self.supports(1))
-        warmed, change = self._warm_up()
-        return attach(self.session.model, self.supports(1, change=change), touched=warmed.touched)
+        touched, change = self._warm_up()
+        return attach(self.session.model, self.supports(1, change=change), touched=touched)
 
     def due(self, step: int) -> bool:
         """Whether entries are chosen anew before this step."""
@@ -103,11 +129,11 @@ class Chooser:
             )
         return chosen | whole(model, self.dense)
 
-    def _warm_up(self) -> tuple[SparseParameters, dict[str, Tensor] | None]:
+    def _warm_up(self) -> tuple[Touched | None, dict[str, Tensor] | None]:
         """Trains the head alone, or everything, on the first batches.
 
-        The head stays as it was trained. Where everything trained, all of it goes back to where it
-        started, and what is returned beside is how far each weight had moved.
+        The head stays as it was trained, and its base values are returned. Where everything
+        trained, all of it goes back, and what is returned is how far each weight had moved.
         """
         selection, settings, model = self.recipe.selection, self.recipe.train, self.session.model
         everything = selection.warmup_trains == "all"
@@ -133,15 +159,14 @@ class Chooser:
             optimizer.step()
         parameters.detach()
         if not everything:
-            return parameters, None
+            return parameters.touched, None
         change = {
             segment.name: parameters.change(segment).view(segment.weight.shape)
             for segment in parameters
             if segment.name in set(self.sparse)
         }
         parameters.revert()
-        parameters.touched.forget()
-        return parameters, change
+        return None, change
 
 
 def backward_passes(

@@ -15,8 +15,6 @@ from sift_cli.delta.apply import state_fingerprints
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models import recompute_activations
 from sift_cli.recipe import Recipe
-from sift_cli.selection.select import check
-from sift_cli.selection.targets import choose_weights
 from sift_cli.session import Session, open_session
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support
 from sift_cli.training.batches import Batches
@@ -47,22 +45,14 @@ def train(
     rule = rule_of(recipe.selection, allow_code)
     session = open_session(recipe, device=device)
     assert session.train is not None
-    sparse, dense = choose_weights(
-        session.model,
-        recipe.selection.target,
-        recipe.selection.exclude,
-        recipe.selection.dense,
-        session.new,
-    )
-    check(session.model, sparse, rule)
+    chooser = Chooser.of(recipe, session, rule, console)
     for split, cut in session.truncated().items():
         if cut:
             console.print(f"{split}: {cut:,} rows cut to {recipe.data.max_length} tokens")
     metrics_before = session.evaluate()
     marks = state_fingerprints(session.model, session.new)
-    batches = plan_batches(recipe, session)
+    batches = chooser.batches
     prepare_model(session, recipe.train.gradient_checkpointing)
-    chooser = Chooser(recipe, session, batches, rule, sparse, dense, console)
     parameters = chooser.begin()
     optimizer, schedule = make_optimizer(recipe, parameters, batches.steps)
     kept = Kept(parameters, recipe.eval.keep, session.task.metrics[0])
@@ -93,26 +83,13 @@ def train(
         recipe,
         session,
         parameters,
-        dense=dense,
+        dense=chooser.dense,
         marks=marks,
         metrics_before=metrics_before,
         metrics=kept.metrics,
         kept_step=kept.step,
         steps=batches.steps,
         timing=timing,
-    )
-
-
-def plan_batches(recipe: Recipe, session: Session) -> Batches:
-    """The rows of every step."""
-    assert session.train is not None
-    return Batches.plan(
-        session.train.lengths,
-        batch_size=recipe.train.batch_size,
-        accumulate=recipe.train.accumulate,
-        epochs=recipe.train.epochs,
-        max_steps=recipe.train.max_steps,
-        seed=recipe.train.seed,
     )
 
 
