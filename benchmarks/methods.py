@@ -1,0 +1,134 @@
+"""The methods of a benchmark, each made ready to take steps with one model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sift_cli.selection.scores import find_score
+from sift_cli.selection.select import Rule, select
+from sift_cli.selection.targets import choose_weights
+from sift_cli.sparse import SparseAdamW, Support, attach
+
+RATE = 1e-4
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model about to train: `entries` train, and `update` clips, steps and clears gradients."""
+
+    model: nn.Module
+    entries: int
+    update: Callable[[], None]
+
+
+Method = Callable[[Any, dict[str, Tensor], Sequence[str], float], Ready]
+
+
+def sift(structure: str, block: int = 1) -> Method:
+    """Entries chosen by the gradient of one batch, in the given structure."""
+
+    def prepare(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float) -> Ready:
+        names, whole = choose_weights(model, "all-linear", [], [], head)
+        names = [name for name in names if name.endswith("weight")]
+        rule = Rule(find_score("gradient"), structure=structure, density=density, block=block)
+        supports = select(model, names, rule, backward=[lambda: model(**batch).loss.backward()])
+        named = dict(model.named_parameters())
+        supports |= {name: Support(tuple(named[name].shape)) for name in whole}
+        parameters = attach(model, supports)
+        optimizer = SparseAdamW(parameters, RATE)
+
+        def update() -> None:
+            optimizer.clip(CLIP)
+            optimizer.step()
+
+        return Ready(model, len(parameters), update)
+
+    return prepare
+
+
+def full(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float) -> Ready:
+    """Every parameter."""
+    return _dense(model)
+
+
+def lora(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float) -> Ready:
+    """PEFT's LoRA on every linear layer, of the smallest rank that has as many entries."""
+    from peft import LoraConfig
+
+    rank = _rank(model, head, density)
+    return _adapted(model, head, LoraConfig(r=rank, lora_alpha=2 * rank, **_where(model, head)))
+
+
+def shira(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float) -> Ready:
+    """PEFT's SHiRA on every linear layer, with the entries of a LoRA of that rank."""
+    from peft import ShiraConfig
+
+    rank = _rank(model, head, density)
+    return _adapted(model, head, ShiraConfig(r=rank, **_where(model, head)))
+
+
+def super_tuning(
+    model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float
+) -> Ready:
+    """PEFT's Super-Tuning on every linear layer."""
+    from peft import SupertuningConfig
+
+    return _adapted(model, head, SupertuningConfig(sparsity=1 - density, **_where(model, head)))
+
+
+METHODS: dict[str, Method] = {
+    "sift entry": sift("entry"),
+    "sift row": sift("row"),
+    "sift column": sift("column"),
+    "sift block": sift("block", 16),
+    "LoRA": lora,
+    "SHiRA": shira,
+    "Super-Tuning": super_tuning,
+    "full": full,
+}
+
+
+def _targets(model: nn.Module, head: Sequence[str]) -> list[str]:
+    """The linear layers beside the head."""
+    heads = {name.rpartition(".")[0] for name in head}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in heads
+    ]
+
+
+def _where(model: nn.Module, head: Sequence[str]) -> dict[str, Any]:
+    return {
+        "target_modules": _targets(model, head),
+        "modules_to_save": sorted({name.partition(".")[0] for name in head}),
+    }
+
+
+def _rank(model: nn.Module, head: Sequence[str], density: float) -> int:
+    layers = [model.get_submodule(name) for name in _targets(model, head)]
+    entries = sum(layer.weight.numel() for layer in layers)
+    return ceil(density * entries / sum(sum(layer.weight.shape) for layer in layers))
+
+
+def _adapted(model: Any, head: Sequence[str], config: Any) -> Ready:
+    from peft import get_peft_model
+
+    return _dense(get_peft_model(model, config))
+
+
+def _dense(model: Any) -> Ready:
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, RATE, fused=True)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Ready(model, sum(weight.numel() for weight in trained), update)
