@@ -11,6 +11,7 @@ GPU). Writes OUT/steps.json and a plot, and prints a table as Markdown.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -179,7 +180,7 @@ def work(settings: dict[str, Any]) -> None:
         ready.update()
         clock.append(now(device))
         del loss
-        parts = [after - before for before, after in zip(clock, clock[1:], strict=False)]
+        parts = [after - before for before, after in itertools.pairwise(clock)]
         answer(dict(zip(PARTS, [*parts, sum(parts)], strict=True)) | memory.read())
 
 

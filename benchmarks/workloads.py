@@ -75,9 +75,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """`NAME:BATCHxSEQ`, a shape with random weights and tokens, or `TASK:BATCH`, the rows of a task.
+    """`NAME:BATCHxSEQ`, a shape with random weights and tokens, or `TASK:BATCH`, real rows.
 
-    The folders `model` and `data` are those of real rows.
+    The folders `model` and `data` hold the weights and rows of tasks.
     """
 
     name: str
