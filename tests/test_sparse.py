@@ -11,7 +11,7 @@ from torch import nn
 
 from sift_cli.models import recompute_activations
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach
-from sift_cli.sparse.linear import choose_gradient, dense_gradient, sampled_gradient
+from sift_cli.sparse.kernels import dense, sampled
 
 SETTINGS = {"lr": 3e-3, "weight_decay": 0.1}
 
@@ -167,37 +167,9 @@ def test_tied_weights_are_one_storage_with_the_gradient_of_both_uses() -> None:
     assert model.head.weight is model.embed.weight
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (1, 7), (64, 48)])
-@pytest.mark.parametrize("tokens", [1, 9])
-def test_sampled_gradient_equals_the_dense_one(shape: tuple[int, int], tokens: int) -> None:
-    generator = torch.Generator().manual_seed(1)
-    rows, columns = shape
-    size = rows * columns
-    support = Support.of(shape, torch.randperm(size, generator=generator)[: size // 2])
-    grad_out = torch.randn(tokens, rows, dtype=torch.float64, generator=generator)
-    inputs = torch.randn(tokens, columns, dtype=torch.float64, generator=generator)
-    sampled = sampled_gradient(support)(grad_out, inputs)
-    torch.testing.assert_close(sampled, dense_gradient(support)(grad_out, inputs))
-    by_hand = [
-        sum(grad_out[t, p // columns] * inputs[t, p % columns] for t in range(tokens))
-        for p in support.positions.tolist()
-    ]
-    torch.testing.assert_close(sampled, torch.stack(by_hand))
-
-
-def test_the_sampled_kernel_serves_sparse_supports_on_a_cpu() -> None:
-    cpu = torch.device("cpu")
-    sparse = Support.of((100, 100), torch.arange(100))
-    half = Support.of((100, 100), torch.arange(5000))
-    assert "sampled" in choose_gradient(sparse, cpu).__qualname__
-    assert "dense" in choose_gradient(half, cpu).__qualname__
-    assert "dense" in choose_gradient(Support((100, 100)), cpu).__qualname__
-    assert "dense" in choose_gradient(sparse, torch.device("cuda")).__qualname__
-
-
 def test_both_kernels_train_alike() -> None:
     models = []
-    for kernel in (dense_gradient, sampled_gradient):
+    for kernel in (dense, sampled):
         model = tiny_model("llama")
         supports = supports_of(model, 0.05)
         linear = {n for n, m in model.named_modules() if type(m) is nn.Linear}

@@ -7,10 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sift_cli.sparse.linear import Gradient, choose_gradient, selected_forward
+from sift_cli.sparse.kernels import Kernel, choose
+from sift_cli.sparse.linear import selected_forward
 from sift_cli.sparse.support import Support
 
-GradientFor = Callable[[Support, torch.device], Gradient]
+KernelFor = Callable[[Support, torch.device], Kernel]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +97,10 @@ class SparseParameters:
         self,
         model: nn.Module,
         supports: Mapping[str, Support],
-        gradient_for: GradientFor,
+        kernel_for: KernelFor,
         touched: Touched | None = None,
     ) -> None:
-        self.model, self._gradient_for = model, gradient_for
+        self.model, self._kernel_for = model, kernel_for
         self._undo: list[Callable[[], object]] = []
         self.touched = touched or Touched()
         self.segments = segments_of(model, supports)
@@ -194,7 +195,7 @@ class SparseParameters:
             if layer is None:
                 _hook(segment, self)
             else:
-                kernel = self._gradient_for(segment.support, segment.weight.device)
+                kernel = self._kernel_for(segment.support, segment.weight.device)
                 _replace_forward(layer, self._leaf(segment), kernel, self._undo)
 
     def detach(self) -> None:
@@ -230,19 +231,19 @@ class SparseParameters:
 def attach(
     model: nn.Module,
     supports: Mapping[str, Support],
-    gradient_for: GradientFor = choose_gradient,
+    kernel_for: KernelFor = choose,
     touched: Touched | None = None,
 ) -> SparseParameters:
     """Makes the entries in `supports` (parameter name -> support) the only ones that train.
 
     Linear layers with a weight of their own compute only the selected gradient; every other weight
     (embeddings, norms, biases, Conv1D, tied weights) is gathered from its dense gradient, which
-    lives no longer than one hook. `gradient_for` overrides the choice of kernel; `touched` carries
+    lives no longer than one hook. `kernel_for` overrides the choice of kernel; `touched` carries
     the base values of entries that trained earlier.
 
     Raises KeyError for a name that the model lacks, ValueError for a support of another shape.
     """
-    parameters = SparseParameters(model, supports, gradient_for, touched)
+    parameters = SparseParameters(model, supports, kernel_for, touched)
     parameters.wire()
     return parameters
 
@@ -335,7 +336,7 @@ def _hook(segment: Segment, parameters: SparseParameters) -> None:
 def _replace_forward(
     layer: nn.Linear,
     leaf: Tensor,
-    kernel: Gradient,
+    kernel: Kernel,
     undo: list[Callable[[], object]],
 ) -> None:
     layer.forward = selected_forward(layer, leaf, kernel)  # type: ignore[assignment, method-assign]

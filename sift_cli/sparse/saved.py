@@ -1,0 +1,92 @@
+"""What a linear layer holds of its input until the backward pass: as little as gives it back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW = 1 / 8  # share of columns up to which a copy of them is cheaper than computing them again
+HALF = 1 / 2  # and up to which it is at least smaller than the whole
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Tensors to hold, and the function that makes the wanted columns of the input of them.
+
+    `columns(*tensors)` gives [T, u].
+    """
+
+    tensors: tuple[Tensor, ...]
+    columns: Callable[..., Tensor]
+
+
+def hold(x: Tensor, columns: Tensor | None) -> Held:
+    """How to give back the columns (None: all) of an input [..., n] later on.
+
+    What GELU, a product or layer normalisation made is computed again from what these hold for
+    their own backward pass, at no memory; else the columns are copied where that is smaller.
+    """
+    share = 1.0 if columns is None else len(columns) / x.shape[-1]
+    if columns is not None and share <= FEW:
+        return Held((_take(x.detach(), columns),), _same)
+    made = _made_by(x)
+    if made is not None:
+        return Held(made.tensors, lambda *held: made.columns(*(held), columns))
+    if columns is not None and share <= HALF:
+        return Held((_take(x.detach(), columns),), _same)
+    return Held((x.detach(),), lambda whole: _take(whole, columns))
+
+
+def _made_by(x: Tensor) -> Held | None:
+    """What the operation that made `x` holds; `columns` takes the indices as its last argument."""
+    node: Any = x.grad_fn
+    if node is None or torch.compiler.is_compiling() or _hooks():
+        return None
+    match node.name():
+        case "GeluBackward0":
+            approximate = node._saved_approximate
+            return Held(
+                (node._saved_self,),
+                lambda source, columns: F.gelu(_take(source, columns), approximate=approximate),
+            )
+        case "MulBackward0":
+            factors = (node._saved_self, node._saved_other)
+            if all(one is not None and one.shape == x.shape for one in factors):
+                return Held(factors, _product)
+        case "NativeLayerNormBackward0" if len(node._saved_normalized_shape) == 1:
+            held = (node._saved_input, node._saved_result1, node._saved_result2)
+            scale, shift = node._saved_weight, node._saved_bias
+            if scale is not None and shift is not None:
+                return Held((*held, scale, shift), _normalised)
+    return None
+
+
+def _hooks() -> bool:
+    """Whether saved tensors are being packed away, as under gradient checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _product(left: Tensor, right: Tensor, columns: Tensor | None) -> Tensor:
+    return _take(left, columns) * _take(right, columns)
+
+
+def _normalised(
+    x: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, shift: Tensor, columns: Tensor | None
+) -> Tensor:
+    if columns is not None:
+        scale, shift = scale[columns], shift[columns]
+    centred = _take(x, columns) - mean.reshape(-1, 1)
+    return centred.mul_(inverse.reshape(-1, 1)).mul_(scale).add_(shift)
+
+
+def _take(x: Tensor, columns: Tensor | None) -> Tensor:
+    """Columns of [..., n], as [T, u]."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if columns is None else flat.index_select(1, columns)
+
+
+def _same(columns: Tensor) -> Tensor:
+    return columns
