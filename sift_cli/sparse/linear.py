@@ -67,8 +67,6 @@ def selected_forward(
         )
         return out
 
-    # A graph break: what torch.compiler.disable sets, without importing the whole compiler.
-    forward._torchdynamo_disable = True  # type: ignore[attr-defined]
     return forward
 
 
