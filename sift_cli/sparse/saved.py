@@ -42,8 +42,10 @@ def hold(x: Tensor, columns: Tensor | None) -> Held:
 
 def _made_by(x: Tensor) -> Held | None:
     """What the operation that made `x` holds; `columns` takes the indices as its last argument."""
+    if torch.compiler.is_compiling() or _hooks():
+        return None
     node: Any = x.grad_fn
-    if node is None or torch.compiler.is_compiling() or _hooks():
+    if node is None:
         return None
     match node.name():
         case "GeluBackward0":
