@@ -1,6 +1,6 @@
 """Sparse fine-tuning, from top to bottom."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from sift_cli.delta.apply import state_fingerprints
+from sift_cli.dropout import quicken_dropout
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models import recompute_activations
 from sift_cli.recipe import Recipe
@@ -52,7 +53,7 @@ def train(
     metrics_before = session.evaluate()
     marks = state_fingerprints(session.model, session.new)
     batches = chooser.batches
-    prepare_model(session, recipe.train.gradient_checkpointing)
+    undo = prepare_model(session, recipe.train.gradient_checkpointing)
     parameters = chooser.begin()
     optimizer, schedule = make_optimizer(recipe, parameters, batches.steps)
     kept = Kept(parameters, recipe.eval.keep, session.task.metrics[0])
@@ -78,6 +79,7 @@ def train(
         log.close()
     kept.restore()
     parameters.detach()
+    undo()
     return write_run(
         out,
         recipe,
@@ -93,11 +95,16 @@ def train(
     )
 
 
-def prepare_model(session: Session, gradient_checkpointing: bool) -> None:
-    """Training mode, with activations recomputed in the backward pass where that is asked for."""
+def prepare_model(session: Session, gradient_checkpointing: bool) -> Callable[[], None]:
+    """Training mode, with activations recomputed in the backward pass where that is asked for.
+
+    Returns what gives the model its own dropout back.
+    """
     session.model.train()
+    undo = quicken_dropout(session.model)
     if gradient_checkpointing:
         recompute_activations(session.model)
+    return undo
 
 
 def make_optimizer(
