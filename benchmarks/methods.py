@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sift_cli.dropout import quicken_dropout
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Rule, select
 from sift_cli.selection.targets import choose_weights
@@ -29,8 +30,11 @@ class Ready:
 Method = Callable[[Any, dict[str, Tensor], Sequence[str], float], Ready]
 
 
-def sift(structure: str, block: int = 1) -> Method:
-    """Entries chosen by the gradient of one batch, in the given structure."""
+def sift(structure: str, block: int = 1, quick: bool = True) -> Method:
+    """Entries chosen by the gradient of one batch, in the given structure.
+
+    `quick` is sift's own dropout, as in `sift train`; without it, torch's.
+    """
 
     def prepare(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float) -> Ready:
         names, whole = choose_weights(model, "all-linear", [], [], head)
@@ -39,6 +43,8 @@ def sift(structure: str, block: int = 1) -> Method:
         supports = select(model, names, rule, backward=[lambda: model(**batch).loss.backward()])
         named = dict(model.named_parameters())
         supports |= {name: Support(tuple(named[name].shape)) for name in whole}
+        if quick:
+            quicken_dropout(model)
         parameters = attach(model, supports)
         optimizer = SparseAdamW(parameters, RATE)
 
@@ -64,6 +70,12 @@ def lora(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: flo
     return _adapted(model, head, LoraConfig(r=rank, lora_alpha=2 * rank, **_where(model, head)))
 
 
+def quick_lora(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float) -> Ready:
+    """The same with sift's dropout: tells how much of a difference is dropout alone."""
+    quicken_dropout(model)
+    return lora(model, batch, head, density)
+
+
 def shira(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float) -> Ready:
     """PEFT's SHiRA on every linear layer, with the entries of a LoRA of that rank."""
     from peft import ShiraConfig
@@ -86,7 +98,9 @@ METHODS: dict[str, Method] = {
     "sift row": sift("row"),
     "sift column": sift("column"),
     "sift block": sift("block", 16),
+    "sift entry, torch's dropout": sift("entry", quick=False),
     "LoRA": lora,
+    "LoRA, sift's dropout": quick_lora,
     "SHiRA": shira,
     "Super-Tuning": super_tuning,
     "full": full,
