@@ -37,14 +37,14 @@ def sift(structure: str, block: int = 1, quick: bool = True) -> Method:
     """
 
     def prepare(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float) -> Ready:
+        if quick:
+            quicken_dropout(model)
         names, whole = choose_weights(model, "all-linear", [], [], head)
         names = [name for name in names if name.endswith("weight")]
         rule = Rule(find_score("gradient"), structure=structure, density=density, block=block)
         supports = select(model, names, rule, backward=[lambda: model(**batch).loss.backward()])
         named = dict(model.named_parameters())
         supports |= {name: Support(tuple(named[name].shape)) for name in whole}
-        if quick:
-            quicken_dropout(model)
         parameters = attach(model, supports)
         optimizer = SparseAdamW(parameters, RATE)
 
