@@ -41,6 +41,7 @@ def sift(structure: str, block: int = 1, quick: bool = True) -> Method:
             quicken_dropout(model)
         names, whole = choose_weights(model, "all-linear", [], [], head)
         names = [name for name in names if name.endswith("weight")]
+        model.requires_grad_(False)  # selection asks for what it needs
         rule = Rule(find_score("gradient"), structure=structure, density=density, block=block)
         supports = select(model, names, rule, backward=[lambda: model(**batch).loss.backward()])
         named = dict(model.named_parameters())
