@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test lint format bench docs
+.PHONY: help setup quickstart test lint format bench results docs
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -34,7 +34,12 @@ format: setup  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## the table of docs/results.md (MODEL=folder DATA=folder OUT=folder)
+bench: setup  ## sift beside LoRA and others, step by step and whole (MODEL=folder DATA=folder OUT=folder)
+	$(BIN)/python benchmarks/steps.py rte:16 cola:32 roberta-base:8x128 --model $(MODEL) --data $(DATA) \
+		--out $(or $(OUT),runs/bench)
+	$(BIN)/python benchmarks/whole.py $(MODEL) $(DATA) --out $(or $(OUT),runs/bench)/whole
+
+results: setup  ## the table of docs/results.md (MODEL=folder DATA=folder OUT=folder)
 	$(BIN)/python benchmarks/glue_minilm.py $(MODEL) $(DATA) --out $(or $(OUT),runs/glue-minilm)
 
 docs: setup  ## run every command that README and docs show

@@ -90,33 +90,37 @@ def gather(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """One line per task, density and policy, best first, at the best rate; all rates told."""
-    lines = [
-        "| task | density | policy | score | seeds | rate | other rates | changed entries |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    groups: dict[tuple[str, float, str], dict[float, list[dict[str, Any]]]] = {}
+def best(rows: list[dict[str, Any]]) -> dict[float, list[float]]:
+    """The scores of one policy at its best rate, and then those at the others: rate -> scores."""
+    by_rate: dict[float, list[float]] = {}
     for row in rows:
-        key = (row["task"], row["density"], row["policy"])
-        groups.setdefault(key, {}).setdefault(row["rate"], []).append(row)
-    shown = []
-    for (task, density, policy), by_rate in groups.items():
-        means = {rate: mean(one["score"] for one in some) for rate, some in by_rate.items()}
-        most = max(len(some) for some in by_rate.values())  # seeds; fewer are not compared
-        best = max((r for r in means if len(by_rate[r]) == most), key=lambda rate: means[rate])
-        scores = [one["score"] for one in by_rate[best]]
-        spread = f" ± {stdev(scores):.3f}" if len(scores) > 1 else ""
-        others = ", ".join(
-            f"{value:.3f} at {rate:g}" for rate, value in sorted(means.items()) if rate != best
-        )
-        changed = by_rate[best][0]["changed_entries"]
-        line = (
-            f"| {task} | {density:g} | {policy} | {means[best]:.3f}{spread} | {len(scores)} "
-            f"| {best:g} | {others} | {changed:,} |"
-        )
-        shown.append((task, -density, -means[best], line))
-    return "\n".join([*lines, *(line for *_, line in sorted(shown))])
+        by_rate.setdefault(row["rate"], []).append(row["score"])
+    most = max(map(len, by_rate.values()))  # a rate with fewer seeds is not compared
+    order = sorted(by_rate, key=lambda rate: (len(by_rate[rate]) < most, -mean(by_rate[rate])))
+    return {rate: by_rate[rate] for rate in order}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line per policy, one column per task and density, each at its best rate."""
+    groups: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        cell = groups.setdefault((row["task"], row["density"]), {})
+        cell.setdefault(row["policy"], []).append(row)
+    columns = sorted(groups, key=lambda key: (-key[1], key[0]))
+    lines = ["| policy | " + " | ".join(f"{t}, {d:.4g}" for t, d in columns) + " |"]
+    lines.append("| --- |" + " --- |" * len(columns))
+    first = {p: mean(next(iter(best(r).values()))) for p, r in groups[columns[0]].items()}
+    policies = {policy for cell in groups.values() for policy in cell}
+    for policy in sorted(policies, key=lambda policy: -first.get(policy, -1.0)):
+        cells = []
+        for column in columns:
+            found = groups[column].get(policy)
+            scores = next(iter(best(found).values())) if found else []
+            spread = f" ± {stdev(scores):.3f}" if len(scores) > 1 else ""
+            seeds = f" ({len(scores)})" if scores else ""
+            cells.append(f"{mean(scores):.3f}{spread}{seeds}" if scores else "")
+        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-METRICS = ("accuracy", "matthews_correlation", "f1")
+METRICS = ("accuracy", "matthews", "matthews_correlation")
 
 if __name__ == "__main__":
     main()

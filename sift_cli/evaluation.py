@@ -24,7 +24,7 @@ def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[Any]
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def predict_logits(
     model: nn.Module, data: Encoded, collate: Collate, *, batch_size: int, bf16: bool = False
 ) -> Tensor:
