@@ -35,7 +35,7 @@ format: setup  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 
 bench: setup  ## sift beside LoRA and others, step by step and whole (MODEL=folder DATA=folder OUT=folder)
-	$(BIN)/python benchmarks/steps.py rte:16 cola:32 roberta-base:8x128 --model $(MODEL) --data $(DATA) \
+	$(BIN)/python benchmarks/steps.py rte:16 cola:32 minilm:8x128 roberta-base:8x128 --model $(MODEL) --data $(DATA) \
 		--out $(or $(OUT),runs/bench)
 	$(BIN)/python benchmarks/whole.py $(MODEL) $(DATA) --out $(or $(OUT),runs/bench)/whole
 

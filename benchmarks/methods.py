@@ -67,7 +67,7 @@ def lora(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: flo
     """PEFT's LoRA on every linear layer, of the smallest rank that has as many entries."""
     from peft import LoraConfig
 
-    rank = _rank(model, head, density)
+    rank = lora_rank(model, head, density)
     return _adapted(model, head, LoraConfig(r=rank, lora_alpha=2 * rank, **_where(model, head)))
 
 
@@ -81,7 +81,7 @@ def shira(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: fl
     """PEFT's SHiRA on every linear layer, with the entries of a LoRA of that rank."""
     from peft import ShiraConfig
 
-    rank = _rank(model, head, density)
+    rank = lora_rank(model, head, density)
     return _adapted(model, head, ShiraConfig(r=rank, **_where(model, head)))
 
 
@@ -125,7 +125,8 @@ def _where(model: nn.Module, head: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _rank(model: nn.Module, head: Sequence[str], density: float) -> int:
+def lora_rank(model: nn.Module, head: Sequence[str], density: float) -> int:
+    """The smallest rank at which a LoRA has that share of the entries of the linear layers."""
     layers = [model.get_submodule(name) for name in _targets(model, head)]
     entries = sum(layer.weight.numel() for layer in layers)
     return ceil(density * entries / sum(sum(layer.weight.shape) for layer in layers))

@@ -12,18 +12,18 @@ OUT/whole.json and prints a table as Markdown.
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from methods import lora_rank
+from steps import machine
+
 HERE = Path(__file__).parent
-RANK = {"minilm": 4, "roberta-base": 8}  # 1 % of the weights of all linear layers, rounded up
 STRUCTURES = {
     "sift entry": [],
     "sift column": ["selection.structure=column"],
@@ -55,20 +55,17 @@ def main() -> None:
                 shutil.rmtree(out, ignore_errors=True)
                 runs.setdefault(name, []).append(timed([*commands[name], "--out", str(out)], out))
                 print(task, name, f"{runs[name][-1]['wall_s']:.1f} s", file=sys.stderr, flush=True)
-        found.append({"task": task, "shape": given.shape or "minilm", "runs": runs})
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    versions = {one: version(one) for one in ("torch", "transformers", "peft", "accelerate")}
-    report = {"machine": machine, "versions": versions, "epochs": given.epochs, "found": found}
+        found.append({"task": task, "shape": Path(model).name, "runs": runs})
+    report = {"machine": machine(), "epochs": given.epochs, "found": found}
     (given.out / "whole.json").write_text(json.dumps(report, indent=2) + "\n")
     print(table(found))
 
 
 def commands_of(given: argparse.Namespace, model: str, task: str) -> dict[str, list[str]]:
     """What is run for each method, but for --out."""
-    rank = RANK[given.shape or "minilm"]
     data = f"{given.data}/{task}"
     lora = [sys.executable, str(HERE / "trainer_lora.py"), model, data, "--task", task]
-    lora += ["--rank", str(rank), "--epochs", str(given.epochs)]
+    lora += ["--rank", str(rank_of(model)), "--epochs", str(given.epochs)]
     recipe = given.out / f"{task}.yaml"
     recipe.write_text(
         f"model: {{path: {model}}}\n"
@@ -84,6 +81,18 @@ def commands_of(given: argparse.Namespace, model: str, task: str) -> dict[str, l
     return {"Trainer + LoRA": lora} | {
         name: [*sift, *(word for pair in more for word in pair)] for name, more in changes.items()
     }
+
+
+def rank_of(model: str) -> int:
+    """The rank of a LoRA with 1 % of the entries of the model's linear layers, the head aside."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(model, num_labels=2)
+    with torch.device("meta"):
+        shape = AutoModelForSequenceClassification.from_config(config)
+    head = [name for name, _ in shape.named_parameters() if name.startswith("classifier.")]
+    return lora_rank(shape, head, 0.01)
 
 
 def timed(command: list[str], out: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention with dropout p of its probabilities.
 
-    `query` [B, h, T, d], `key` and `value` [B, h, S, d], `mask` broadcastable to [B, h, T, S]:
+    `query` [B, h, T, d], `key` and `value` [B, h, S, d], `mask` [B or 1, h or 1, T, S]:
     bool (True: attend) or added to the scores. Returns [B, h, T, d].
     """
     threshold = round(p * LEVELS)
@@ -146,7 +146,7 @@ def _keep(shape: torch.Size, threshold: int) -> Tensor:
 
 
 def _forward(layer: nn.Dropout, input: Tensor) -> Tensor:
-    if not layer.training or not torch.is_grad_enabled() or layer.p == 0:
+    if not layer.training or not torch.is_grad_enabled():
         return torch.nn.functional.dropout(input, layer.p, layer.training)
     return dropout(input, layer.p)
 
@@ -181,8 +181,7 @@ def _sdpa(
         causal = getattr(module, "is_causal", True)
     plain = (
         torch.is_grad_enabled()
-        and 0 < dropout < 1
-        and round(dropout * LEVELS) > 0
+        and 0 < round(dropout * LEVELS) < LEVELS
         and not (causal and attention_mask is None)
         and query.shape[:2] == key.shape[:2]
         and kwargs.get("position_bias") is None

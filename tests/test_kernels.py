@@ -13,6 +13,11 @@ from sift_cli.sparse.saved import hold
 CPU = torch.device("cpu")
 
 
+def where(mask: Tensor) -> Support:
+    """The support of a [m, n] mask."""
+    return Support.of(mask.shape, mask.reshape(-1).nonzero().flatten())
+
+
 def block_support(shape: tuple[int, int], size: int, tiles: list[int]) -> Support:
     """Whole blocks, by their number in row-major order."""
     mask = torch.zeros(shape, dtype=torch.bool)
@@ -20,19 +25,19 @@ def block_support(shape: tuple[int, int], size: int, tiles: list[int]) -> Suppor
     for tile in tiles:
         row, column = tile // across * size, tile % across * size
         mask[row : row + size, column : column + size] = True
-    return Support.of(shape, mask.reshape(-1).nonzero().flatten())
+    return where(mask)
 
 
 def rows_of(shape: tuple[int, int], rows: list[int]) -> Support:
     mask = torch.zeros(shape, dtype=torch.bool)
     mask[rows] = True
-    return Support.of(shape, mask.reshape(-1).nonzero().flatten())
+    return where(mask)
 
 
 def columns_of(shape: tuple[int, int], columns: list[int]) -> Support:
     mask = torch.zeros(shape, dtype=torch.bool)
     mask[:, columns] = True
-    return Support.of(shape, mask.reshape(-1).nonzero().flatten())
+    return where(mask)
 
 
 def scattered(shape: tuple[int, int], count: int) -> Support:

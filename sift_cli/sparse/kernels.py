@@ -52,7 +52,10 @@ def product(support: Support) -> Kernel:
 
     All there is to do for whole rows and whole columns.
     """
-    rows, columns = Axis.of(support, 0), Axis.of(support, 1)
+    return _product(support, Axis.of(support, 0), Axis.of(support, 1))
+
+
+def _product(support: Support, rows: "Axis", columns: "Axis") -> Kernel:
     within = None
     if rows.count * columns.count > len(support):
         within = rows.local * columns.count + columns.local
@@ -66,7 +69,10 @@ def product(support: Support) -> Kernel:
 
 def sampled(support: Support) -> Kernel:
     """K dot products of length T. Takes fp32 and fp64 as they are and widens the rest."""
-    rows, columns = Axis.of(support, 0), Axis.of(support, 1)
+    return _sampled(support, Axis.of(support, 0), Axis.of(support, 1))
+
+
+def _sampled(support: Support, rows: "Axis", columns: "Axis") -> Kernel:
     row_starts = torch.zeros(rows.count + 1, dtype=torch.int32, device=rows.local.device)
     torch.cumsum(torch.bincount(rows.local, minlength=rows.count), 0, out=row_starts[1:])
     column_of = columns.local.to(torch.int32)
@@ -119,17 +125,14 @@ def blocks(support: Support, size: int) -> Kernel:
 
 def choose(support: Support, device: torch.device) -> Kernel:
     """The kernel that is fastest for this support on this device, by the measured costs above."""
-    if support.positions is None or not len(support):
+    if support.positions is None:
         return dense(support)
     rows, columns = Axis.of(support, 0), Axis.of(support, 1)
     area = rows.count * columns.count
-    if area == len(support):
-        return product(support)
-    if device.type != "cpu":
-        return product(support)
     transposed = TRANSPOSED * (rows.count + columns.count)
-    costs = {product: area, sampled: SAMPLED_ENTRY * len(support) + transposed}
-    return min(costs, key=lambda kernel: costs[kernel])(support)
+    if device.type != "cpu" or area <= SAMPLED_ENTRY * len(support) + transposed:
+        return _product(support, rows, columns)
+    return _sampled(support, rows, columns)
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,12 +30,10 @@ def hold(x: Tensor, columns: Tensor | None) -> Held:
     their own backward pass, at no memory; else the columns are copied where that is smaller.
     """
     share = 1.0 if columns is None else len(columns) / x.shape[-1]
-    if columns is not None and share <= FEW:
-        return Held((_take(x.detach(), columns),), _same)
-    made = _made_by(x)
+    made = None if share <= FEW else _made_by(x)
     if made is not None:
-        return Held(made.tensors, lambda *held: made.columns(*(held), columns))
-    if columns is not None and share <= HALF:
+        return Held(made.tensors, lambda *held: made.columns(*held, columns))
+    if share <= HALF:
         return Held((_take(x.detach(), columns),), _same)
     return Held((x.detach(),), lambda whole: _take(whole, columns))
 
