@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sift_cli.attention import replace_sdpa
+
 ATTENTION = "sift_sdpa"
 LEVELS = 1 << 16
 IN_CACHE = 1 << 19  # scores handled at a time
@@ -29,13 +31,12 @@ def quicken_dropout(model: nn.Module) -> Callable[[], None]:
     layers = [one for one in model.modules() if type(one) is nn.Dropout and not one.inplace]
     for layer in layers:
         layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
-    replaced = _replace_attention(model, "sdpa", ATTENTION)
+    give_back = replace_sdpa(model, ATTENTION, _sdpa, _mask)
 
     def undo() -> None:
         for layer in layers:
             del layer.forward
-        if replaced:
-            _replace_attention(model, ATTENTION, "sdpa")
+        give_back()
 
     return undo
 
@@ -151,18 +152,11 @@ def _forward(layer: nn.Dropout, input: Tensor) -> Tensor:
     return dropout(input, layer.p)
 
 
-def _replace_attention(model: nn.Module, old: str, new: str) -> bool:
-    """Switches a transformers model that uses one attention to another; tells whether it did."""
-    config = getattr(model, "config", None)
-    if config is None or getattr(config, "_attn_implementation", None) != old:
-        return False
-    from transformers import AttentionInterface, AttentionMaskInterface
+def _mask(**kwargs: Any) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(ATTENTION, _sdpa)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    model.set_attn_implementation(new)  # type: ignore[operator]
-    return True
+    made: Tensor | None = sdpa_mask(**kwargs)
+    return made
 
 
 def _sdpa(

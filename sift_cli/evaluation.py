@@ -24,6 +24,26 @@ def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[Any]
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+def place(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch on `device`; for a GPU in a way that the host need not wait for.
+
+    There, an attention mask that hides nothing is left out, since it is read here and now.
+    """
+    if device.type != "cuda":
+        return {key: value.to(device) for key, value in batch.items()}
+    return {
+        key: value.pin_memory().to(device, non_blocking=True)
+        for key, value in without_idle_mask(batch).items()
+    }
+
+
+def without_idle_mask(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch, without its attention mask where that hides nothing."""
+    mask = batch.get("attention_mask")
+    idle = mask is not None and bool(mask.all())
+    return {key: value for key, value in batch.items() if not (idle and key == "attention_mask")}
+
+
 @torch.inference_mode()
 def predict_logits(
     model: nn.Module, data: Encoded, collate: Collate, *, batch_size: int, bf16: bool = False
@@ -39,7 +59,7 @@ def predict_logits(
     parts = []
     for start in range(0, len(order), batch_size):
         batch = collate(data.take(order[start : start + batch_size]))
-        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        inputs = place({key: value for key, value in batch.items() if key != "labels"}, device)
         with autocast(device, bf16):
             parts.append(model(**inputs).logits.float().cpu())
     model.train(training)

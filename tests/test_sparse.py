@@ -239,6 +239,27 @@ def test_detach_gives_the_model_back() -> None:
     assert model.bert.embeddings.word_embeddings.weight.grad is not None
 
 
+@pytest.mark.parametrize("aged", [False, True])
+def test_a_skipped_step_changes_nothing_and_the_next_goes_on(aged: bool) -> None:
+    def trained(skips: list[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 5)
+        support = Support.of((5, 6), torch.arange(0, 30, 3))
+        optimizer = SparseAdamW(attach(layer, {"weight": support}), 0.1, weight_decay=0.1)
+        if aged:
+            optimizer.move({"weight": support})
+        for skip in skips:
+            layer(torch.ones(2, 6)).square().sum().backward()
+            if skip:
+                optimizer.parameters.grad.fill_(torch.nan)
+            optimizer.step(skip=torch.tensor(float(skip)))
+        return layer.weight.detach(), optimizer.parameters.flat.detach()
+
+    for skips in ([True, False, False], [False, True, False], [False, False, True]):
+        for found, wanted in zip(trained(skips), trained([False, False]), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_state_and_load_state_come_back_to_the_same_weights() -> None:
     model = tiny_model("bert", torch.bfloat16)
     parameters = attach(model, supports_of(model, 0.1))

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import hypothesis.strategies as st
 import pytest
@@ -11,15 +12,20 @@ import yaml
 from conftest import save_base, write_rows
 from hypothesis import given
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sift_cli.attention import leave_masks_unread
 from sift_cli.delta import load_delta
 from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.evaluation import without_idle_mask
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 from sift_cli.session import open_session
+from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.training import train
 from sift_cli.training.batches import Batches, bucketed
-from sift_cli.training.loop import Kept, evaluates
+from sift_cli.training.gradient import add_gradient
+from sift_cli.training.loop import Kept, Watch, evaluates
 
 
 def weights_of(run: Path) -> dict[str, Tensor]:
@@ -258,10 +264,10 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
 
     real, calls = loop.add_gradient, []
 
-    def poisoned(session: object, rows: list[list[int]], total: int | None = None) -> float:
+    def poisoned(session: object, rows: list[list[int]], total: int | None = None) -> Tensor:
         calls.append([row for part in rows for row in part])
         loss = real(session, rows, total)  # type: ignore[arg-type]
-        return math.nan if len(calls) == 4 else loss  # selection, then steps 1, 2, 3
+        return loss * math.nan if len(calls) == 4 else loss  # selection, then steps 1, 2, 3
 
     monkeypatch.setattr(loop, "add_gradient", poisoned)
     monkeypatch.setattr(choosing, "add_gradient", poisoned)
@@ -270,6 +276,71 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
     assert caught.value.code == ExitCode.NOT_FINITE
     assert str(sorted(calls[3])[0]) in str(caught.value)
     assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_a_step_takes_nothing_back_to_the_host(recipe_file: Path) -> None:
+    session = open_session(load_recipe(recipe_file))
+    assert session.train is not None
+    undo = leave_masks_unread(session.model)
+    named = dict(session.model.named_parameters())
+    parameters = attach(
+        session.model,
+        {
+            name: Support.of(weight.shape, torch.arange(0, weight.numel(), 7))
+            for name, weight in named.items()
+        },
+    )
+    optimizer, watch = SparseAdamW(parameters, 1e-3), Watch(session)
+    rows = [[0, 1, 2], [3, 4, 5]]
+    assert len({session.train.lengths[row] for row in rows[0]}) > 1  # the mask hides something
+
+    def take(step: int) -> None:
+        loss = add_gradient(session, rows)
+        norm = optimizer.clip(1.0)
+        optimizer.step(skip=watch.broken(step, rows, loss, norm))
+
+    take(1)  # makes the optimizer's state
+    with Reads() as reads:
+        take(2)
+    assert reads.seen == []
+    undo()
+    with Reads() as reads:
+        add_gradient(session, rows)
+    assert set(reads.seen) == {"aten::_local_scalar_dense"}  # transformers looks into the mask
+
+
+def test_masks_left_unread_give_the_same_logits(recipe_file: Path) -> None:
+    session = open_session(load_recipe(recipe_file))
+    assert session.train is not None
+    session.model.eval()
+    for rows in ([0, 1, 2, 3], [0]):
+        batch = session.collate(session.train.take(rows))
+        before = session.model(**batch).logits
+        undo = leave_masks_unread(session.model)
+        after = session.model(**without_idle_mask(batch)).logits
+        undo()
+        torch.testing.assert_close(after, before)
+        assert ("attention_mask" in without_idle_mask(batch)) == (len(rows) > 1)
+
+
+class Reads(TorchDispatchMode):
+    """Notes every operation for which a GPU's host would wait."""
+
+    WAITING: ClassVar = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func._schema.name
+        by_mask = name.startswith("aten::index") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], list | tuple) else ())
+        )
+        if by_mask or name.removeprefix("aten::") in self.WAITING:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 3))

@@ -51,12 +51,20 @@ class SparseAdamW:
         limit = float("inf") if max_norm is None else max_norm
         return torch.nn.utils.clip_grad_norm_([self.parameters.flat], limit)
 
-    def step(self) -> None:
-        """One update from the gradient buffer, written into the weights; then clears the buffer."""
+    def step(self, skip: Tensor | None = None) -> None:
+        """One update from the gradient buffer, written into the weights; then clears the buffer.
+
+        Where `skip` ([], on the device of the entries) is not 0, nothing changes but the buffer,
+        and the host need not know.
+        """
         if self.ages is None:
+            self.adamw.found_inf = skip  # type: ignore[attr-defined]
             self.adamw.step()
         else:
-            self.ages += 1
+            goes = 1.0 if skip is None else 1 - skip
+            if skip is not None:
+                self.parameters.grad.masked_fill_(skip != 0, 0)
+            self.ages += goes
             state, group = self.adamw.state[self.parameters.flat], self.adamw.param_groups[0]
             aged_adamw_(
                 self.parameters.flat.data,
@@ -64,6 +72,7 @@ class SparseAdamW:
                 state["exp_avg"],
                 state["exp_avg_sq"],
                 self.ages,
+                goes,
                 lr=float(group["lr"]),
                 betas=group["betas"],
                 eps=group["eps"],
@@ -150,17 +159,22 @@ def aged_adamw_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     ages: Tensor,
+    goes: Tensor | float = 1.0,
     *,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step of AdamW in place, all tensors [K], where entry k takes its `ages[k]`-th step."""
+    """One step of AdamW in place, all tensors [K], where entry k takes its `ages[k]`-th step.
+
+    Where `goes` is 0 and not 1, nothing changes, provided that the gradient is 0.
+    """
     first, second = betas
-    values.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(gradient, 1 - first)
-    exp_avg_sq.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-    corrected = exp_avg / -torch.expm1(ages * log(first))
+    values.mul_(1 - goes * (lr * weight_decay))
+    exp_avg.mul_(1 - goes * (1 - first)).add_(gradient, alpha=1 - first)
+    exp_avg_sq.mul_(1 - goes * (1 - second)).addcmul_(gradient, gradient, value=1 - second)
+    ages = ages.clamp(min=1)
+    corrected = exp_avg.mul(goes).div_(-torch.expm1(ages * log(first)))
     scale = (exp_avg_sq / -torch.expm1(ages * log(second))).sqrt_().add_(eps)
     values.addcdiv_(corrected, scale, value=-lr)

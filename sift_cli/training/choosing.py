@@ -148,7 +148,7 @@ class Chooser:
         walk = islice(self.batches.endless(), steps)
         hidden = not self.console.is_terminal
         for rows in track(walk, "warm-up", steps, console=self.console, disable=hidden):
-            loss = add_gradient(self.session, rows)
+            loss = float(add_gradient(self.session, rows))
             norm = float(optimizer.clip(settings.max_grad_norm))
             if not torch.isfinite(torch.tensor([loss, norm])).all():
                 raise SiftError(

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from sift_cli.evaluation import autocast
+from sift_cli.evaluation import autocast, place
 from sift_cli.session import Session
 
 
-def add_gradient(session: Session, rows: Sequence[list[int]], total: int | None = None) -> float:
-    """Adds the gradient of the mean loss over all rows of a step; returns that mean.
+def add_gradient(session: Session, rows: Sequence[list[int]], total: int | None = None) -> Tensor:
+    """Adds the gradient of the mean loss over all rows of a step; returns that mean, of shape [].
 
     Each micro-batch counts by its rows, so 1 x 16 equals 4 x 4, whatever its last one holds.
     `total` stands in for the number of rows, where `rows` are only some of a step's.
@@ -18,10 +19,10 @@ def add_gradient(session: Session, rows: Sequence[list[int]], total: int | None 
     total = total or sum(map(len, rows))
     loss = torch.zeros((), device=session.device)
     for part in rows:
-        batch = session.collate(session.train.take(part))
+        batch = place(session.collate(session.train.take(part)), session.device)
         with autocast(session.device, session.bf16):
-            mean = session.model(**{k: v.to(session.device) for k, v in batch.items()}).loss
+            mean = session.model(**batch).loss
         share = mean.float() * (len(part) / total)
         share.backward()
         loss += share.detach()
-    return float(loss)
+    return loss

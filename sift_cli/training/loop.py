@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from sift_cli.attention import leave_masks_unread
 from sift_cli.delta.apply import state_fingerprints
 from sift_cli.dropout import quicken_dropout
 from sift_cli.errors import ExitCode, SiftError
@@ -57,21 +59,25 @@ def train(
     parameters = chooser.begin()
     optimizer, schedule = make_optimizer(recipe, parameters, batches.steps)
     kept = Kept(parameters, recipe.eval.keep, session.task.metrics[0])
+    watch = Watch(session)
     log = open_run_folder(recipe, out, console)
     try:
         for step, rows in enumerate(batches, start=1):
-            with timing.step():
+            with timing.step(session.device):
                 if chooser.due(step):
                     chooser.change(step, optimizer)
                 loss = add_gradient(session, rows)
-                norm = float(optimizer.clip(recipe.train.max_grad_norm))
-                require_finite(step, loss, norm, session, rows)
+                norm = optimizer.clip(recipe.train.max_grad_norm)
                 rate = float(schedule.get_last_lr()[0])
-                optimizer.step()
+                optimizer.step(skip=watch.broken(step, rows, loss, norm))
                 schedule.step()
-            if step % recipe.log.every == 0 or step == batches.steps:
-                log.log(progress(step, batches, loss, rate, norm, rows, timing.step_ms[-1]))
-            if evaluates(step, recipe.eval.every, batches):
+            logs = step % recipe.log.every == 0 or step == batches.steps
+            evaluating = evaluates(step, recipe.eval.every, batches)
+            if logs or evaluating:
+                seen = watch.read()
+            if logs:
+                log.log(progress(step, batches, *seen, rate, rows, timing.step_ms[-1]))
+            if evaluating:
                 metrics = session.evaluate()
                 best = kept.offer(step, metrics)
                 log.log({"step": step, "metrics": metrics, "best": best})
@@ -98,10 +104,11 @@ def train(
 def prepare_model(session: Session, gradient_checkpointing: bool) -> Callable[[], None]:
     """Training mode, with activations recomputed in the backward pass where that is asked for.
 
-    Returns what gives the model its own dropout back.
+    Returns what gives the model its own dropout and attention back.
     """
     session.model.train()
-    undo = quicken_dropout(session.model)
+    on_gpu = session.device.type == "cuda"
+    undo = (leave_masks_unread if on_gpu else quicken_dropout)(session.model)
     if gradient_checkpointing:
         recompute_activations(session.model)
     return undo
@@ -123,29 +130,54 @@ def make_optimizer(
     return optimizer, get_scheduler(name, optimizer.adamw, warmup, steps)
 
 
-def require_finite(
-    step: int, loss: float, norm: float, session: Session, rows: Sequence[list[int]]
-) -> None:
-    """Raises SiftError (exit code 4) naming step and rows, before anything reaches the weights."""
-    assert session.train is not None
-    finite = torch.isfinite(torch.tensor([loss, norm])).tolist()
-    if all(finite):
-        return
-    what = f"the gradient's norm is {norm}" if finite[0] else f"the loss is {loss}"
-    numbers = session.train.numbers([row for part in rows for row in part])
-    raise SiftError(
-        f"step {step}: {what}; training rows {numbers}. The weights are those of step "
-        f"{step - 1}. Try a lower train.learning_rate, or look at these rows",
-        ExitCode.NOT_FINITE,
-    )
+class Watch:
+    """Loss and norm of every step, read now and then: a GPU's host does not wait at each.
+
+    From the first step on at which one of them is not finite, `broken` says so to the optimizer, on
+    the device, and nothing reaches the weights.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._unread: list[tuple[int, Sequence[list[int]], Tensor]] = []
+        self._broken = torch.zeros((), device=session.device)
+
+    def broken(self, step: int, rows: Sequence[list[int]], loss: Tensor, norm: Tensor) -> Tensor:
+        """Takes in a step; returns whether it or one before it is not finite (0 or 1, [])."""
+        both = torch.stack([loss.float(), norm.float()])
+        self._unread.append((step, rows, both))
+        self._broken = torch.maximum(self._broken, (~both.isfinite()).any().float())
+        return self._broken
+
+    def read(self) -> tuple[float, float]:
+        """Loss and norm of the newest step.
+
+        Raises SiftError (exit code 4) naming the first step that is not finite, and its rows.
+        """
+        assert self.session.train is not None
+        numbers = torch.stack([both for _, _, both in self._unread]).tolist()
+        for (step, rows, _), (loss, norm) in zip(self._unread, numbers, strict=True):
+            if isfinite(loss) and isfinite(norm):
+                continue
+            lost = not isfinite(loss)
+            what = f"the loss is {loss}" if lost else f"the gradient's norm is {norm}"
+            named = self.session.train.numbers([row for part in rows for row in part])
+            raise SiftError(
+                f"step {step}: {what}; training rows {named}. The weights are those of step "
+                f"{step - 1}. Try a lower train.learning_rate, or look at these rows",
+                ExitCode.NOT_FINITE,
+            )
+        self._unread.clear()
+        loss, norm = numbers[-1]
+        return loss, norm
 
 
 def progress(
     step: int,
     batches: Batches,
     loss: float,
-    rate: float,
     norm: float,
+    rate: float,
     rows: Sequence[list[int]],
     step_ms: float,
 ) -> dict[str, float]:
@@ -177,7 +209,7 @@ class Kept:
     metric: str
     step: int = 0
     metrics: dict[str, float] | None = None
-    state: dict[str, tuple[Support, torch.Tensor]] | None = None
+    state: dict[str, tuple[Support, Tensor]] | None = None
 
     def offer(self, step: int, metrics: dict[str, float]) -> bool:
         """Takes an evaluation; tells whether its weights are now the ones to keep."""

@@ -29,18 +29,35 @@ SUMMARY_FILE = "summary.json"
 
 
 class Timing:
-    """Wall time of the run and of each step."""
+    """Wall time of the run and of each step; a GPU's steps are timed by its own clock."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.step_ms: list[float] = []
+        self._step_ms: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Times one step; the loss that it reads makes a GPU finish its work."""
+    def step(self, device: torch.device) -> Iterator[None]:
+        """Times one step on `device`, and waits for none."""
+        if device.type == "cuda":
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            yield
+            events[1].record()
+            self._events.append(events)
+            return
         began = time.perf_counter()
         yield
-        self.step_ms.append((time.perf_counter() - began) * 1e3)
+        self._step_ms.append((time.perf_counter() - began) * 1e3)
+
+    @property
+    def step_ms(self) -> list[float]:
+        """Milliseconds of every step so far; waits for the last of them."""
+        if self._events:
+            self._events[-1][1].synchronize()
+            self._step_ms += [began.elapsed_time(ended) for began, ended in self._events]
+            self._events.clear()
+        return self._step_ms
 
 
 def require_free(out: Path, overwrite: bool) -> None:
