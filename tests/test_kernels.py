@@ -1,5 +1,7 @@
 """Every way to compute a selected gradient, against the dense one in float64."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,10 +9,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sift_cli.sparse import Support, attach
-from sift_cli.sparse.kernels import Kernel, block_size, blocks, choose, dense, product, sampled
+from sift_cli.sparse.kernels import (
+    Kernel,
+    block_size,
+    blocks,
+    choose,
+    dense,
+    product,
+    sampled,
+    triton,
+)
 from sift_cli.sparse.saved import hold
 
 CPU = torch.device("cpu")
+TRITON = find_spec("triton") is not None
 
 
 def where(mask: Tensor) -> Support:
@@ -76,6 +88,7 @@ def test_every_kernel_gives_the_dense_gradient(name: str, tokens: int) -> None:
     )
     kernels = [dense(support), product(support), sampled(support), choose(support, CPU)]
     kernels += [blocks(support, 4)] if name == "blocks" else []
+    kernels += [triton(support)] if TRITON else []
     for kernel in kernels:
         found = by(kernel, grad_out, inputs)
         torch.testing.assert_close(found, by_hand, msg=lambda m, k=kernel: f"{k.name}: {m}")
@@ -97,6 +110,12 @@ def test_the_cheapest_kernel_is_chosen() -> None:
     assert choose(scattered((400, 400), 40_000), CPU).name == "product"
     assert choose(Support((100, 100)), CPU).name == "dense"
     assert choose(block_support((400, 400), 16, [0, 1, 2]), CPU).name == "product"
+
+
+def test_on_a_gpu_few_entries_are_sampled_and_many_are_not() -> None:
+    cuda = torch.device("cuda")
+    assert choose(scattered((400, 400), 1600), cuda).name == "product"
+    assert choose(scattered((2000, 2000), 10_000), cuda).name == ("triton" if TRITON else "product")
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])

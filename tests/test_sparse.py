@@ -10,7 +10,7 @@ from hypothesis import given
 from torch import nn
 
 from sift_cli.models import recompute_activations
-from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach
+from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach, segments
 from sift_cli.sparse.kernels import dense, sampled
 
 SETTINGS = {"lr": 3e-3, "weight_decay": 0.1}
@@ -303,6 +303,36 @@ def test_gather_after_scatter_is_the_identity(data: st.DataObject) -> None:
 def test_support_refuses_bad_positions(positions: list[int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Support.of((2, 3), torch.tensor(positions))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_launch_writes_what_a_loop_writes(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+
+    def trained() -> nn.Module:
+        model = tiny_model("roberta").to(dtype)
+        model.classifier.out_proj.float()
+        supports = supports_of(model, 0.1)
+        name = "classifier.dense.weight"
+        supports[name] = Support(supports[name].shape)
+        parameters = attach(model, supports)
+        optimizer = SparseAdamW(parameters, 0.1)
+        for seed in (0, 1):
+            parameters.grad.normal_(generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+            fewer = supports_of(model, 0.05) if seed else supports
+            optimizer.move(fewer)
+        parameters.grad.fill_(1.0)
+        optimizer.step()
+        return model
+
+    looped = trained()
+    launches: list[int] = []
+    monkeypatch.setattr(segments, "writes_at_once", lambda some: launches.append(1) or True)
+    assert_equal_models(trained(), looped)
+    assert launches
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ from sift_cli.selection.observe import observed_gradients
 from sift_cli.selection.policies import POLICIES
 from sift_cli.session import Session, open_session
 from sift_cli.sparse import Support
-from sift_cli.sparse.parameters import find
+from sift_cli.sparse.segments import find
 from sift_cli.training.choosing import Chooser, frozen, kept_randomness, rule_of
 from sift_cli.training.gradient import add_gradient
 from sift_cli.training.loop import make_optimizer, prepare_model

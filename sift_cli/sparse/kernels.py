@@ -7,6 +7,7 @@ columns that hold any.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import gcd
 
 import torch
@@ -21,6 +22,9 @@ Gradient = Callable[[Tensor, Tensor], Tensor]
 # of one row or column that a sampled product asks for.
 SAMPLED_ENTRY = 5
 TRANSPOSED = 80
+# The same on a GPU, for the kernel of `gpu.py`: by the bandwidth of an H200's cache and the rate of
+# its tensor cores. Not measured yet; benchmarks/kernels.py does.
+SAMPLED_ENTRY_GPU = 200
 # Share of an axis above which leaving the rest out costs more than it saves.
 CROWDED = 0.8
 
@@ -73,8 +77,7 @@ def sampled(support: Support) -> Kernel:
 
 
 def _sampled(support: Support, rows: "Axis", columns: "Axis") -> Kernel:
-    row_starts = torch.zeros(rows.count + 1, dtype=torch.int32, device=rows.local.device)
-    torch.cumsum(torch.bincount(rows.local, minlength=rows.count), 0, out=row_starts[1:])
+    row_starts = _row_starts(rows)
     column_of = columns.local.to(torch.int32)
 
     def pattern(dtype: torch.dtype) -> Tensor:
@@ -100,6 +103,33 @@ def _sampled(support: Support, rows: "Axis", columns: "Axis") -> Kernel:
     return Kernel("sampled", gradient, columns.used)
 
 
+def triton(support: Support) -> Kernel:
+    """K dot products of length T in one launch of a Triton kernel, of any dtype of input."""
+    return _triton(support, Axis.of(support, 0), Axis.of(support, 1))
+
+
+def _triton(support: Support, rows: "Axis", columns: "Axis") -> Kernel:
+    from sift_cli.sparse.gpu import chunks, sampled_product
+
+    pieces, column_of = chunks(_row_starts(rows)), columns.local.to(torch.int32)
+
+    def gradient(grad_out: Tensor, inputs: Tensor) -> Tensor:
+        left = rows.take(grad_out).t().contiguous()
+        wide = torch.promote_types(left.dtype, torch.float32)
+        out = torch.empty(len(column_of), dtype=wide, device=left.device)
+        sampled_product(left, inputs.t().contiguous(), column_of, pieces, out)
+        return out
+
+    return Kernel("triton", gradient, columns.used)
+
+
+def _row_starts(rows: "Axis") -> Tensor:
+    """Where the entries of each row begin, and where the last ends: int32 [count + 1]."""
+    starts = torch.zeros(rows.count + 1, dtype=torch.int32, device=rows.local.device)
+    torch.cumsum(torch.bincount(rows.local, minlength=rows.count), 0, out=starts[1:])
+    return starts
+
+
 def blocks(support: Support, size: int) -> Kernel:
     """One small product for each block of `size` x `size`; all blocks must be whole and aligned.
 
@@ -123,16 +153,26 @@ def blocks(support: Support, size: int) -> Kernel:
     return Kernel("blocks", gradient, columns)
 
 
+KERNELS: dict[str, Callable[[Support], Kernel]] = {  # those that take any support
+    "dense": dense,
+    "product": product,
+    "sampled": sampled,
+    "triton": triton,
+}
+
+
 def choose(support: Support, device: torch.device) -> Kernel:
     """The kernel that is fastest for this support on this device, by the measured costs above."""
     if support.positions is None:
         return dense(support)
     rows, columns = Axis.of(support, 0), Axis.of(support, 1)
     area = rows.count * columns.count
+    if device.type == "cuda":
+        few = SAMPLED_ENTRY_GPU * len(support) < area and find_spec("triton") is not None
+        return (_triton if few else _product)(support, rows, columns)
     transposed = TRANSPOSED * (rows.count + columns.count)
-    if device.type != "cpu" or area <= SAMPLED_ENTRY * len(support) + transposed:
-        return _product(support, rows, columns)
-    return _sampled(support, rows, columns)
+    few = SAMPLED_ENTRY * len(support) + transposed < area
+    return (_sampled if few else _product)(support, rows, columns)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,8 @@ from math import log
 import torch
 from torch import Tensor
 
-from sift_cli.sparse.parameters import Move, Segment, SparseParameters, find, positions_of
+from sift_cli.sparse.parameters import Move, SparseParameters
+from sift_cli.sparse.segments import Segment, find, positions_of
 from sift_cli.sparse.support import Support
 
 HISTORIES = ("keep", "reset", "park")

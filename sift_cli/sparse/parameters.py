@@ -9,25 +9,10 @@ from torch import Tensor, nn
 
 from sift_cli.sparse.kernels import Kernel, choose
 from sift_cli.sparse.linear import selected_forward
+from sift_cli.sparse.segments import Segment, origin_of, positions_of, segments_of, writer
 from sift_cli.sparse.support import Support
 
 KernelFor = Callable[[Support, torch.device], Kernel]
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """One weight's share of the flat buffer: entries [start, stop)."""
-
-    name: str
-    weight: nn.Parameter
-    support: Support
-    start: int
-    stop: int
-
-    @property
-    def span(self) -> slice:
-        """Where the segment lies in the flat buffer."""
-        return slice(self.start, self.stop)
 
 
 class Touched:
@@ -104,6 +89,7 @@ class SparseParameters:
         self._undo: list[Callable[[], object]] = []
         self.touched = touched or Touched()
         self.segments = segments_of(model, supports)
+        self._write_flat = writer(self.segments)
         wide = torch.float32
         for segment in self.segments:
             wide = torch.promote_types(wide, segment.weight.dtype)
@@ -124,8 +110,7 @@ class SparseParameters:
     @torch.no_grad()
     def write_back(self) -> None:
         """Rounds the masters once into the model's weights."""
-        for segment in self.segments:
-            segment.support.scatter_(segment.weight, self.flat[segment.span])
+        self._write_flat(self.flat.data)
 
     def zero_grad(self) -> None:
         """Clears the gradient buffer, keeping it in place."""
@@ -168,7 +153,7 @@ class SparseParameters:
         before = self.segments
         after = segments_of(self.model, supports)
         old = {segment.name: segment for segment in before}
-        origin = torch.cat([_origin(old.get(new.name), new) for new in after])
+        origin = torch.cat([origin_of(old.get(new.name), new) for new in after])
         stays = origin >= 0
         left = torch.ones(len(self), dtype=torch.bool, device=origin.device)
         left[origin[stays]] = False
@@ -178,6 +163,7 @@ class SparseParameters:
             self.touched.add(segment.name, segment.support, segment.weight)
         kept = self.flat.data[origin[stays]]
         self.segments, self.flat.grad = after, None
+        self._write_flat = writer(after)
         self.flat.data = self.flat.data.new_empty(after[-1].stop)
         self._read()
         self.flat.data[stays] = kept
@@ -246,58 +232,6 @@ def attach(
     parameters = SparseParameters(model, supports, kernel_for, touched)
     parameters.wire()
     return parameters
-
-
-def segments_of(model: nn.Module, supports: Mapping[str, Support]) -> list[Segment]:
-    """The supports that hold anything, in the order of the model's parameters."""
-    named = dict(model.named_parameters())
-    unknown = [name for name in supports if name not in named]
-    if unknown:
-        raise KeyError(f"the model has no parameter {unknown[0]}")
-    segments, start = [], 0
-    for name, weight in named.items():
-        support = supports.get(name)
-        if support is None or not len(support):
-            continue
-        if support.shape != tuple(weight.shape):
-            raise ValueError(f"{name}: the support is of shape {support.shape}")
-        on_device = support.to(weight.device)
-        segments.append(Segment(name, weight, on_device, start, start + len(support)))
-        start += len(support)
-    if not segments:
-        raise ValueError("no entry is selected")
-    return segments
-
-
-def positions_of(support: Support, where: Tensor) -> Tensor:
-    """The positions of those entries of a support that `where` ([K], bool) marks."""
-    if support.positions is None:
-        return where.nonzero().flatten()
-    return support.positions[where]
-
-
-def find(positions: Tensor, among: Tensor) -> Tensor:
-    """Where each of `positions` stands in the sorted `among`, -1 where it does not; int64."""
-    if not len(among):
-        return torch.full(positions.shape, -1, dtype=torch.int64, device=positions.device)
-    place = torch.searchsorted(among, positions).clamp_(max=len(among) - 1)
-    return torch.where(among[place] == positions, place, -1)
-
-
-def _origin(old: Segment | None, new: Segment) -> Tensor:
-    """Where each entry of a segment lay in the flat buffer before, -1 where it did not."""
-    count, device = len(new.support), new.weight.device
-    if old is None:
-        return torch.full((count,), -1, device=device)
-    before, after = old.support.positions, new.support.positions
-    if before is None:
-        place = torch.arange(count, device=device) if after is None else after.long()
-    elif after is None:
-        place = torch.full((count,), -1, device=device)
-        place[before.long()] = torch.arange(len(before), device=device)
-    else:
-        place = find(after, before)
-    return torch.where(place >= 0, place + old.start, -1)
 
 
 def _freeze(weights: Iterable[nn.Parameter], undo: list[Callable[[], object]]) -> None:
