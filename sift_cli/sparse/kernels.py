@@ -23,7 +23,7 @@ Gradient = Callable[[Tensor, Tensor], Tensor]
 SAMPLED_ENTRY = 5
 TRANSPOSED = 80
 # The same on a GPU, for the kernel of `gpu.py`: by the bandwidth of an H200's cache and the rate of
-# its tensor cores. Not measured yet; benchmarks/kernels.py does.
+# its tensor cores. Not measured yet; benchmarks/products.py does.
 SAMPLED_ENTRY_GPU = 200
 # Share of an axis above which leaving the rest out costs more than it saves.
 CROWDED = 0.8
