@@ -1,0 +1,39 @@
+"""What commands share: options, consoles, the form of numbers."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+stdout = Console(soft_wrap=True)
+stderr = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe.")
+]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Let selection.score run a function in a file.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")
+]
+Tuned = Annotated[str, typer.Argument(help="A run folder, a delta file, or a model folder or id.")]
+RecipeArg = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+ShippedName = Annotated[str, typer.Argument(help="As `sift recipes ls` lists it.")]
+Base = Annotated[str | None, typer.Option(help="The base model, if not the one the delta names.")]
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The one object that a command with --json puts on stdout."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them: powers of 1000, three digits."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

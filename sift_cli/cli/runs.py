@@ -1,0 +1,135 @@
+"""Commands that train, score and try a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from sift_cli.cli import shipped
+from sift_cli.cli.options import (
+    AllowCode,
+    Base,
+    Device,
+    Json,
+    Overrides,
+    RecipeArg,
+    Tuned,
+    print_json,
+    size,
+    stderr,
+    stdout,
+)
+from sift_cli.errors import SiftError
+
+
+def train(
+    recipe: RecipeArg,
+    out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
+    overrides: Overrides = None,
+    seed: Annotated[int | None, typer.Option(help="Override train.seed.")] = None,
+    device: Device = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished run in the run folder.")
+    ] = False,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
+    """Train, evaluate, and write the run folder."""
+    from sift_cli.recipe import load_recipe
+
+    changes = list(overrides or [])
+    if seed is not None:
+        changes.append(f"train.seed={seed}")
+    path = shipped.find(recipe)
+    resolved = load_recipe(path, changes)
+    folder = out or Path(resolved.out or f"runs/{path.stem}")
+    from sift_cli.training import train as run
+
+    summary = run(
+        resolved,
+        folder,
+        device=device,
+        overwrite=overwrite,
+        allow_code=allow_code,
+        console=stderr,
+    )
+    if as_json:
+        print_json(summary)
+        return
+    table = Table("metric", "before", "after", title=f"{summary['task']} -> {folder}")
+    for name, value in summary["metrics"].items():
+        table.add_row(name, f"{summary['metrics_before'][name]:.4f}", f"{value:.4f}")
+    stdout.print(table)
+    trained, total = summary["trained_entries"], summary["total_entries"]
+    stdout.print(
+        f"{trained:,} of {total:,} entries trained ({trained / total:.2%}) and a head of "
+        f"{summary['dense_entries']:,}; step {summary['step_time_ms']:.0f} ms; delta "
+        f"{size(summary['delta_bytes'])}; peak memory {size(summary['peak_memory_bytes'])}"
+    )
+    stdout.print(f"Next: sift merge {folder}/delta.safetensors --out {folder}/merged")
+
+
+def evaluate(
+    tuned: Tuned,
+    recipe: Annotated[
+        Path | None, typer.Option(help="The recipe with the data, if none travels along.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="The split; eval.split if not given.")] = None,
+    overrides: Overrides = None,
+    base: Base = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Score a run, a delta on its base, or any model folder."""
+    from sift_cli.recipe import load_recipe, parse_recipe
+
+    given = load_recipe(recipe, overrides or []) if recipe else None
+    from sift_cli.delta.tuned import load_tuned
+    from sift_cli.session import open_session
+
+    loaded, own = load_tuned(tuned, base)
+    if given is None and own is None:
+        raise SiftError(f"{tuned} carries no recipe; name the data with --recipe")
+    chosen = given or parse_recipe(own.to_yaml(), tuned, overrides or [])  # type: ignore[union-attr]
+    session = open_session(chosen, device=device, train=False, split=split, tuned=loaded)
+    metrics = session.evaluate()
+    if as_json:
+        print_json({"metrics": metrics})
+        return
+    rows = sum(map(len, session.evaluation.values()))
+    table = Table("metric", "value", title=f"{session.task.name}, {rows:,} rows")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    stdout.print(table)
+
+
+def predict(
+    tuned: Tuned,
+    text: Annotated[list[str], typer.Argument(help="Texts, each classified.")],
+    pair: Annotated[
+        list[str] | None, typer.Option(help="The second text of each, for sentence pairs.")
+    ] = None,
+    base: Base = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Try a tuned model on text."""
+    if pair and len(pair) != len(text):
+        raise SiftError(f"{len(text)} texts, but {len(pair)} --pair; give one for each")
+    from sift_cli.delta.tuned import load_tuned
+    from sift_cli.models import pick_device
+    from sift_cli.predict import predict as run
+
+    loaded, recipe = load_tuned(tuned, base)
+    limit = recipe.data.max_length if recipe else None
+    predictions = run(loaded, text, pair, device=pick_device(device), max_length=limit)
+    if as_json:
+        print_json({"predictions": predictions})
+        return
+    table = Table("text", "label", "probability" if "probability" in predictions[0] else "score")
+    for one in predictions:
+        said = " / ".join([one["text"], one["pair"]] if "pair" in one else [one["text"]])
+        number = one.get("probability", one.get("score"))
+        table.add_row(said, str(one.get("label", "")), f"{number:.4f}")
+    stdout.print(table)
