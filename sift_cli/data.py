@@ -18,7 +18,6 @@ from sift_cli.metrics import CLASSIFICATION, REGRESSION
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedTokenizerBase
 
 BUILTIN = Path(__file__).parent / "builtin"
 NUMBER = "__row__"  # row numbers, in source splits that may have a column `row` of their own
@@ -332,62 +331,3 @@ def _refuse(
         for index in rows[:5]
     )
     raise SiftError(f"data: the {split} split has {what}: {len(rows):,} rows, such as row {shown}")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Tokenised rows: columns `input_ids` (and what else the tokenizer gives), `label`, `row`.
-
-    `lengths` counts the tokens of each row, `truncated` the rows that were cut.
-    """
-
-    rows: Dataset
-    lengths: list[int]
-    truncated: int
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Features of the rows at `indices`, ready to collate."""
-        batch = self.rows[list(indices)]
-        keys = [key for key in batch if key != "row"]
-        return [{key: batch[key][at] for key in keys} for at in range(len(indices))]
-
-    def numbers(self, indices: Sequence[int]) -> list[int]:
-        """Row numbers in the source split."""
-        return [int(row) for row in self.rows[list(indices)]["row"]]
-
-
-def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokenises every row, cut to `max_length` tokens, and counts the rows that were cut.
-
-    Raises SiftError where the special tokens alone are more.
-    """
-
-    def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        texts = (batch["text"], batch["pair"]) if "pair" in batch else (batch["text"],)
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        full = [at for at, length in enumerate(lengths) if length >= max_length]
-        cut = [False] * len(lengths)
-        if full:  # only these can have been cut
-            again = [[one[at] for at in full] for one in texts]
-            whole = tokenizer(*again, truncation=False, padding=False, verbose=False)["input_ids"]
-            for at, ids in zip(full, whole, strict=True):
-                cut[at] = len(ids) > max_length
-        return {**encoded, "length": lengths, "cut": cut}
-
-    removed = [name for name in rows.column_names if name not in ("label", "row")]
-    encoded = rows.map(
-        tokenise,
-        batched=True,
-        remove_columns=removed,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint=f"sift-{rows._fingerprint}-{max_length}",
-    )
-    lengths, cut = list(encoded["length"]), sum(encoded["cut"])
-    if max(lengths, default=0) > max_length:
-        raise SiftError(f"data.max_length: {max_length} tokens leave no room for any text")
-    return Encoded(encoded.remove_columns(["length", "cut"]), lengths, cut)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sift_cli.data import Encoded
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.metrics import compute_metrics
+from sift_cli.tokens import Encoded, cut
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -46,7 +46,13 @@ def without_idle_mask(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def predict_logits(
-    model: nn.Module, data: Encoded, collate: Collate, *, batch_size: int, bf16: bool = False
+    model: nn.Module,
+    data: Encoded,
+    collate: Collate,
+    *,
+    batch_size: int,
+    max_tokens: int | None = None,
+    bf16: bool = False,
 ) -> Tensor:
     """Logits of every row, in the order of the rows, fp32 [N, outputs] on the host.
 
@@ -57,8 +63,8 @@ def predict_logits(
     model.eval()
     order = sorted(range(len(data)), key=lambda at: -data.lengths[at])
     parts = []
-    for start in range(0, len(order), batch_size):
-        batch = collate(data.take(order[start : start + batch_size]))
+    for rows in cut(order, data.lengths, batch_size, max_tokens):
+        batch = collate(data.take(rows))
         inputs = place({key: value for key, value in batch.items() if key != "labels"}, device)
         with autocast(device, bf16):
             parts.append(model(**inputs).logits.float().cpu())
@@ -77,6 +83,7 @@ def evaluate(
     *,
     regression: bool = False,
     batch_size: int = 64,
+    max_tokens: int | None = None,
     bf16: bool = False,
 ) -> dict[str, float]:
     """Each metric on each split; a split's key is the suffix of its metrics' names.
@@ -85,7 +92,9 @@ def evaluate(
     """
     found: dict[str, float] = {}
     for suffix, data in splits.items():
-        logits = predict_logits(model, data, collate, batch_size=batch_size, bf16=bf16)
+        logits = predict_logits(
+            model, data, collate, batch_size=batch_size, max_tokens=max_tokens, bf16=bf16
+        )
         if not bool(torch.isfinite(logits).all()):
             rows = data.numbers((~logits.isfinite().all(-1)).nonzero().flatten().tolist()[:5])
             raise SiftError(

@@ -266,6 +266,11 @@ class TrainSection(Section):
     epochs: Annotated[float, Field(gt=0)] = 3
     max_steps: PositiveInt | None = Field(None, description="stop after so many steps")
     batch_size: PositiveInt = 32
+    max_tokens: PositiveInt | None = Field(
+        None,
+        description="tokens at once, padding included; a batch of more is computed in parts that "
+        "make the same step",
+    )
     accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -287,7 +292,10 @@ class EvalSection(Section):
     )
     split: str = "validation"
     keep: Literal["best", "last"] = "best"
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt = Field(256, description="rows at once, at most")
+    max_tokens: PositiveInt | None = Field(
+        8192, description="tokens at once, padding included, at most"
+    )
 
 
 class LogSection(Section):

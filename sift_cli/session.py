@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from sift_cli.data import Encoded, Task, encode, load_task
+from sift_cli.data import Task, load_task
 from sift_cli.errors import SiftError
 from sift_cli.evaluation import evaluate
 from sift_cli.models import (
@@ -21,6 +21,7 @@ from sift_cli.models import (
     task_config,
 )
 from sift_cli.recipe import Recipe
+from sift_cli.tokens import Encoded, encode
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Session:
     device: torch.device
     bf16: bool
     eval_batch_size: int
+    eval_max_tokens: int | None
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
         """One batch of tensors, padded to its longest row."""
@@ -55,6 +57,7 @@ class Session:
             self.task.metrics,
             regression=self.task.labels is None,
             batch_size=self.eval_batch_size,
+            max_tokens=self.eval_max_tokens,
             bf16=self.bf16,
         )
 
@@ -120,6 +123,7 @@ def open_session(
         device=where,
         bf16=_autocasts(recipe, where),
         eval_batch_size=recipe.eval.batch_size,
+        eval_max_tokens=recipe.eval.max_tokens,
     )
 
 

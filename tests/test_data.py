@@ -13,10 +13,13 @@ import hypothesis.strategies as st
 import pytest
 from conftest import VOCABULARY, WORDS, tiny_tokenizer
 from hypothesis import given, settings
+from transformers import PreTrainedTokenizerFast
 
-from sift_cli.data import BUILTIN, TASKS, Task, encode, load_task
+from sift_cli import tokens
+from sift_cli.data import BUILTIN, TASKS, Task, load_task
 from sift_cli.errors import SiftError
 from sift_cli.metrics import REGRESSION
+from sift_cli.tokens import encode
 
 Row = dict[str, Any]
 FORMATS = ("parquet", "jsonl", "json", "csv")
@@ -551,6 +554,42 @@ def test_encoded_rows_keep_labels_and_row_numbers() -> None:
         },
         {"input_ids": [cls, VOCABULARY["good"], sep], "attention_mask": [1, 1, 1], "label": 2},
     ]
+
+
+def test_tokens_of_many_rows_are_kept_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(tokens, "CACHED_FROM", 2)
+    calls = []
+    plain = PreTrainedTokenizerFast.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
+
+    def encoded(texts: Sequence[str], length: int = 8) -> list[Any]:
+        calls.clear()
+        return encode(source(texts), tiny_tokenizer(), length).take(range(len(texts)))
+
+    first = encoded(["good bad", "fine"])
+    assert calls
+    assert encoded(["good bad", "fine"]) == first
+    assert not calls
+    (file,) = (tmp_path / "sift-tokens").iterdir()
+    for other in (["good bad", "dull"], ["good", "bad fine"]):  # the same bytes, cut elsewhere
+        assert encoded(other) != first
+        assert calls
+    assert encoded(["good bad", "fine"], 3) != first
+    file.write_bytes(file.read_bytes()[:50])
+    assert encoded(["good bad", "fine"]) == first
+    assert calls
+    assert encoded(["good bad", "fine"]) == first
+    assert not calls
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", file)  # no folder: it cannot be kept
+    assert encoded(["good bad", "fine"]) == first
 
 
 def test_a_length_without_room_for_text_is_refused() -> None:

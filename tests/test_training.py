@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -119,17 +120,21 @@ def test_a_run_equals_a_plain_masked_adamw_loop(
 
 def test_accumulation_changes_nothing_but_memory(recipe_file: Path, tmp_path: Path) -> None:
     found = []
-    for size, accumulate in ((16, 1), (4, 4)):
+    for size, accumulate, tokens in ((16, 1, "null"), (4, 4, "null"), (16, 1, "20")):
         changes = [*PINNED, f"train.batch_size={size}", f"train.accumulate={accumulate}"]
-        train(load_recipe(recipe_file, changes), tmp_path / str(size))
-        found.append(tmp_path / str(size))
-    one, other = (load_delta(run / "delta.safetensors") for run in found)
-    assert {n: w.coded.tolist() for n, w in one.weights.items()} == {
-        n: w.coded.tolist() for n, w in other.weights.items()
-    }
-    first, second = map(weights_of, found)
-    for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=2e-4, atol=2e-5, msg=name)
+        found.append(tmp_path / f"{size}-{tokens}")
+        train(load_recipe(recipe_file, [*changes, f"train.max_tokens={tokens}"]), found[-1])
+    one, *others = (
+        {n: w.support for n, w in load_delta(run / "delta.safetensors").weights.items()}
+        for run in found
+    )
+    first = weights_of(found[0])
+    for other, run in zip(others, found[1:], strict=True):
+        assert {n: s.positions.tolist() for n, s in one.items()} == {
+            n: s.positions.tolist() for n, s in other.items()
+        }
+        for name, value in weights_of(run).items():
+            torch.testing.assert_close(value, first[name], rtol=2e-4, atol=2e-5, msg=name)
 
 
 def test_the_first_batch_trains_and_the_last_step_is_in_the_weights(
@@ -367,6 +372,20 @@ def test_micro_batches_split_the_rows_of_one_step() -> None:
     assert plan.steps == 5
     sizes = [[len(part) for part in step] for step in plan]
     assert sorted(sizes[:3], reverse=True) == [[4, 4], [4, 4], [4, 2]]
+
+
+def test_a_token_budget_splits_what_is_computed_and_not_what_makes_a_step() -> None:
+    lengths = torch.randint(3, 100, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    given = {"batch_size": 10, "accumulate": 2, "epochs": 2, "max_steps": None, "seed": 1}
+    whole = [list(chain(*step)) for step in Batches.plan(lengths, **given)]
+    parts = list(Batches.plan(lengths, **given, max_tokens=150))
+    assert [list(chain(*step)) for step in parts] == whole
+    assert max(len(part) for step in parts for part in step) > 1
+    assert all(
+        len(part) <= 10 and len(part) * max(lengths[row] for row in part) <= 150
+        for step in parts
+        for part in step
+    )
 
 
 def test_evaluation_steps() -> None:

@@ -6,6 +6,8 @@ from math import ceil
 
 import torch
 
+from sift_cli.tokens import cut
+
 POOL = 50  # batches among which rows of like length are brought together
 
 
@@ -26,13 +28,17 @@ def bucketed(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Batches:
-    """The rows of every step of a run: up to `batch_size * accumulate` in each of `steps`."""
+    """The rows of every step of a run: up to `batch_size * accumulate` in each of `steps`.
+
+    `max_tokens` bounds what is computed at once, not what makes a step.
+    """
 
     lengths: Sequence[int]
     batch_size: int
     accumulate: int
     steps: int
     seed: int
+    max_tokens: int | None = None
 
     @classmethod
     def plan(
@@ -44,10 +50,12 @@ class Batches:
         epochs: float,
         max_steps: int | None,
         seed: int,
+        max_tokens: int | None = None,
     ) -> "Batches":
         """`epochs` passes over the rows, or `max_steps` steps where that is less."""
         steps = ceil(epochs * ceil(len(lengths) / (batch_size * accumulate)))
-        return cls(lengths, batch_size, accumulate, min(steps, max_steps or steps), seed)
+        steps = min(steps, max_steps or steps)
+        return cls(lengths, batch_size, accumulate, steps, seed, max_tokens)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -55,7 +63,7 @@ class Batches:
         return ceil(len(self.lengths) / (self.batch_size * self.accumulate))
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        """The micro-batches of each step: lists of at most `batch_size` row indices."""
+        """The micro-batches of each step: at most `batch_size` row indices, in `max_tokens`."""
         return self.since(1)
 
     def endless(self) -> Iterator[list[list[int]]]:
@@ -71,7 +79,5 @@ class Batches:
             )
             for rows in order[skip : skip + self.steps - step + 1]:
                 step += 1
-                yield [
-                    rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)
-                ]
+                yield cut(rows, self.lengths, self.batch_size, self.max_tokens)
             epoch, skip = epoch + 1, 0

@@ -74,6 +74,7 @@ class Chooser:
             epochs=settings.epochs,
             max_steps=settings.max_steps,
             seed=settings.seed,
+            max_tokens=settings.max_tokens,
         )
         console = console or Console(stderr=True, quiet=True)
         return cls(recipe, session, batches, rule, sparse, dense, console)

@@ -1,0 +1,148 @@
+"""Rows as tokens: encoding, and which rows fit into a batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sift_cli.errors import SiftError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+CACHED_FROM = 20_000  # rows; fewer are tokenised in about a second
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised rows: columns `input_ids` (and what else the tokenizer gives), `label`, `row`.
+
+    `lengths` counts the tokens of each row, `truncated` the rows that were cut.
+    """
+
+    rows: Dataset
+    lengths: list[int]
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Features of the rows at `indices`, ready to collate."""
+        batch = self.rows[list(indices)]
+        keys = [key for key in batch if key != "row"]
+        return [{key: batch[key][at] for key in keys} for at in range(len(indices))]
+
+    def numbers(self, indices: Sequence[int]) -> list[int]:
+        """Row numbers in the source split."""
+        return [int(row) for row in self.rows[list(indices)]["row"]]
+
+
+def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Tokenises every row, cut to `max_length` tokens, and counts the rows that were cut.
+
+    What CACHED_FROM rows or more become is kept among the files that `datasets` caches, and read
+    from there the next time. Raises SiftError where the special tokens alone are more.
+    """
+
+    def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        texts = (batch["text"], batch["pair"]) if "pair" in batch else (batch["text"],)
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        full = [at for at, length in enumerate(lengths) if length >= max_length]
+        cut = [False] * len(lengths)
+        if full:  # only these can have been cut
+            again = [[one[at] for at in full] for one in texts]
+            whole = tokenizer(*again, truncation=False, padding=False, verbose=False)["input_ids"]
+            for at, ids in zip(full, whole, strict=True):
+                cut[at] = len(ids) > max_length
+        return {**encoded, "length": lengths, "cut": cut}
+
+    removed = [name for name in rows.column_names if name not in ("label", "row")]
+
+    def run(cache: Path | None) -> Dataset:
+        return rows.map(
+            tokenise,
+            batched=True,
+            remove_columns=removed,
+            keep_in_memory=cache is None,
+            load_from_cache_file=cache is not None,
+            cache_file_name=None if cache is None else str(cache),
+            new_fingerprint=f"sift-{rows._fingerprint}-{max_length}",
+        )
+
+    encoded = _cached(run, rows, tokenizer, max_length)
+    lengths, cut = list(encoded["length"]), sum(encoded["cut"])
+    if max(lengths, default=0) > max_length:
+        raise SiftError(f"data.max_length: {max_length} tokens leave no room for any text")
+    return Encoded(encoded.remove_columns(["length", "cut"]), lengths, cut)
+
+
+def _cached(
+    run: Callable[[Path | None], Dataset],
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> Dataset:
+    """What `run` makes, kept in a file that it names by all that it depends on."""
+    from datasets import config
+    from pyarrow import ArrowInvalid
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if len(rows) < CACHED_FROM or backend is None:
+        return run(None)
+    name = _key(rows, backend.to_str(), f"{max_length} {tokenizer.truncation_side}")
+    cache = Path(config.HF_DATASETS_CACHE) / "sift-tokens" / f"{name}.arrow"
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return run(cache)
+        except ArrowInvalid:  # a damaged file
+            cache.unlink()
+            return run(cache)
+    except OSError:  # no space, or no permission
+        return run(None)
+
+
+def _key(rows: Dataset, tokenizer: str, options: str) -> str:
+    """SHA-256 of the rows, the tokenizer (as JSON) but for what calls leave in it, and options."""
+    import pyarrow
+    import tokenizers
+    import transformers
+
+    described = json.loads(tokenizer) | {"truncation": None, "padding": None}
+    versions = f"{tokenizers.__version__} {transformers.__version__}"
+    digest = hashlib.sha256(f"{options} {versions} {json.dumps(described)}".encode())
+    table = rows.with_format("arrow")[:]
+    stream = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    digest.update(stream.getvalue())
+    return digest.hexdigest()
+
+
+def cut(
+    rows: Sequence[int], lengths: Sequence[int], most_rows: int, most_tokens: int | None
+) -> list[list[int]]:
+    """Consecutive `rows` in batches of at most `most_rows`, and of `most_tokens` once padded.
+
+    `lengths` has the tokens of every row there is. A row that is longer than `most_tokens` stands
+    alone.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, lengths[row])
+        held = batches[-1] if batches else []
+        over = most_tokens is not None and (len(held) + 1) * longest > most_tokens
+        if not held or len(held) == most_rows or over:
+            batches.append([row])
+            longest = lengths[row]
+        else:
+            held.append(row)
+    return batches
