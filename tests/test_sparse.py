@@ -1,6 +1,8 @@
 """The sparse core against torch.optim.AdamW on the dense model."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -138,6 +140,45 @@ def test_one_batch_of_16_equals_four_of_4(checkpointing: bool) -> None:
             sparse_step(model, parameters, optimizer, batches, max_norm=0.5)
         models.append(model)
     assert_equal_models(*models)
+
+
+def test_nothing_is_held_or_computed_below_the_lowest_trained_layer() -> None:
+    model, batch = tiny_model("bert"), tiny_batch()
+    model.train()
+    lowest = "bert.encoder.layer.1.attention.self.value"
+    weight = model.get_submodule(lowest).weight
+    attach(model, {f"{lowest}.weight": Support.of(weight.shape, torch.tensor([0, 17, 200]))})
+    held: dict[str, int] = {}
+    needs: dict[str, bool] = {}
+    inside: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: inside.append(name)
+
+    def leave(*seen: Any) -> None:
+        out = seen[-1] if isinstance(seen[-1], torch.Tensor) else seen[-1][0]
+        needs[inside.pop()] = out.requires_grad
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held[inside[-1]] = held.get(inside[-1], 0) + (tensor.data_ptr() not in weights)
+        return tensor
+
+    weights = {one.data_ptr() for one in model.parameters()}
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(enter(name))
+        module.register_forward_hook(leave)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss
+    below = [name for name in needs if "embeddings" in name or "layer.0" in name]
+    assert len(below) > 10
+    assert not any(needs[name] or name in held for name in below)
+    assert not needs["bert.encoder.layer.1.attention.self.query"]
+    assert needs[lowest]
+    assert held[lowest] > 0
+    frozen = "bert.encoder.layer.1.output.dense"  # above: a gradient passes, no input is held
+    assert needs[frozen]
+    assert not held.get(frozen)
+    loss.backward()
 
 
 def test_tied_weights_are_one_storage_with_the_gradient_of_both_uses() -> None:
