@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sift_cli.delta.coding import decode_positions, encode_positions
+from sift_cli.delta.header import Header, check_name
+from sift_cli.delta.planes import decode_bits, encode_bits
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.sparse import Support
 
 FORMAT = 1
-CODING = "leb128-gaps"
+CODING = "rice-planes"
 BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -44,8 +47,7 @@ class WeightDelta:
         """The changed entries; raises ValueError where the stream is not a valid one."""
         if self.coded is None:
             return Support(self.shape)
-        positions = decode_positions(self.coded, self.count, prod(self.shape))
-        return Support.of(self.shape, positions)
+        return Support(self.shape, decode_positions(self.coded, self.count, self.shape))
 
     def toggle_(self, weight: Tensor) -> None:
         """Base to trained, or trained to base, bit for bit and in place."""
@@ -85,13 +87,14 @@ def weight_delta(
     """
     signed = SIGNED[trained.element_size()]
     bits = _view(base.cpu(), signed) ^ _view(trained.cpu(), signed)
+    positions = support.positions if len(support) < support.size else None
     return WeightDelta(
         support.shape,
         whole.dtype,
         len(support),
         base_mark,
         fingerprint(whole),
-        None if support.positions is None else encode_positions(support.positions),
+        None if positions is None else encode_positions(positions, support.shape),
         bits.view(BITS[trained.element_size()]),
     )
 
@@ -125,7 +128,7 @@ def save_delta(path: Path, delta: Delta) -> str:
             "base": weight.base,
             "trained": weight.trained,
         }
-        tensors[f"{name}.bits"] = weight.bits.contiguous()
+        tensors[f"{name}.bits"] = encode_bits(weight.bits, weight.dtype)
         if weight.coded is not None:
             tensors[f"{name}.positions"] = weight.coded
     for name, tensor in delta.dense.items():
@@ -159,46 +162,71 @@ def load_delta(path: Path) -> Delta:
         raise SiftError(f"{path}: no such delta file")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("sift")
+            header = _read_header(path, (file.metadata() or {}).get("sift"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        if header.pop("digest") != _digest(header, tensors):
+            raise ValueError("its contents do not match its digest")
+        return _parse(header, tensors)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "header"
+        raise _damaged(path, f"{place}: {first['msg']}") from error
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
+
+
+def _read_header(path: Path, text: str | None) -> dict[str, Any]:
+    """The header, each of its claims of a kind and size that a delta can have."""
     if text is None:
         raise SiftError(f"{path}: a safetensors file, but no sift delta", ExitCode.WRONG_FILE)
-    try:
-        header = json.loads(text)
-        written, coding = header.get("format"), header.get("coding", CODING)
-        if (isinstance(written, int) and written > FORMAT) or coding != CODING:
-            raise SiftError(
-                f"{path}: format {written} ({coding}) is newer than this sift reads ({FORMAT}, "
-                f"{CODING}); update sift",
-                ExitCode.WRONG_FILE,
-            )
-        digest = header.pop("digest")
-        if digest != _digest(header, tensors):
-            raise _damaged(path, "its contents do not match its digest")
-        return _parse(header, tensors)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    header = json.loads(text)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    written, coding = header.get("format"), header.get("coding")
+    if isinstance(written, int) and written > FORMAT:
+        raise SiftError(
+            f"{path}: format {written} is newer than this sift reads ({FORMAT}); update sift",
+            ExitCode.WRONG_FILE,
+        )
+    if written != FORMAT or coding != CODING:
+        raise SiftError(
+            f"{path}: format {written} ({coding}) is not what this sift reads ({FORMAT}, "
+            f"{CODING}); read it with the sift that wrote it",
+            ExitCode.WRONG_FILE,
+        )
+    Header.model_validate(header)
+    return header
 
 
-def _parse(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Delta:
+def _parse(header: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
     weights = {}
     for name, row in header.pop("weights").items():
-        shape, count = tuple(row["shape"]), row["count"]
-        coded, bits = tensors.get(f"{name}.positions"), tensors[f"{name}.bits"]
-        if len(bits) != count or (coded is None and count != prod(shape)):
-            raise ValueError(f"{name} lacks entries")
-        dtype = getattr(torch, row["dtype"])
+        shape, count, dtype = tuple(row["shape"]), row["count"], getattr(torch, row["dtype"])
+        packed = _stream(tensors, f"{name}.bits")
+        full = count == prod(shape)
+        coded = None if full else _stream(tensors, f"{name}.positions")
+        bits = decode_bits(packed, count, dtype).view(BITS[dtype.itemsize])
         weights[name] = WeightDelta(shape, dtype, count, row["base"], row["trained"], coded, bits)
-        _ = weights[name].support  # refuses a stream out of range
-    dense = {
-        name.removeprefix("dense/"): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("dense/")
-    }
+        try:
+            _ = weights[name].support  # refuses a stream out of range
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    dense = {}
+    for name, tensor in tensors.items():
+        kind, _, owner = name.partition("/")
+        if kind != "dense":
+            raise ValueError(f"{name[:80]!r} belongs to no weight")
+        check_name(owner)
+        dense[owner] = tensor
     rest = header.pop("rest")
     return Delta(weights, dense, rest, header)
+
+
+def _stream(tensors: dict[str, Tensor], name: str) -> Tensor:
+    found = tensors.pop(name, None)
+    if found is None or found.dtype != torch.uint8 or found.dim() != 1:
+        raise ValueError(f"{name} is no stream of bytes")
+    return found
 
 
 def _damaged(path: Path, why: str) -> SiftError:
