@@ -78,12 +78,12 @@ def evaluate(
     regression: bool = False,
     batch_size: int = 64,
     bf16: bool = False,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Each metric on each split; a split's key is the suffix of its metrics' names.
 
     Raises SiftError (exit code 4) where the model's outputs are not finite.
     """
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     for suffix, data in splits.items():
         logits = predict_logits(model, data, collate, batch_size=batch_size, bf16=bf16)
         if not bool(torch.isfinite(logits).all()):

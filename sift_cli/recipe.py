@@ -1,6 +1,7 @@
 """The recipe: its schema, its file, and errors that say where. Imports no torch."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -276,6 +277,9 @@ class TrainSection(Section):
         "auto", description="bfloat16 autocast or none; auto: bfloat16 on a GPU that has it"
     )
     gradient_checkpointing: bool = False
+    skip_nonfinite: Annotated[int, Field(ge=0, strict=True)] = Field(
+        0, description="steps to pass over whose loss or gradient is not finite; one more stops"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
 
@@ -288,6 +292,34 @@ class EvalSection(Section):
     split: str = "validation"
     keep: Literal["best", "last"] = "best"
     batch_size: PositiveInt = 64
+
+
+UNITS = {"s": 1, "min": 60, "h": 3600}
+
+
+def _interval(value: object) -> object:
+    """A number of steps, or a time; None for neither."""
+    steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    time = isinstance(value, str) and re.fullmatch(r"\d*[1-9]\d*(s|min|h)", value)
+    if value is None or steps or time:
+        return value
+    raise ValueError(f"give a number of steps, or a time such as 90s, 10min or 2h, got {value!r}")
+
+
+class CheckpointSection(Section):
+    """When the state of a run is saved, so that it can go on after an interruption."""
+
+    every: Annotated[int | str | None, BeforeValidator(_interval)] = Field(
+        500, description="steps, or a time such as 10min; null: only when a signal interrupts"
+    )
+
+    @property
+    def seconds(self) -> int | None:
+        """The time between two, where a time is given."""
+        if not isinstance(self.every, str):
+            return None
+        unit = self.every.lstrip("0123456789")
+        return int(self.every.removesuffix(unit)) * UNITS[unit]
 
 
 class LogSection(Section):
@@ -306,6 +338,7 @@ class Recipe(Section):
     selection: SelectionSection = Field(default_factory=SelectionSection)
     train: TrainSection = Field(default_factory=TrainSection)
     eval: EvalSection = Field(default_factory=EvalSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     log: LogSection = Field(default_factory=LogSection)
     out: str | None = Field(None, description="the run folder; runs/NAME-OF-RECIPE if unset")
 
