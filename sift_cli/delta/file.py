@@ -174,7 +174,7 @@ def load_delta(path: Path) -> Delta:
         if digest != _digest(header, tensors):
             raise _damaged(path, "its contents do not match its digest")
         return _parse(header, tensors)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 

@@ -240,9 +240,9 @@ class Checkpoints:
         Raises SiftError where the folder holds a run, and neither way to deal with it is chosen, or
         where the one to resume was of another recipe.
         """
-        summary, files = read_summary(self.out), self.files()
         if overwrite:
             return None
+        summary, files = read_summary(self.out), self.files()
         if summary is None:
             if files and not resume:
                 raise SiftError(

@@ -18,6 +18,7 @@ from sift_cli import __version__
 from sift_cli.delta.build import build_delta
 from sift_cli.delta.file import save_delta
 from sift_cli.delta.tuned import DELTA_FILE, RECIPE_FILE
+from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
 from sift_cli.files import write_text
 from sift_cli.metrics import Metrics, shown
@@ -150,9 +151,17 @@ def write_run(
 
 
 def read_summary(out: Path) -> dict[str, Any] | None:
-    """What the finished run in `out` says of itself; None where none has finished there."""
+    """What the finished run in `out` says of itself; None where none has finished there.
+
+    Raises SiftError (exit code 3) where it cannot be understood.
+    """
     path = out / SUMMARY_FILE
-    summary: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        summary: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise SiftError(f"{path}: damaged: {error}", ExitCode.WRONG_FILE) from None
     return summary
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
@@ -162,9 +163,10 @@ def _lines_until(path: Path, step: int) -> Iterator[str]:
     """The lines of steps up to `step`; a line that a kill cut short is none of them."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            yield line
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                yield line + "\n"
 
 
 def _is_said(value: object) -> bool:
