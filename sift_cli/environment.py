@@ -2,17 +2,47 @@
 
 import os
 import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 from sift_cli import __version__
 
-PACKAGES = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "peft")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "pydantic",
+    "pyyaml",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "triton",
+    "peft",
+    "tensorboard",
+    "wandb",
+)
+VARIABLES = (  # that change what a run does; none of them holds a secret
+    "CUDA_VISIBLE_DEVICES",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "HF_HUB_OFFLINE",
+    "TOKENIZERS_PARALLELISM",
+    "TRITON_INTERPRET",
+)
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
 def describe() -> dict[str, str]:
-    """What a bug report needs."""
+    """What a bug report needs. Of tokens it says whether they are set, and no more."""
     found = {"sift": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -21,7 +51,20 @@ def describe() -> dict[str, str]:
             found[name] = "not installed"
     found["platform"] = platform.platform()
     found["processors"] = f"{os.cpu_count()}, {torch.get_num_threads()} threads"
-    cards = [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]
-    found["cuda"] = f"{torch.version.cuda}: {', '.join(cards)}" if cards else "none"
+    found["memory"] = f"{memory() / 1e9:.1f} GB"
+    found["disk"] = f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free here"
+    cards = [
+        f"{card.name}, {card.total_memory / 1e9:.0f} GB"
+        for card in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
+    found["cuda"] = f"{torch.version.cuda}: {'; '.join(cards)}" if cards else "none"
     found["mps"] = "yes" if torch.backends.mps.is_available() else "none"
+    set_here = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    found["variables"] = ", ".join(set_here) or "none"
+    found["tokens"] = ", ".join(name for name in TOKENS if name in os.environ) or "none set"
     return found
+
+
+def memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

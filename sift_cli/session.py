@@ -48,7 +48,7 @@ class Session:
         batch: Mapping[str, Tensor] = DataCollatorWithPadding(self.tokenizer)(list(features))  # type: ignore[arg-type]
         return batch
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float | None]:
         """The task's metrics of the model as it is now."""
         return evaluate(
             self.model,

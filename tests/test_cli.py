@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -199,7 +200,10 @@ def test_recipes_and_env(tmp_path: Path) -> None:
     assert {"sift", "torch", "transformers", "python", "cuda"} <= found.keys()
 
 
-def test_an_interrupted_run_exits_with_130(recipe_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(
+    number: signal.Signals, recipe_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "sift_cli", "train", str(recipe_file), "--out", str(out)]
     command += ["--set", "train.epochs=100000", "--set", "log.every=1"]
@@ -207,6 +211,7 @@ def test_an_interrupted_run_exits_with_130(recipe_file: Path, tmp_path: Path) ->
         command,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        text=True,
         env=ENV,
         # a background job of a shell is started deaf to SIGINT, and its children are too
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -215,6 +220,34 @@ def test_an_interrupted_run_exits_with_130(recipe_file: Path, tmp_path: Path) ->
         deadline = time.monotonic() + 120
         while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.1)
-        run.send_signal(2)
-        run.communicate(timeout=60)
+        second = sift("train", recipe_file, "--out", out, "--resume")
+        run.send_signal(number)
+        printed, said = run.communicate(timeout=60)
     assert run.returncode == 130
+    assert printed == ""
+    assert "interrupted after step " in said
+    assert said.splitlines()[-1] == f"Go on with: sift {shlex.join(command[3:])} --resume"
+    assert second.returncode == 2
+    assert f"process {run.pid} trains into it" in second.stderr
+    assert {path.name for path in out.iterdir()} == {"checkpoint", "metrics.jsonl", "recipe.yaml"}
+
+
+def test_an_interruption_before_the_first_step_leaves_nothing(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sift_cli.training import loop
+
+    def interrupted(*args: object, **more: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "open_session", interrupted)
+    done = sift("train", recipe_file, "--out", tmp_path / "run")
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == ["interrupted"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_and_overwrite_exclude_each_other(recipe_file: Path) -> None:
+    done = sift("train", recipe_file, "--resume", "--overwrite")
+    assert done.returncode == 2
+    assert "give one of them" in done.stderr

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sift_cli.metrics import CLASSIFICATION, METRICS, REGRESSION, compute_metrics
+from sift_cli.metrics import CLASSIFICATION, METRICS, REGRESSION, compute_metrics, shown
 
 # true positives 3, false positives 1, false negatives 2, true negatives 4
 LABELS = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0])
@@ -23,7 +23,7 @@ def pearson(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
 
-def one(name: str, predicted: NDArray[np.float64], labels: NDArray[np.float64]) -> float:
+def one(name: str, predicted: NDArray[np.float64], labels: NDArray[np.float64]) -> float | None:
     (found,) = compute_metrics([name], predicted, labels).values()
     return found
 
@@ -40,7 +40,7 @@ def test_f1_by_hand_is_that_of_class_1() -> None:
 def test_f1_of_class_1_among_more_classes() -> None:
     labels, predicted = np.array([0, 1, 1, 2, 2, 1]), np.array([1, 1, 2, 2, 0, 1])
     assert one("f1", predicted, labels) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
-    assert one("f1", np.array([0, 2]), np.array([2, 0])) == 0
+    assert one("f1", np.array([0, 2]), np.array([2, 0])) is None
 
 
 def test_f1_macro_by_hand_averages_over_the_classes() -> None:
@@ -77,17 +77,23 @@ def test_spearman_sees_order_alone_and_pearson_the_line() -> None:
 
 
 @pytest.mark.parametrize("name", REGRESSION)
-def test_a_correlation_with_a_constant_is_0(name: str) -> None:
+def test_a_correlation_with_a_constant_is_undefined(name: str) -> None:
     constant, varied = np.full(5, 2.0), np.arange(5.0)
-    assert one(name, constant, varied) == 0
-    assert one(name, varied, constant) == 0
-    assert one(name, varied[:1], varied[:1]) == 0
+    assert one(name, constant, varied) is None
+    assert one(name, varied, constant) is None
+    assert one(name, varied[:1], varied[:1]) is None
 
 
 @pytest.mark.parametrize("name", ["f1", "matthews"])
-def test_a_constant_prediction_scores_0(name: str) -> None:
+def test_a_constant_prediction_scores_0_and_constant_labels_leave_it_undefined(name: str) -> None:
     assert one(name, np.zeros_like(LABELS), LABELS) == 0
-    assert one(name, np.zeros_like(LABELS), np.zeros_like(LABELS)) == 0
+    assert one(name, np.zeros_like(LABELS), np.zeros_like(LABELS)) is None
+    assert shown(None) == "undefined"
+    assert shown(0.25) == "0.2500"
+
+
+def test_f1_without_a_true_positive_is_0_and_defined() -> None:
+    assert one("f1", np.ones_like(LABELS), np.zeros_like(LABELS)) == 0
 
 
 def test_metrics_come_by_name_in_the_order_asked_for() -> None:

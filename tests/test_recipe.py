@@ -1,5 +1,6 @@
 """Recipes: what they resolve to, and errors that say where."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,10 +88,11 @@ def test_a_key_that_is_no_text_is_located() -> None:
         ("\tout: a\n", ":6:1 not valid YAML: found character '\\t' that cannot start any token"),
         ("out: *there\n", ":6:6 not valid YAML: found undefined alias 'there'"),
         ("out: 2024-13-45\n", ":6:6 not valid YAML: month must be in 1..12"),
-        ("out: &a [*a]\n", " not valid YAML: an alias inside what it stands for"),
+        ("out: &a [*a]\n", ":6:6 not valid YAML: an alias inside what it stands for"),
+        ("out: \x01\n", ":6:6 not valid YAML: a character that text has not"),
         (
-            "out: \x01\n",
-            " not valid YAML: unacceptable character #x0001: special characters are not allowed",
+            f"train: {{seed: &a 1}}\nout: [{'*a,' * 21}]",
+            ":7:67 not valid YAML: more than 20 aliases",
         ),
     ],
 )
@@ -98,10 +100,24 @@ def test_bad_yaml_is_located(added: str, expected: str) -> None:
     assert errors(added) == [f"r.yaml{expected}"]
 
 
+def test_a_recipe_can_neither_nest_nor_multiply_nor_grow_without_end(tmp_path: Path) -> None:
+    (nested,) = errors(f"out: {'[' * 5000}\n")
+    assert re.fullmatch(r"r\.yaml:6:\d+ not valid YAML: nested too deeply", nested)
+    tens = "x0: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+        f"x{at}: &x{at} [{', '.join([f'*x{at - 1}'] * 10)}]\n" for at in range(1, 10)
+    )
+    assert errors(tens) == ["r.yaml:9:10 not valid YAML: more than 20 aliases"]
+    assert "the value is not valid YAML" in errors("", "out=" + "[" * 5000)[0]
+    large = tmp_path / "large.yaml"
+    large.write_text("# " + "x" * (1 << 16))
+    with pytest.raises(SiftError, match=r"larger than 65,536 bytes"):
+        load_recipe(large)
+
+
 def test_a_recipe_that_is_no_mapping_or_empty() -> None:
     with pytest.raises(SiftError, match=r"^r\.yaml:1:1 a recipe is a mapping with sections"):
         parse_recipe("- model\n", "r.yaml")
-    with pytest.raises(SiftError, match=r"^r\.yaml model: missing\nr\.yaml data: missing$"):
+    with pytest.raises(SiftError, match=r"^r\.yaml:1:1 model: missing\nr\.yaml:1:1 data: missing$"):
         parse_recipe("", "r.yaml")
 
 
@@ -312,7 +328,7 @@ def test_the_resolved_recipe_reads_back_as_itself(added: str) -> None:
 def test_the_resolved_recipe_holds_every_value_in_the_order_of_the_schema() -> None:
     lines = parse("out: runs/ähm\n").to_yaml().splitlines()
     sections = [line.partition(":")[0] for line in lines if not line.startswith((" ", "-"))]
-    assert sections == ["model", "data", "selection", "train", "eval", "log", "out"]
+    assert sections == ["model", "data", "selection", "train", "eval", "checkpoint", "log", "out"]
     for resolved in (
         "out: runs/ähm",
         "  dtype: float32",

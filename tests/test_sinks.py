@@ -11,7 +11,7 @@ from rich.console import Console
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe
 from sift_cli.training import train
-from sift_cli.training.sinks import Bar, WandB
+from sift_cli.training.sinks import Bar, JsonLines, WandB
 
 STEP = {"step": 3, "steps": 9, "loss": 0.25, "rows_per_second": 12.0}
 EVALUATION = {"step": 3, "metrics": {"accuracy": 0.5}, "best": True}
@@ -31,11 +31,14 @@ def test_tensorboard_gets_every_number(recipe_file: Path, tmp_path: Path) -> Non
 
 def test_wandb_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Recorder:
+        id = "abc"
+
         def __init__(self) -> None:
             self.seen: list[object] = []
 
         def init(self, **given: object) -> "Recorder":
             self.seen.append(given["config"])
+            self.given = given
             return self
 
         def log(self, numbers: dict[str, float], step: int) -> None:
@@ -53,6 +56,22 @@ def test_wandb_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert recorder.seen[1][0] == 3
     assert recorder.seen[1][1]["metrics/accuracy"] == 0.5
     assert recorder.seen[2] == "finished"
+    assert "id" not in recorder.given
+    WandB(tmp_path, {"a": 1}, after=3)
+    assert recorder.given["id"] == "abc"
+
+
+def test_a_resumed_run_goes_on_in_the_same_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "loss": 0.5} for step in range(1, 6)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "lo')
+    sink = JsonLines(path, after=3)
+    sink.log({"step": 4, "loss": float("nan")})
+    sink.close()
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert found == [*lines[:3], {"step": 4, "loss": None}]
+    JsonLines(path).close()
+    assert path.read_text() == ""
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

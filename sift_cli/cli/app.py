@@ -1,6 +1,8 @@
 """The table of commands, and how one ends."""
 
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Annotated
 
@@ -75,6 +77,8 @@ app.add_typer(
 def main() -> None:
     """The console script: a user's mistake becomes a message and an exit code, no traceback."""
     debug = "--debug" in sys.argv
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up, exit 130
     try:
         app(prog_name="sift")
     except SiftError as error:

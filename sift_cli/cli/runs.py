@@ -1,5 +1,9 @@
 """Commands that train, score and try a model."""
 
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +24,8 @@ from sift_cli.cli.options import (
     stderr,
     stdout,
 )
-from sift_cli.errors import SiftError
+from sift_cli.errors import ExitCode, SiftError
+from sift_cli.metrics import shown
 
 
 def train(
@@ -29,13 +34,18 @@ def train(
     overrides: Overrides = None,
     seed: Annotated[int | None, typer.Option(help="Override train.seed.")] = None,
     device: Device = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a finished run in the run folder.")
+        bool, typer.Option("--overwrite", help="Replace a run in the run folder.")
     ] = False,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Train, evaluate, and write the run folder."""
+    if resume and overwrite:
+        raise SiftError("--resume goes on with a run, --overwrite replaces it; give one of them")
     from sift_cli.recipe import load_recipe
 
     changes = list(overrides or [])
@@ -46,20 +56,22 @@ def train(
     folder = out or Path(resolved.out or f"runs/{path.stem}")
     from sift_cli.training import train as run
 
-    summary = run(
-        resolved,
-        folder,
-        device=device,
-        overwrite=overwrite,
-        allow_code=allow_code,
-        console=stderr,
-    )
+    with telling_how_to_resume(folder):
+        summary = run(
+            resolved,
+            folder,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            allow_code=allow_code,
+            console=stderr,
+        )
     if as_json:
         print_json(summary)
         return
     table = Table("metric", "before", "after", title=f"{summary['task']} -> {folder}")
     for name, value in summary["metrics"].items():
-        table.add_row(name, f"{summary['metrics_before'][name]:.4f}", f"{value:.4f}")
+        table.add_row(name, shown(summary["metrics_before"][name]), shown(value))
     stdout.print(table)
     trained, total = summary["trained_entries"], summary["total_entries"]
     stdout.print(
@@ -68,6 +80,22 @@ def train(
         f"{size(summary['delta_bytes'])}; peak memory {size(summary['peak_memory_bytes'])}"
     )
     stdout.print(f"Next: sift merge {folder}/delta.safetensors --out {folder}/merged")
+
+
+@contextmanager
+def telling_how_to_resume(folder: Path) -> Iterator[None]:
+    """Adds to an interruption the command that goes on, where there is something to go on from."""
+    try:
+        yield
+    except (KeyboardInterrupt, SiftError) as error:
+        code = error.code if isinstance(error, SiftError) else ExitCode.INTERRUPTED
+        if code != ExitCode.INTERRUPTED:
+            raise
+        said = str(error) or "interrupted"
+        if any(folder.glob("checkpoint/*.safetensors")):
+            given = [arg for arg in sys.argv[1:] if arg not in ("--overwrite", "--resume")]
+            said += f"\nGo on with: {shlex.join(['sift', *given, '--resume'])}"
+        raise SiftError(said, code) from None
 
 
 def evaluate(
@@ -100,7 +128,7 @@ def evaluate(
     rows = sum(map(len, session.evaluation.values()))
     table = Table("metric", "value", title=f"{session.task.name}, {rows:,} rows")
     for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(name, shown(value))
     stdout.print(table)
 
 

@@ -18,6 +18,7 @@ from sift_cli.delta.coding import decode_positions, encode_positions
 from sift_cli.delta.header import Header, check_name
 from sift_cli.delta.planes import decode_bits, encode_bits
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.files import replacing, sha256_of
 from sift_cli.sparse import Support
 
 FORMAT = 1
@@ -141,15 +142,10 @@ def save_delta(path: Path, delta: Delta) -> str:
         "rest": delta.rest,
     }
     header["digest"] = _digest(header, tensors)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"sift": _canonical(header)})
-    partial.chmod(0o644)  # safetensors makes files private
-    partial.replace(path)
-    written = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            written.update(block)
-    return written.hexdigest()
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"sift": _canonical(header)})
+        partial.chmod(0o644)  # safetensors makes files private
+    return sha256_of(path)
 
 
 def load_delta(path: Path) -> Delta:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import log
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,16 +111,46 @@ class SparseAdamW:
                 self._return(segment, move.origin[segment.span] < 0, keep_masters=not revert)
         return move
 
-    def _state(self) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """Masters, both moments and ages, each [K]."""
+    def state(self) -> dict[str, Tensor]:
+        """Moments, step counts and what is parked: all that `load_state` needs, and no copies."""
+        moments = self._moments()
+        found = {key: moments[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+        if self.ages is not None:
+            found["ages"] = self.ages
+        for name, (positions, columns) in self._parked.items():
+            found[f"parked/{name}/positions"], found[f"parked/{name}/columns"] = positions, columns
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from where `state` was taken, for an optimizer over the same support."""
+        device = self.parameters.flat.device
+        moments = {key: state[key].to(device) for key in ("step", "exp_avg", "exp_avg_sq")}
+        self.adamw.state[self.parameters.flat].update(moments)
+        self.ages = state["ages"].to(device) if "ages" in state else None
+        self._parked = {
+            key.removeprefix("parked/").removesuffix("/positions"): (
+                state[key],
+                state[key.removesuffix("positions") + "columns"],
+            )
+            for key in state
+            if key.startswith("parked/") and key.endswith("/positions")
+        }
+
+    def _moments(self) -> dict[str, Any]:
+        """torch's own state of the flat buffer, made where no step was taken yet."""
         flat = self.parameters.flat
-        state = self.adamw.state[flat]
+        state: dict[str, Any] = self.adamw.state[flat]
         if "exp_avg" not in state:
             state.update(
                 step=torch.zeros((), device=flat.device),
                 exp_avg=torch.zeros_like(flat.data),
                 exp_avg_sq=torch.zeros_like(flat.data),
             )
+        return state
+
+    def _state(self) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Masters, both moments and ages, each [K]."""
+        flat, state = self.parameters.flat, self._moments()
         ages = self.ages
         if ages is None:
             ages = torch.full_like(flat.data, float(state["step"]))

@@ -1,29 +1,36 @@
 """Sparse fine-tuning, from top to bottom."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import ceil, isfinite
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from sift_cli.attention import leave_masks_unread
-from sift_cli.delta.apply import state_fingerprints
 from sift_cli.dropout import quicken_dropout
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.metrics import Metrics
 from sift_cli.models import recompute_activations
 from sift_cli.recipe import Recipe
+from sift_cli.selection.select import Rule
 from sift_cli.session import Session, open_session
-from sift_cli.sparse import SparseAdamW, SparseParameters, Support
+from sift_cli.sparse import SparseAdamW, SparseParameters
 from sift_cli.training.batches import Batches
+from sift_cli.training.checkpoint import Checkpoints, State, space_for
 from sift_cli.training.choosing import Chooser, rule_of
+from sift_cli.training.facts import Facts
 from sift_cli.training.gradient import add_gradient
-from sift_cli.training.run import Timing, open_run_folder, require_free, write_run
+from sift_cli.training.guard import guarded, require_space
+from sift_cli.training.kept import Kept
+from sift_cli.training.run import Timing, open_run_folder, write_run
+from sift_cli.training.sinks import Sinks
+from sift_cli.training.stopping import Stop
+from sift_cli.training.watch import Watch
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -33,72 +40,169 @@ def train(
     out: Path,
     *,
     device: str | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     allow_code: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Trains, evaluates and writes the run folder `out`; returns what its summary.json holds.
 
-    `allow_code` lets `selection.score` name a function in a file. Raises SiftError for what the
-    recipe gets wrong (exit code 2), and where a loss, a gradient or an output is not finite (4).
+    `resume` goes on from the newest checkpoint in `out`, to the same delta as if nothing had come
+    between; `overwrite` replaces a run there. `allow_code` lets `selection.score` name a function
+    in a file.
+
+    Raises SiftError for what the recipe gets wrong and for faults of disk and memory (exit code 2),
+    for another base than the checkpoint's (3), where a loss, a gradient or an output is not finite
+    (4), and after a SIGINT or SIGTERM, once the state is saved (130).
     """
     timing = Timing()
     console = console or Console(stderr=True, quiet=True)
-    require_free(out, overwrite)
-    rule = rule_of(recipe.selection, allow_code)
-    session = open_session(recipe, device=device)
-    assert session.train is not None
+    with guarded(out):
+        checkpoints = Checkpoints(out, recipe.checkpoint, console)
+        summary = checkpoints.finished(recipe, resume=resume, overwrite=overwrite)
+        if summary is not None:
+            return summary
+        rule = rule_of(recipe.selection, allow_code)
+        session = open_session(recipe, device=device)
+        run = begin(recipe, session, rule, checkpoints, timing, resume=resume)
+        require_space(out, space_for(run.state.parameters))
+        with Stop() as stop:
+            with closing(open_run_folder(recipe, out, console, run.done)) as log:
+                if not run.done:
+                    checkpoints.remove()
+                take_steps(run, log, stop)
+            return finish(run)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run before its first step, or after step `done` where it was resumed.
+
+    `undo` gives the model its own dropout and attention back.
+    """
+
+    recipe: Recipe
+    session: Session
+    chooser: Chooser
+    checkpoints: Checkpoints
+    facts: Facts
+    state: State
+    metrics_before: Metrics
+    done: int
+    undo: Callable[[], None]
+
+
+def begin(
+    recipe: Recipe,
+    session: Session,
+    rule: Rule,
+    checkpoints: Checkpoints,
+    timing: Timing,
+    *,
+    resume: bool,
+) -> Run:
+    """Chooses what trains, or takes that and all else from the newest checkpoint."""
+    console = checkpoints.console
     chooser = Chooser.of(recipe, session, rule, console)
     for split, cut in session.truncated().items():
         if cut:
             console.print(f"{split}: {cut:,} rows cut to {recipe.data.max_length} tokens")
-    metrics_before = session.evaluate()
-    marks = state_fingerprints(session.model, session.new)
-    batches = chooser.batches
+    facts = Facts.of(recipe, session)
+    saved = checkpoints.newest(facts) if resume else None
+    metrics_before = saved.about["metrics_before"] if saved else session.evaluate()
+    tell_undefined(metrics_before, console)
     undo = prepare_model(session, recipe.train.gradient_checkpointing)
-    parameters = chooser.begin()
-    optimizer, schedule = make_optimizer(recipe, parameters, batches.steps)
+    parameters = saved.attach(session.model) if saved else chooser.begin()
+    optimizer, schedule = make_optimizer(recipe, parameters, chooser.batches.steps)
     kept = Kept(parameters, recipe.eval.keep, session.task.metrics[0])
-    watch = Watch(session)
-    log = open_run_folder(recipe, out, console)
-    try:
-        for step, rows in enumerate(batches, start=1):
-            with timing.step(session.device):
-                if chooser.due(step):
-                    chooser.change(step, optimizer)
-                loss = add_gradient(session, rows)
-                norm = optimizer.clip(recipe.train.max_grad_norm)
-                rate = float(schedule.get_last_lr()[0])
-                optimizer.step(skip=watch.broken(step, rows, loss, norm))
-                schedule.step()
-            logs = step % recipe.log.every == 0 or step == batches.steps
-            evaluating = evaluates(step, recipe.eval.every, batches)
-            if logs or evaluating:
-                seen = watch.read()
-            if logs:
-                log.log(progress(step, batches, *seen, rate, rows, timing.step_ms[-1]))
-            if evaluating:
-                metrics = session.evaluate()
-                best = kept.offer(step, metrics)
-                log.log({"step": step, "metrics": metrics, "best": best})
-    finally:
-        log.close()
-    kept.restore()
-    parameters.detach()
-    undo()
-    return write_run(
-        out,
-        recipe,
-        session,
-        parameters,
-        dense=chooser.dense,
-        marks=marks,
-        metrics_before=metrics_before,
-        metrics=kept.metrics,
-        kept_step=kept.step,
-        steps=batches.steps,
-        timing=timing,
+    watch = Watch(session, parameters, recipe.train.skip_nonfinite)
+    state = State(parameters, optimizer, schedule, kept, watch, timing, session.device)
+    if saved:
+        state.load(saved)
+        console.print(
+            f"resuming after step {saved.step:,} of {chooser.batches.steps:,}", highlight=False
+        )
+    done = saved.step if saved else 0
+    return Run(recipe, session, chooser, checkpoints, facts, state, metrics_before, done, undo)
+
+
+def take_steps(run: Run, log: Sinks, stop: Stop) -> None:
+    """Takes every step that is left, and logs, evaluates and saves on the way."""
+    recipe, session, state = run.recipe, run.session, run.state
+    batches, optimizer, watch = run.chooser.batches, state.optimizer, state.watch
+    settle(run, run.done, log, stop)
+    for step, rows in enumerate(batches.since(run.done + 1), start=run.done + 1):
+        with state.timing.step(session.device):
+            if run.chooser.due(step):
+                run.chooser.change(step, optimizer)
+            loss = add_gradient(session, rows)
+            norm = optimizer.clip(recipe.train.max_grad_norm)
+            rate = float(state.schedule.get_last_lr()[0])
+            optimizer.step(skip=watch.broken(step, rows, loss, norm))
+            state.schedule.step()
+        if step % recipe.log.every == 0 or step == batches.steps:
+            step_ms = state.timing.step_ms[-1]
+            log.log(progress(step, batches, *watch.read(), rate, rows, step_ms))
+        settle(run, step, log, stop)
+
+
+def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
+    """What may follow a step: an evaluation, a checkpoint, the end that a signal asks for.
+
+    An evaluation that a signal breaks off is made up for on resuming.
+    """
+    state, batches = run.state, run.chooser.batches
+    if evaluates(step, run.recipe.eval.every, batches) and state.kept.seen < step:
+        state.watch.read()
+        metrics = stop.interruptible(run.session.evaluate)
+        if metrics is not None:
+            log.log({"step": step, "metrics": metrics, "best": state.kept.offer(step, metrics)})
+    if step > run.done and (stop.asked or run.checkpoints.due(step)):
+        state.watch.read()
+        log.sync()
+        facts = {"facts": asdict(run.facts), "metrics_before": run.metrics_before}
+        run.checkpoints.save(state.gather(step), **facts)
+    if stop.asked:
+        raise SiftError(
+            f"interrupted after step {step:,} of {batches.steps:,}; all of it is saved in "
+            f"{run.checkpoints.folder}",
+            ExitCode.INTERRUPTED,
+        )
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Writes the run folder with the weights that are kept; returns what summary.json holds."""
+    state = run.state
+    state.kept.restore()
+    state.parameters.detach()
+    run.undo()
+    summary = write_run(
+        run.checkpoints.out,
+        run.recipe,
+        run.session,
+        state.parameters,
+        dense=run.chooser.dense,
+        marks={name: m for name, m in run.facts.base.items() if name not in run.session.new},
+        metrics_before=run.metrics_before,
+        metrics=state.kept.metrics,
+        kept_step=state.kept.step,
+        steps=run.chooser.batches.steps,
+        skipped=state.watch.skipped,
+        timing=state.timing,
     )
+    run.checkpoints.remove()
+    return summary
+
+
+def tell_undefined(metrics: Metrics, console: Console) -> None:
+    """Says which metrics of the base are undefined: on data of one class they stay so."""
+    names = [name for name, value in metrics.items() if value is None]
+    if names:
+        console.print(
+            f"{', '.join(names)}: undefined before training, since all labels or all predictions "
+            "are the same",
+            highlight=False,
+        )
 
 
 def prepare_model(session: Session, gradient_checkpointing: bool) -> Callable[[], None]:
@@ -130,48 +234,6 @@ def make_optimizer(
     return optimizer, get_scheduler(name, optimizer.adamw, warmup, steps)
 
 
-class Watch:
-    """Loss and norm of every step, read now and then: a GPU's host does not wait at each.
-
-    From the first step on at which one of them is not finite, `broken` says so to the optimizer, on
-    the device, and nothing reaches the weights.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self._unread: list[tuple[int, Sequence[list[int]], Tensor]] = []
-        self._broken = torch.zeros((), device=session.device)
-
-    def broken(self, step: int, rows: Sequence[list[int]], loss: Tensor, norm: Tensor) -> Tensor:
-        """Takes in a step; returns whether it or one before it is not finite (0 or 1, [])."""
-        both = torch.stack([loss.float(), norm.float()])
-        self._unread.append((step, rows, both))
-        self._broken = torch.maximum(self._broken, (~both.isfinite()).any().float())
-        return self._broken
-
-    def read(self) -> tuple[float, float]:
-        """Loss and norm of the newest step.
-
-        Raises SiftError (exit code 4) naming the first step that is not finite, and its rows.
-        """
-        assert self.session.train is not None
-        numbers = torch.stack([both for _, _, both in self._unread]).tolist()
-        for (step, rows, _), (loss, norm) in zip(self._unread, numbers, strict=True):
-            if isfinite(loss) and isfinite(norm):
-                continue
-            lost = not isfinite(loss)
-            what = f"the loss is {loss}" if lost else f"the gradient's norm is {norm}"
-            named = self.session.train.numbers([row for part in rows for row in part])
-            raise SiftError(
-                f"step {step}: {what}; training rows {named}. The weights are those of step "
-                f"{step - 1}. Try a lower train.learning_rate, or look at these rows",
-                ExitCode.NOT_FINITE,
-            )
-        self._unread.clear()
-        loss, norm = numbers[-1]
-        return loss, norm
-
-
 def progress(
     step: int,
     batches: Batches,
@@ -198,29 +260,3 @@ def evaluates(step: int, every: str | int, batches: Batches) -> bool:
     """Whether the model is evaluated after this step; it always is after the last."""
     period = batches.steps_per_epoch if every == "epoch" else int(every)
     return step % period == 0 or step == batches.steps
-
-
-@dataclass
-class Kept:
-    """The weights to end with: those of the best evaluation, or the last. Holds K numbers."""
-
-    parameters: SparseParameters
-    keep: str
-    metric: str
-    step: int = 0
-    metrics: dict[str, float] | None = None
-    state: dict[str, tuple[Support, Tensor]] | None = None
-
-    def offer(self, step: int, metrics: dict[str, float]) -> bool:
-        """Takes an evaluation; tells whether its weights are now the ones to keep."""
-        better = self.metrics is None or metrics[self.metric] > self.metrics[self.metric]
-        if better or self.keep == "last":
-            self.step, self.metrics = step, metrics
-            if self.keep == "best":
-                self.state = self.parameters.state()
-        return better
-
-    def restore(self) -> None:
-        """Puts the kept weights back into the model."""
-        if self.state is not None:
-            self.parameters.load_state(self.state)

@@ -18,21 +18,30 @@ from sift_cli import __version__
 from sift_cli.delta.build import build_delta
 from sift_cli.delta.file import save_delta
 from sift_cli.delta.tuned import DELTA_FILE, RECIPE_FILE
-from sift_cli.errors import SiftError
+from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
+from sift_cli.files import write_text
+from sift_cli.metrics import Metrics, shown
 from sift_cli.recipe import Recipe
 from sift_cli.session import Session
 from sift_cli.sparse import SparseParameters
 from sift_cli.training.sinks import Bar, JsonLines, Sink, Sinks, TensorBoard, WandB
 
 SUMMARY_FILE = "summary.json"
+METRICS_FILE = "metrics.jsonl"
+NO_RESULT = {"out", "log", "checkpoint"}  # parts of a recipe that change no result
 
 
 class Timing:
-    """Wall time of the run and of each step; a GPU's steps are timed by its own clock."""
+    """Wall time of the run and of each step; a GPU's steps are timed by its own clock.
+
+    A run that was resumed also counts what the processes before this one used.
+    """
 
     def __init__(self) -> None:
-        self.started = time.perf_counter()
+        self.resumed_at: list[int] = []
+        self._started = time.perf_counter()
+        self._peak_memory = 0
         self._step_ms: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -50,6 +59,21 @@ class Timing:
         yield
         self._step_ms.append((time.perf_counter() - began) * 1e3)
 
+    def used(self, device: torch.device) -> dict[str, Any]:
+        """What the run took so far, and the steps after which it was resumed."""
+        return {
+            "wall_time_s": time.perf_counter() - self._started,
+            "peak_memory_bytes": max(peak_memory(device), self._peak_memory),
+            "resumed_at": self.resumed_at,
+        }
+
+    def resume(self, step: int, step_ms: list[float], used: Mapping[str, Any]) -> None:
+        """Counts on from where `used` and the milliseconds of each step were taken."""
+        self._started -= used["wall_time_s"]
+        self._peak_memory = used["peak_memory_bytes"]
+        self.resumed_at = [*used["resumed_at"], step]
+        self._step_ms = step_ms
+
     @property
     def step_ms(self) -> list[float]:
         """Milliseconds of every step so far; waits for the last of them."""
@@ -60,24 +84,20 @@ class Timing:
         return self._step_ms
 
 
-def require_free(out: Path, overwrite: bool) -> None:
-    """Raises SiftError where `out` holds a finished run that may not be overwritten."""
-    if (out / SUMMARY_FILE).exists() and not overwrite:
-        raise SiftError(f"{out} holds a finished run; choose another --out, or pass --overwrite")
+def open_run_folder(recipe: Recipe, out: Path, console: Console, after: int = 0) -> Sinks:
+    """metrics.jsonl and the other sinks, which go on after step `after`.
 
-
-def open_run_folder(recipe: Recipe, out: Path, console: Console) -> Sinks:
-    """Makes the folder, clears it of an earlier run; returns metrics.jsonl and the other sinks."""
-    out.mkdir(parents=True, exist_ok=True)
+    What a finished run left in the folder is cleared away.
+    """
     sinks: list[Sink] = []  # first: a package that is missing must not cost the earlier run
     if recipe.log.tensorboard:
-        sinks.append(TensorBoard(out / "tensorboard"))
+        sinks.append(TensorBoard(out / "tensorboard", after))
     if recipe.log.wandb:
-        sinks.append(WandB(out, recipe.model_dump(mode="json")))
+        sinks.append(WandB(out, recipe.model_dump(mode="json"), after))
     for name in (SUMMARY_FILE, DELTA_FILE):
         (out / name).unlink(missing_ok=True)
-    (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    return Sinks([*sinks, JsonLines(out / "metrics.jsonl"), Bar(console)])
+    write_text(out / RECIPE_FILE, recipe.to_yaml())
+    return Sinks(JsonLines(out / METRICS_FILE, after), [*sinks, Bar(console)])
 
 
 def write_run(
@@ -88,10 +108,11 @@ def write_run(
     *,
     dense: Sequence[str],
     marks: Mapping[str, str],
-    metrics_before: dict[str, float],
-    metrics: dict[str, float] | None,
+    metrics_before: Metrics,
+    metrics: Metrics | None,
     kept_step: int,
     steps: int,
+    skipped: int,
     timing: Timing,
 ) -> dict[str, Any]:
     """Writes the delta, the card and summary.json, which comes last and marks the run as whole."""
@@ -105,31 +126,46 @@ def write_run(
         "task": session.task.name,
         "policy": recipe.selection.policy,
         "seed": recipe.train.seed,
-        "metrics": metrics,
-        "metrics_before": metrics_before,
+        "metrics": dict(metrics),
+        "metrics_before": dict(metrics_before),
         "trained_entries": sum(counts.values()) - dense_entries,
         "dense_entries": dense_entries,
         "changed_entries": sum(w.count for n, w in delta.weights.items() if n not in dense),
         "total_entries": sum(weight.numel() for weight in session.model.parameters()),
         "steps": steps,
+        "skipped_steps": skipped,
         "kept_step": kept_step,
         "train_rows": len(session.train),
         "truncated": session.truncated(),
         "step_time_ms": median(timing.step_ms),
         "train_time_s": sum(timing.step_ms) / 1e3,
-        "wall_time_s": time.perf_counter() - timing.started,
-        "peak_memory_bytes": peak_memory(session.device),
+        **timing.used(session.device),
         "delta_bytes": (out / DELTA_FILE).stat().st_size,
         "delta_sha256": digest,
         "device": str(session.device),
         "bf16_autocast": session.bf16,
     }
-    (out / "README.md").write_text(card(recipe, summary), encoding="utf-8")
-    (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "README.md", card(recipe, summary))
+    write_text(out / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def describe(recipe: Recipe, session: Session, metrics: Mapping[str, float]) -> dict[str, Any]:
+def read_summary(out: Path) -> dict[str, Any] | None:
+    """What the finished run in `out` says of itself; None where none has finished there.
+
+    Raises SiftError (exit code 3) where it cannot be understood.
+    """
+    path = out / SUMMARY_FILE
+    if not path.is_file():
+        return None
+    try:
+        summary: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise SiftError(f"{path}: damaged: {error}", ExitCode.WRONG_FILE) from None
+    return summary
+
+
+def describe(recipe: Recipe, session: Session, metrics: Metrics) -> dict[str, Any]:
     """What a delta says of itself; nothing that changes from one run of the recipe to the next."""
     held = dict(session.model.named_parameters())
     default = getattr(torch, recipe.model.dtype)
@@ -150,7 +186,7 @@ def describe(recipe: Recipe, session: Session, metrics: Mapping[str, float]) -> 
         "task": session.task.name,
         "labels": None if session.task.labels is None else list(session.task.labels),
         "policy": recipe.selection.policy,
-        "recipe": recipe.model_dump(mode="json", exclude={"out", "log"}),
+        "recipe": recipe.model_dump(mode="json", exclude=NO_RESULT),
         "metrics": dict(metrics),
         "logits": probe_logits(session.model, config).tolist(),
         "versions": versions(),
@@ -173,7 +209,7 @@ def peak_memory(device: torch.device) -> int:
 def card(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     """README.md of the run folder: the numbers, the commands, the recipe."""
     rows = "\n".join(
-        f"| {name} | {summary['metrics_before'][name]:.4f} | {value:.4f} |"
+        f"| {name} | {shown(summary['metrics_before'][name])} | {shown(value)} |"
         for name, value in summary["metrics"].items()
     )
     trained, dense = summary["trained_entries"], summary["dense_entries"]

@@ -1,7 +1,10 @@
 """Where the numbers of a run go while it runs."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sift_cli.errors import SiftError
+from sift_cli.files import write_text
+from sift_cli.metrics import shown
 
 Record = Mapping[str, Any]
 
@@ -24,15 +29,24 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one object per line, flushed as it comes."""
+    """metrics.jsonl: one object per line, flushed as it comes.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+    Of an earlier run's lines those up to step `after` stay.
+    """
+
+    def __init__(self, path: Path, after: int = 0) -> None:
+        write_text(path, "".join(_lines_until(path, after)) if after else "")
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, record: Record) -> None:
-        """Writes one line."""
-        self._file.write(json.dumps(record) + "\n")
+        """Writes one line; a number that is not finite becomes null."""
+        plain = {key: value if _is_said(value) else None for key, value in record.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Waits until every line is on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
@@ -40,14 +54,14 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files for TensorBoard under `folder`."""
+    """Event files for TensorBoard under `folder`; earlier ones count up to step `after`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, after: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise SiftError(_missing("tensorboard")) from None
-        self._writer: Any = SummaryWriter(str(folder))
+        self._writer: Any = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
 
     def log(self, record: Record) -> None:
         """Adds every number of the record as a scalar."""
@@ -60,14 +74,18 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run."""
+    """A Weights & Biases run; one that is resumed after a step goes on under its old id."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], after: int = 0) -> None:
         try:
             import wandb
         except ImportError:
             raise SiftError(_missing("wandb")) from None
-        self._run = wandb.init(project="sift", dir=str(folder), config=dict(config))
+        note = folder / "wandb.id"
+        known = note.read_text(encoding="utf-8") if after and note.is_file() else None
+        again = {"id": known, "resume": "allow"} if known else {}
+        self._run = wandb.init(project="sift", dir=str(folder), config=dict(config), **again)
+        write_text(note, str(self._run.id))
 
     def log(self, record: Record) -> None:
         """Logs every number of the record."""
@@ -99,7 +117,7 @@ class Bar:
     def log(self, record: Record) -> None:
         """Moves the bar; an evaluation also stays on the screen as a line."""
         if "metrics" in record:
-            self._metric = "  ".join(f"{name} {x:.4f}" for name, x in record["metrics"].items())
+            self._metric = "  ".join(f"{name} {shown(x)}" for name, x in record["metrics"].items())
             best = "  (best)" if record.get("best") else ""
             self._console.print(f"step {record['step']}: {self._metric}{best}", highlight=False)
         else:
@@ -115,15 +133,19 @@ class Bar:
 
 
 class Sinks:
-    """Several sinks as one."""
+    """The lines of metrics.jsonl and more sinks, as one."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = sinks
+    def __init__(self, lines: JsonLines, more: Sequence[Sink]) -> None:
+        self._lines, self._sinks = lines, [*more, lines]
 
     def log(self, record: Record) -> None:
         """Hands the record to each."""
         for sink in self._sinks:
             sink.log(record)
+
+    def sync(self) -> None:
+        """Waits until what metrics.jsonl holds is on the disk."""
+        self._lines.sync()
 
     def close(self) -> None:
         """Closes each."""
@@ -133,7 +155,22 @@ class Sinks:
 
 def _numbers(record: Record) -> dict[str, float]:
     flat = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-    return flat | {f"metrics/{k}": v for k, v in record.get("metrics", {}).items()}
+    metrics = record.get("metrics", {}).items()
+    return flat | {f"metrics/{name}": value for name, value in metrics if value is not None}
+
+
+def _lines_until(path: Path, step: int) -> Iterator[str]:
+    """The lines of steps up to `step`; a line that a kill cut short is none of them."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                yield line + "\n"
+
+
+def _is_said(value: object) -> bool:
+    return not isinstance(value, float) or isfinite(value)
 
 
 def _missing(name: str) -> str:

@@ -1,0 +1,134 @@
+"""What a run must find again as it left it, to go on."""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sift_cli.delta.apply import state_fingerprints
+from sift_cli.recipe import Recipe
+from sift_cli.session import Session
+from sift_cli.training.run import NO_RESULT, versions
+
+FORMAT = 1  # of checkpoints
+BLOCK = 10_000  # rows hashed at a time
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run's recipe, rows, base and device, and the setting that its last bits depend on.
+
+    `data` maps each split to its count of rows and their hash, `base` each tensor of the model
+    before training to its fingerprint.
+    """
+
+    format: int
+    recipe: dict[str, Any]
+    data: dict[str, str]
+    base: dict[str, str]
+    device: str
+    setting: dict[str, str]
+
+    @classmethod
+    def of(cls, recipe: Recipe, session: Session) -> "Facts":
+        """Those of a session before it trains."""
+        task = session.task
+        splits = {"training": task.train}
+        splits |= {f"evaluation{suffix}": rows for suffix, rows in task.evaluation.items()}
+        encoded = {"training": session.train}
+        encoded |= {f"evaluation{suffix}": rows for suffix, rows in session.evaluation.items()}
+        data = {}
+        for name, rows in splits.items():
+            tokens = encoded[name]
+            assert rows is not None
+            assert tokens is not None
+            data[name] = f"{len(rows):,} rows, {_hash_rows(rows, tokens.lengths)}"
+        score, _, _ = (recipe.selection.score or "").rpartition(".py:")
+        if score:
+            data[f"{score}.py"] = _hash(Path(f"{score}.py").read_bytes())
+        device = session.device.type
+        card = torch.cuda.get_device_name(session.device) if device == "cuda" else ""
+        return cls(
+            format=FORMAT,
+            recipe=recipe.model_dump(mode="json", exclude=NO_RESULT),
+            data=data,
+            base=state_fingerprints(session.model, ()),
+            device=device,
+            setting=versions()
+            | {
+                "python": platform.python_version(),
+                "machine": f"{platform.machine()} {card}".strip(),
+                "threads": str(torch.get_num_threads()),
+                "processors": str(os.cpu_count()),
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Differences:
+    """`refuse` are reasons not to go on, `tell` those to expect other last bits."""
+
+    refuse: list[str]
+    tell: list[str]
+    wrong_base: bool
+
+
+def differences(there: Facts, here: Facts) -> Differences:
+    """What differs between a checkpoint's facts and those of now, one line each."""
+    found = []
+    if there.format != here.format:
+        found.append(f"format of the checkpoint: {there.format}, this sift has {here.format}")
+    found += recipe_changes(there.recipe, here.recipe)
+    found += _changes(there.data, here.data, " of the data")
+    if there.device != here.device:
+        found.append(f"device: it was {there.device}, now it is {here.device}")
+    wrong = sorted(
+        name
+        for name in there.base.keys() | here.base.keys()
+        if there.base.get(name) != here.base.get(name)
+    )
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        found.append(f"the base: {len(wrong)} tensors differ: {', '.join(wrong[:3])}{more}")
+    tell = _changes(there.setting, here.setting)
+    return Differences(found, tell, wrong_base=bool(wrong) and len(found) == 1)
+
+
+def recipe_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """One line for each value in which two resolved recipes differ."""
+    return _changes(dict(_flat(there)), dict(_flat(here)))
+
+
+def _changes(there: Mapping[str, Any], here: Mapping[str, Any], of: str = "") -> list[str]:
+    names = list(dict.fromkeys([*there, *here]))
+    return [
+        f"{name}{of}: it was {there.get(name)}, now it is {here.get(name)}"
+        for name in names
+        if there.get(name) != here.get(name)
+    ]
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def _hash_rows(rows: Any, lengths: list[int]) -> str:
+    """Over every value of every row, and how many tokens the tokenizer made of it."""
+    found = hashlib.sha256(json.dumps(lengths).encode())
+    for block in rows.iter(BLOCK):
+        found.update(json.dumps(block).encode())
+    return found.hexdigest()[:16]
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

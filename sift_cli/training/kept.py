@@ -1,0 +1,41 @@
+"""Which weights a run ends with."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sift_cli.metrics import Metrics
+from sift_cli.sparse import SparseParameters, Support
+
+
+@dataclass
+class Kept:
+    """The weights to end with: those of the best evaluation, or the last. Holds K numbers.
+
+    `seen` is the step of the newest evaluation. One whose metric is undefined gives way
+    to any later one.
+    """
+
+    parameters: SparseParameters
+    keep: str
+    metric: str
+    step: int = 0
+    metrics: dict[str, float | None] | None = None
+    state: dict[str, tuple[Support, Tensor]] | None = None
+    seen: int = 0
+
+    def offer(self, step: int, metrics: Metrics) -> bool:
+        """Takes an evaluation; tells whether its weights are now the ones to keep."""
+        self.seen = step
+        new, old = metrics[self.metric], (self.metrics or {}).get(self.metric)
+        better = old is None or (new is not None and new > old)
+        if better or self.keep == "last":
+            self.step, self.metrics = step, dict(metrics)
+            if self.keep == "best":
+                self.state = self.parameters.state()
+        return better
+
+    def restore(self) -> None:
+        """Puts the kept weights back into the model."""
+        if self.state is not None:
+            self.parameters.load_state(self.state)

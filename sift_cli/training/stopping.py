@@ -1,0 +1,64 @@
+"""SIGINT and SIGTERM as a request that a run hears between steps."""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+Found = TypeVar("Found")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stop:
+    """Within it, the first signal is noted in `asked`; a second one does what it always did.
+
+    A signal that the process was started deaf to, as jobs in the background are to SIGINT, stays
+    unheard. Outside the main thread nothing changes, since signals do not arrive there.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._breaks = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for one in SIGNALS:
+                if signal.getsignal(one) not in (signal.SIG_IGN, None):
+                    self._before[one] = signal.signal(one, self._hear)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._give_back()
+
+    def interruptible(self, work: Callable[[], Found]) -> Found | None:
+        """What `work` returns; None where a signal came before its end, which breaks it off."""
+        try:
+            self._breaks = True
+            found = None if self.asked else work()
+            self._breaks = False
+            return found
+        except _AskedError:
+            return None
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._give_back()
+        if self._breaks:
+            self._breaks = False
+            raise _AskedError
+
+    def _give_back(self) -> None:
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+        self._before.clear()
+
+
+class _AskedError(BaseException):
+    """Not an Exception, so that no one on the way takes it for a failure."""
