@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
@@ -89,6 +89,8 @@ def merge(
             if verify:
                 report |= _verify(partial, delta)
         partial.rename(out)
+    except SafetensorError as error:
+        raise SiftError(f"{source}: damaged weights: {error}", ExitCode.WRONG_FILE) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
