@@ -256,7 +256,7 @@ def _infer_labels(rows: Dataset, column: str) -> tuple[str, ...] | None:
     feature = rows.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
-    values = [value for value in rows[column] if value is not None]
+    values = [value for value in _values(rows, "train", column) if value is not None]
     if all(isinstance(value, str) for value in values):
         return tuple(sorted(set(values)))
     if all(isinstance(value, bool | int) for value in values):
@@ -291,10 +291,10 @@ def _check_rows(
     numbers = list(rows[NUMBER])
     out: dict[str, list[Any]] = {}
     for key, column in zip(("text", "pair"), text, strict=False):
-        values = list(rows[column])
+        values = _values(rows, split, column)
         _refuse(split, f"text in {column!r} is missing", numbers, [v is None for v in values])
         out[key] = [str(value) for value in values]
-    given = list(rows[label])
+    given = _values(rows, split, label)
     if names is None:
         numeric = [isinstance(value, int | float) for value in given]
         _refuse(split, "targets that are no numbers", numbers, [not one for one in numeric])
@@ -314,6 +314,13 @@ def _check_rows(
         out["label"] = [int(code) for code in coded]
     out["row"] = numbers
     return Dataset.from_dict(out)
+
+
+def _values(rows: Dataset, split: str, column: str) -> list[Any]:
+    try:
+        return list(rows[column])
+    except UnicodeDecodeError as error:  # found by no one before: JSON is read without a look
+        raise SiftError(f"data: the {split} split: {column!r} is not UTF-8: {error}") from None
 
 
 def _refuse(

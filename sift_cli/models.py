@@ -127,8 +127,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except UNLOADABLE as error:
-        raise SiftError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the Rust part raises nothing narrower
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SiftError(f"{folder}: no usable tokenizer: {said}") from error
     code = getattr(config, "pad_token_id", None)
     if code is not None and code != tokenizer.pad_token_id and 0 <= code < len(tokenizer):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(code)

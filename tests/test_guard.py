@@ -80,7 +80,7 @@ def test_a_file_in_the_place_of_the_folder(recipe_file: Path, tmp_path: Path) ->
         (SafetensorError("I/O error: No space left (os error 28)"), "run: no space is left"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory: CUDA out of memory;"),
         (MemoryError(), "out of memory: on the host; halve train.batch_size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory on the host;"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: on the host;"),
     ],
 )
 def test_faults_are_one_line_with_a_way_out(error: Exception, said: str) -> None:

@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.table import Table
@@ -12,6 +12,7 @@ from rich.table import Table
 from sift_cli.cli import deltas, recipes, runs, studies
 from sift_cli.cli.options import Json, print_json, stdout
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.faults import fault_of
 
 app = typer.Typer(
     help="Sparse fine-tuning: adapt a model by changing 1 % of its entries, and ship the change.",
@@ -84,19 +85,23 @@ def main() -> None:
     except SiftError as error:
         if debug:
             raise
-        lines = str(error).splitlines()
-        for line in lines:
-            print(line, file=sys.stderr)
-        sys.exit(int(error.code))
+        _end(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(int(ExitCode.INTERRUPTED))
     except Exception as error:
         if debug:
             raise
+        if fault := fault_of(error):
+            _end(fault)
         print(
             f"sift failed, and should not have: {type(error).__name__}: {error}\n"
             "`sift --debug ...` shows where; `sift env` belongs into a report",
             file=sys.stderr,
         )
         sys.exit(int(ExitCode.BUG))
+
+
+def _end(error: SiftError) -> NoReturn:
+    print(error, file=sys.stderr)
+    sys.exit(int(error.code))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sift_cli.delta.file import Delta, fingerprint
+from sift_cli.delta.identity import Kind, advice, differing, kinds_of, tied_names
 from sift_cli.errors import ExitCode, SiftError
 
 
@@ -27,43 +28,53 @@ def state_fingerprints(model: nn.Module, skip: Iterable[str]) -> dict[str, str]:
     return {name: fingerprint(one) for name, one in state.items() if name not in left_out}
 
 
-def check_base(delta: Delta, marks: Mapping[str, str], source: str, merged: bool = False) -> None:
+def check_base(
+    delta: Delta,
+    marks: Mapping[str, str],
+    source: str,
+    merged: bool = False,
+    *,
+    kinds: Mapping[str, Kind] | None = None,
+    tied: Mapping[str, str] | None = None,
+) -> None:
     """Raises SiftError (exit code 3) naming the tensors in which `source` is not the delta's base.
 
     `marks` holds the fingerprint of each of the base's tensors, by name; `merged` says that
-    `source` is the merged model, turned back.
+    `source` is the merged model, turned back. `kinds` and `tied`, where known, are what the source
+    holds: they say more of what is wrong.
     """
-    untouched = sorted(set(marks) - set(delta.weights))
-    wanted = {name: weight.base for name, weight in delta.weights.items()}
-    wanted |= {name: delta.rest[8 * at : 8 * at + 8] for at, name in enumerate(untouched)}
-    lacking = [name for name in delta.weights if name not in marks]
-    if lacking or len(delta.rest) != 8 * len(untouched):
-        raise _refusal(source, delta, lacking or ["another set of tensors"], merged)
-    wrong = [name for name, mark in wanted.items() if not marks[name].startswith(mark)]
-    if wrong:
-        raise _refusal(source, delta, sorted(wrong), merged)
-
-
-def _refusal(source: str, delta: Delta, names: list[str], merged: bool) -> SiftError:
-    more = f"\n  and {len(names) - 10} more" if len(names) > 10 else ""
+    lacking, wrong = differing(delta, marks)
+    if not lacking and not wrong:
+        return
+    names = lacking + wrong
     base = delta.about["base"]
     role = "the merged model" if merged else "the base"
     shown = "\n  ".join(names[:10])
-    return SiftError(
+    more = f"\n  and {len(names) - 10} more" if len(names) > 10 else ""
+    raise SiftError(
         f"{source} is not {role} of this delta, which was trained on {base['path']} "
-        f"({base['dtype']}); {len(names)} tensors differ:\n  {shown}{more}",
+        f"({base['dtype']}); {len(names)} tensors {'are lacking or ' if lacking else ''}differ:\n"
+        f"  {shown}{more}\n{advice(delta, marks, kinds or {}, tied or {}, names, merged)}",
         ExitCode.WRONG_FILE,
     )
 
 
 @torch.no_grad()
-def apply_delta(model: nn.Module, delta: Delta, source: str = "the model") -> None:
+def apply_delta(
+    model: nn.Module,
+    delta: Delta,
+    source: str = "the model",
+    kinds: Mapping[str, Kind] | None = None,
+) -> None:
     """Turns the base into the trained model, in place and bit for bit.
 
-    Raises SiftError (exit code 3) where `model` is not the base that the delta was trained on.
+    `kinds` are those of the files that `model` was loaded from, where it was loaded in another
+    dtype. Raises SiftError (exit code 3) where `model` is not the base that the delta was trained
+    on.
     """
     named: dict[str, Tensor] = dict(model.named_parameters())
-    check_base(delta, state_fingerprints(model, delta.dense), source)
+    marks = state_fingerprints(model, delta.dense)
+    check_base(delta, marks, source, kinds=kinds or kinds_of(model), tied=tied_names(model))
     for name, weight in delta.weights.items():
         weight.toggle_(named[name])
     for name, tensor in delta.dense.items():

@@ -125,7 +125,7 @@ def _decode_run(data: Bytes, out: Positions, last: int, size: int) -> int:
     steps <<= shift
     steps += lows
     steps += 1 - (np.ones(1, dtype) << shift)
-    line[0] += last
+    line[:1] += last
     np.cumsum(line[:count], dtype=dtype, out=out)
     # no step passes 2**31 (2**63), so the first sum that does shows as a negative position
     if int(out.min()) < 0 or int(out.max()) >= size:
@@ -133,12 +133,10 @@ def _decode_run(data: Bytes, out: Positions, last: int, size: int) -> int:
     return used
 
 
-def _low_bits(
-    data: Bytes, parameters: Bytes, count: int
-) -> tuple[NDArray[np.unsignedinteger], int]:
+def _low_bits(data: Bytes, parameters: Bytes, count: int) -> tuple[NDArray[np.integer], int]:
     """The low bits of a run's gaps ([blocks, BLOCK]), and where in `data` they end."""
     highest, used = int(parameters.max()), 4 + len(parameters)
-    kind = next(np.dtype(f"u{width}") for width in (1, 2, 4, 8) if highest <= 8 * width)
+    kind = next(np.dtype(one) for one in ("u1", "u2", "u4", "i8") if highest <= 8 * int(one[1]))
     lows = np.zeros((len(parameters), BLOCK), dtype=kind)
     for plane in range(highest):
         held = parameters > plane

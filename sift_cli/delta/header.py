@@ -58,6 +58,7 @@ class Header(_Strict):
     labels: list[str] | None = None
     architecture: str | None = None
     recipe: dict[str, Any] | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
     logits: list[list[float]] | None = None
 
     @model_validator(mode="after")

@@ -3,18 +3,20 @@
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from sift_cli.delta.apply import check_base
 from sift_cli.delta.file import Delta, fingerprint, load_delta, tensor_bytes
+from sift_cli.delta.identity import Kind, stored_kinds
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
 from sift_cli.models import (
@@ -89,6 +91,8 @@ def merge(
             if verify:
                 report |= _verify(partial, delta)
         partial.rename(out)
+    except SafetensorError as error:
+        raise SiftError(f"{source}: damaged weights: {error}", ExitCode.WRONG_FILE) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
@@ -149,7 +153,7 @@ def _write_weights(
     for shard in shards:
         with (out / shard.source.name).open("wb") as file:
             _write_shard(file, shard, names, change)
-    change.check(source)
+    change.check(source, stored_kinds(folder))
     if len(shards) > 1:
         _write_index(out, shards)
     return {"tensors": sum(len(s.tensors) for s in shards), "changed": len(change.after)}
@@ -201,9 +205,9 @@ class _Change:
             self.before[name] = self.after[name]
         return changed
 
-    def check(self, source: str) -> None:
+    def check(self, source: str, kinds: Mapping[str, Kind]) -> None:
         """Raises SiftError where a tensor was not the base's, or did not come out as trained."""
-        check_base(self.delta, self.before, source, merged=self.undo)
+        check_base(self.delta, self.before, source, merged=self.undo, kinds=kinds)
         for name, mark in self.after.items():
             weight = self.delta.weights[name]
             if mark != (weight.base if self.undo else weight.trained):

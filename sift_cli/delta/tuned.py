@@ -6,6 +6,7 @@ import yaml
 
 from sift_cli.delta.apply import apply_delta
 from sift_cli.delta.file import load_delta
+from sift_cli.delta.identity import stored_kinds
 from sift_cli.errors import SiftError
 from sift_cli.models import DTYPES, LoadedModel, load_model, model_folder, task_config
 from sift_cli.recipe import Recipe, parse_recipe
@@ -40,5 +41,5 @@ def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe]:
     folder = model_folder(source, None if base else about["revision"])
     config = task_config(folder, delta.about["labels"])
     loaded = load_model(folder, config, DTYPES[about["dtype"]])
-    apply_delta(loaded.model, delta, source)
+    apply_delta(loaded.model, delta, source, stored_kinds(folder))
     return loaded, parse_recipe(yaml.safe_dump(delta.about["recipe"]), str(path))

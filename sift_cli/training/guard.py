@@ -1,39 +1,18 @@
 """What may go wrong around a run: its folder, the disk, the memory."""
 
-import errno
 import fcntl
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from sift_cli.errors import SiftError
+from sift_cli.faults import FREE_SPACE, fault_of
 
 LOCK_FILE = ".lock"
-FREE_SPACE = "free some space, or choose another --out"
-OTHER_PLACE = "make it writable, or choose another --out"
-FAULTS = {
-    errno.ENOSPC: ("no space is left on the disk", FREE_SPACE),
-    errno.EDQUOT: ("the disk quota is used up", FREE_SPACE),
-    errno.EFBIG: ("the file is larger than this process may write", FREE_SPACE),
-    errno.EROFS: ("the disk is read-only", OTHER_PLACE),
-    errno.EACCES: ("permission denied", OTHER_PLACE),
-    errno.EPERM: ("not permitted", OTHER_PLACE),
-    errno.EIO: ("the disk fails to read or write", "see to the disk"),
-    errno.ESTALE: ("the network folder is gone", "mount it again"),
-    errno.ENOENT: ("it vanished while it was needed", "bring it back"),
-    errno.ENOTDIR: ("a folder is needed here, and this is a file", "choose another --out"),
-    errno.EEXIST: ("a folder is needed here, and this is a file", "choose another --out"),
-}
-LESS_MEMORY = (
-    "halve train.batch_size and double train.accumulate, which changes no result; or set "
-    "train.gradient_checkpointing: true, a smaller data.max_length or eval.batch_size"
-)
 
 
 @contextmanager
@@ -69,7 +48,8 @@ def locked(out: Path) -> Iterator[None]:
         os.fsync(descriptor)  # a disk that is full says so here
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # without its lock the file means nothing
+            path.unlink()
         os.close(descriptor)
 
 
@@ -107,24 +87,8 @@ def told(out: Path) -> Iterator[None]:
     """Turns what disks and memories do into a SiftError that says what to change."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        said = str(error).strip().partition("\n")[0].partition(". ")[0]
-        raise SiftError(f"out of memory: {said or 'on the host'}; {LESS_MEMORY}") from error
-    except OSError as error:
-        if error.errno not in FAULTS:
+    except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
+        fault = fault_of(error, out)
+        if fault is None:
             raise
-        raise _fault(error.errno, error.filename or out) from error
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None or int(number[1]) not in FAULTS:
-            raise
-        raise _fault(int(number[1]), out) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        raise SiftError(f"out of memory on the host; {LESS_MEMORY}") from error
-
-
-def _fault(number: int, where: object) -> SiftError:
-    said, way_out = FAULTS[number]
-    return SiftError(f"{where}: {said}; {way_out}")
+        raise fault from error

@@ -17,6 +17,7 @@ from rich.console import Console
 from sift_cli import __version__
 from sift_cli.delta.build import build_delta
 from sift_cli.delta.file import save_delta
+from sift_cli.delta.identity import tied_names
 from sift_cli.delta.tuned import DELTA_FILE, RECIPE_FILE
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
@@ -181,6 +182,8 @@ def describe(recipe: Recipe, session: Session, metrics: Metrics) -> dict[str, An
                 for name, weight in held.items()
                 if weight.dtype != default
             },
+            "tied": tied_names(session.model),
+            "vocabulary": getattr(config, "vocab_size", None),
         },
         "architecture": type(session.model).__name__,
         "task": session.task.name,

@@ -1,0 +1,173 @@
+"""Why a model is not the base of a delta, in words that say what to do about it."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from sift_cli.delta.file import Delta
+from sift_cli.models import weight_files
+
+Kind = tuple[torch.dtype, tuple[int, ...]]
+
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+VOCABULARY = re.compile(r"(^|\.)(word_embeddings|embed_tokens|wte|shared|lm_head)\.weight$")
+
+
+def kinds_of(model: nn.Module) -> dict[str, Kind]:
+    """Dtype and shape of each parameter and saved buffer of a model."""
+    return {name: (one.dtype, tuple(one.shape)) for name, one in model.state_dict().items()}
+
+
+def stored_kinds(folder: Path) -> dict[str, Kind]:
+    """Dtype and shape of each floating-point tensor of a model folder, as its files hold it."""
+    found: dict[str, Kind] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                piece = file.get_slice(name)
+                if piece.get_dtype() in STORED:
+                    found[name] = (STORED[piece.get_dtype()], tuple(piece.get_shape()))
+    return found
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters, each with the first name of its tensor."""
+    first = {id(weight): name for name, weight in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(weight)] for name, weight in every if name != first[id(weight)]}
+
+
+def differing(delta: Delta, marks: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Names of the changed weights that `marks` lacks, and of its tensors that are not the base's.
+
+    `marks` holds the fingerprint of each tensor of a model. Where it has another set of tensors
+    than the base, those are named whose fingerprints the base has nowhere; both lists are empty
+    only for the base itself.
+    """
+    lacking = [name for name in delta.weights if name not in marks]
+    wrong = [n for n, one in delta.weights.items() if n in marks and marks[n] != one.base]
+    others = sorted(set(marks) - set(delta.weights))
+    rest = [delta.rest[at : at + 8] for at in range(0, len(delta.rest), 8)]
+    if len(others) == len(rest) and not lacking:
+        pairs = zip(others, rest, strict=True)
+        return [], sorted(wrong + [name for name, mark in pairs if marks[name][:8] != mark])
+    unknown, left = [], Counter(rest)
+    for name in others:
+        left[marks[name][:8]] -= 1
+        if left[marks[name][:8]] < 0:
+            unknown.append(name)
+    if not lacking and not unknown:  # it has fewer, and the delta does not say how they are called
+        unknown = [f"another set of tensors: {len(others)} more than the changed, not {len(rest)}"]
+    return lacking, sorted(wrong + unknown)
+
+
+def advice(
+    delta: Delta,
+    marks: Mapping[str, str],
+    kinds: Mapping[str, Kind],
+    tied: Mapping[str, str],
+    wrong: Sequence[str],
+    merged: bool = False,
+) -> str:
+    """What may be the matter with a model in which the tensors `wrong` are not the base's.
+
+    `kinds` and `tied` are those of the model as far as they are known.
+    """
+    lacking = [name for name in delta.weights if name not in marks]
+    base = delta.about["base"]
+    wide = {name: kind for name in wrong if (kind := _kind(name, kinds))}
+    return (
+        _tied(delta, marks, tied)
+        or _renamed(delta, marks, lacking)
+        or _resized(delta, wide)
+        or _in_another_dtype(delta, wide)
+        or _changed_already(delta, marks, merged)
+        or f"Give the model that it was trained on{_revision(base.get('revision'))}."
+    )
+
+
+def _revision(revision: str | None) -> str:
+    return f", revision {revision}" if revision else ""
+
+
+def _kind(name: str, kinds: Mapping[str, Kind]) -> Kind | None:
+    """Of a tensor whose name in a file may lack the model's first word."""
+    return kinds.get(name) or kinds.get(name.partition(".")[2])
+
+
+def _tied(delta: Delta, marks: Mapping[str, str], tied: Mapping[str, str]) -> str:
+    before: Mapping[str, str] = delta.about["base"].get("tied", {})
+    for name, owner in before.items():
+        if name in marks or (owner not in marks and owner in delta.weights):
+            return (
+                f"{name} is tied to {owner} in the base, and not here: "
+                "set tie_word_embeddings in config.json to true."
+            )
+    for name, owner in tied.items():
+        if name not in before:
+            return (
+                f"{name} is tied to {owner} here, and a tensor of its own in the base: "
+                "set tie_word_embeddings in config.json to false."
+            )
+    return ""
+
+
+def _renamed(delta: Delta, marks: Mapping[str, str], lacking: Collection[str]) -> str:
+    names = {mark: name for name, mark in marks.items()}
+    found = {n: names[delta.weights[n].base] for n in lacking if delta.weights[n].base in names}
+    if not found:
+        return ""
+    old, new = next(iter(found.items()))
+    version = delta.about.get("versions", {}).get("transformers")
+    hint = f"; the delta was made with transformers {version}" if version else ""
+    return (
+        f"{len(found)} of {len(lacking)} weights that are lacking are here under other names, such "
+        f"as {new} for {old}: rename them back{hint}."
+    )
+
+
+def _resized(delta: Delta, wrong: Mapping[str, Kind]) -> str:
+    for name, (_, shape) in wrong.items():
+        rows = delta.about["base"].get("vocabulary")
+        if name in delta.weights:
+            before = delta.weights[name].shape
+            rows = before[0] if before[1:] == shape[1:] else None
+        if VOCABULARY.search(name) and rows is not None and shape[0] != rows:
+            return (
+                f"{name} has {shape[0]:,} rows, and {rows:,} in the base: the vocabulary was "
+                "resized. Give the model as it was before tokens were added or cut."
+            )
+    return ""
+
+
+def _in_another_dtype(delta: Delta, wrong: Mapping[str, Kind]) -> str:
+    for name, (held, _) in wrong.items():
+        about = delta.about["base"]
+        default = getattr(torch, about.get("kept_dtypes", {}).get(name, about["dtype"]))
+        wanted = delta.weights[name].dtype if name in delta.weights else default
+        if held == wanted:
+            continue
+        have, need = (str(dtype).removeprefix("torch.") for dtype in (held, wanted))
+        if torch.promote_types(held, wanted) == held:
+            return (
+                f"It holds {have} weights, and the delta fits those of {about['path']} rounded to "
+                f"{need}: sift rounds them by itself, from_pretrained does with dtype={wanted}."
+            )
+        return (
+            f"It holds {have} weights, and the delta fits {need} ones, whose last bits {have} has "
+            f"lost: give the {need} checkpoint."
+        )
+    return ""
+
+
+def _changed_already(delta: Delta, marks: Mapping[str, str], merged: bool) -> str:
+    pairs = [(one.base, one.trained)[:: -1 if merged else 1] for one in delta.weights.values()]
+    held = [marks.get(name) for name in delta.weights]
+    if held != [after for _, after in pairs] or all(before == after for before, after in pairs):
+        return ""
+    return "It is the base itself." if merged else "The delta is in it already."

@@ -1,0 +1,60 @@
+"""SIGKILL at random moments: the run that is resumed each time writes the bytes of a calm one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_checkpoint import SELECTIONS
+from test_cli import ENV
+
+NURSERY = Path(__file__).parent / "nursery.py"
+
+
+def killed(recipe: Path, out: Path, kills: int, seed: int, *changes: str) -> dict[str, object]:
+    command = [sys.executable, str(NURSERY), str(recipe), str(out), str(kills), str(seed)]
+    env = {**ENV, "PYTHONPATH": str(NURSERY.parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *changes], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout)
+    print(f"\n{out.name}: {found}")
+    assert found["equal"], found
+    assert set(found["exit_codes"]) == {0}, found  # type: ignore[call-overload]
+    assert found["kills"] == kills
+    assert "should not have" not in out.with_name(f"{out.name}.log").read_text()
+    return found
+
+
+def test_a_few_kills(recipe_file: Path, tmp_path: Path) -> None:
+    found = killed(
+        recipe_file, tmp_path / "run", 3, 0, "train.epochs=30", "checkpoint.every=5", "log.every=1"
+    )
+    assert found["steps"] == 180
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("selection", "dtype", "every"),
+    [
+        ("first-batch", "float32", "10"),
+        ("first-batch", "bfloat16", "1s"),
+        ("drop-grow", "bfloat16", "10"),
+        ("park-revert", "float32", "7"),
+    ],
+)
+def test_30_kills(
+    selection: str, dtype: str, every: str, recipe_file: Path, tmp_path: Path
+) -> None:
+    changes = [
+        f"selection={SELECTIONS[selection]}",
+        f"model.dtype={dtype}",
+        f"checkpoint.every={every}",
+        "train.epochs=100",
+        "train.batch_size=4",
+        "train.accumulate=2",
+        "eval.every=50",
+    ]
+    killed(recipe_file, tmp_path / f"{selection}-{dtype}", 30, 1, *changes)
