@@ -223,9 +223,24 @@ def test_old_layer_norm_names_and_prefixed_checkpoints(
     assert "cls.predictions.bias" not in load_file(tmp_path / "merged/model.safetensors")
     loads_clean(tmp_path / "merged")
     report = merge(delta, tmp_path / "back", base=str(tmp_path / "merged"), undo=True)
-    assert report["dropped"] == ["cls.predictions.bias"]
+    assert not report["lost"]
+    same_files(old, tmp_path / "back")
+    aside = tmp_path / "merged/sift/dropped.safetensors"
+    aside.write_bytes(aside.read_bytes()[:-1] + b"?")
+    with pytest.raises(SiftError, match=r"damaged: cls.predictions.bias, aside in sift/"):
+        merge(delta, tmp_path / "again", base=str(tmp_path / "merged"), undo=True)
+
+
+def test_a_large_head_that_the_model_has_not_is_lost(run: Run, base: Path, tmp_path: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    extra = {"lm_head.weight": torch.ones(100, 16)}
+    save_file(weights | extra, base / "model.safetensors", metadata={"format": "pt"})
+    delta = run()
+    report = merge(delta, tmp_path / "merged")
+    assert report["dropped"] == report["lost"] == ["lm_head.weight"]
+    report = merge(delta, tmp_path / "back", base=str(tmp_path / "merged"), undo=True)
+    assert report["lost"] == ["lm_head.weight"]
     back = load_file(tmp_path / "back/model.safetensors")
-    del weights["cls.predictions.bias"]
     assert back.keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in back.items())
 
@@ -307,8 +322,16 @@ def test_a_wrong_base_is_refused_and_leaves_nothing(run: Run, tmp_path: Path) ->
         merge(delta, tmp_path / "merged", base=str(save_base(tmp_path / "gpt", "gpt2")))
 
 
-def test_applying_twice_is_refused(run: Run, tmp_path: Path) -> None:
+def test_applying_twice_is_refused_and_undoing_the_base(
+    run: Run, base: Path, tmp_path: Path
+) -> None:
     delta = run()
+    tiny_model("bert", torch.float32, outputs=2).save_pretrained(base)
+    other = run(name="other")  # with a head in the base, all is there but the change
+    with pytest.raises(SiftError, match="is not the merged model") as caught:
+        merge(other, tmp_path / "back", base=str(base), undo=True)
+    assert caught.value.code == ExitCode.WRONG_FILE
+    save_base(base)
     merge(delta, tmp_path / "merged")
     with pytest.raises(SiftError, match="is not the base"):
         merge(delta, tmp_path / "twice", base=str(tmp_path / "merged"))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from sift_cli.cli.options import Base, Json, print_json, size, stdout
 
@@ -76,7 +76,7 @@ def _overlap_table(report: dict[str, Any]) -> Table:
     most = sorted(rows, key=lambda name: (-rows[name]["collisions"], name))[:SHOWN]
     left = len(rows) - len(most)
     table = Table(
-        "weight",
+        Column("weight", overflow="fold"),
         *(key.replace("_", " ") for key in keys),
         caption=f"{left} more weights; --json lists them all" if left else None,
     )
@@ -111,13 +111,20 @@ def _merged(report: dict[str, Any], undo: bool) -> list[str]:
         said.append(f"Scored: {scores}{same}.")
     if report["dropped"]:
         said.append(
-            f"{len(report['dropped'])} tensors of the base are not in the "
-            f"{'merged folder and did not come back' if undo else 'model and were left out'}, "
-            f"such as {report['dropped'][0]}."
+            f"{_tensors(report['dropped'])} of the base, not in the model: "
+            + ("left out for good." if report["lost"] else "kept aside in sift/, for --undo.")
         )
+    elif report["lost"]:
+        said.append(f"{_tensors(report['lost'])} of the base were not in the merged folder.")
     if report["rounded"]:
         said.append(
-            f"{len(report['rounded'])} tensors stay in the dtype that the model was trained in: "
+            f"{_tensors(report['rounded'])} stay in the dtype that the model was trained in: "
             "the base's own is wider."
         )
     return said
+
+
+def _tensors(names: list[str]) -> str:
+    return (
+        f"1 tensor ({names[0]})" if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
+    )

@@ -12,6 +12,7 @@ from sift_cli.delta.compose import Mix, Overlap, compose_
 from sift_cli.delta.file import Delta, WeightDelta, fingerprint, save_delta
 from sift_cli.errors import ExitCode, SiftError
 
+NOT_TRAINED = "not the trained weight"  # in place of a fingerprint
 LOST = {"logits", "metrics"}  # of a delta, once it is mixed with others
 
 
@@ -31,6 +32,8 @@ class Toggle:
         mark = self._before[name] = fingerprint(tensor)
         weight = self.delta.weights.get(name)
         if weight is None or mark != (weight.trained if self.undo else weight.base):
+            if weight is not None and self.undo:
+                self._before[name] = NOT_TRAINED  # were it the base's, `check` would let it pass
             return tensor, mark
         weight.toggle_(tensor)
         after = fingerprint(tensor)

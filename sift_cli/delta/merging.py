@@ -13,9 +13,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sift_cli.delta.changes import Composed, Toggle
 from sift_cli.delta.compose import Mix
-from sift_cli.delta.file import Delta, WeightDelta, fingerprint, load_delta, tensor_bytes
+from sift_cli.delta.file import Delta, WeightDelta, fingerprint, load_delta
 from sift_cli.delta.plan import (
     Plan,
+    Shard,
     add_dense,
     plan_merge,
     plan_undo,
@@ -35,15 +36,17 @@ from sift_cli.delta.record import (
     copy_side_files,
     keep_padding,
     read_record,
+    save_dropped,
     side_files,
 )
-from sift_cli.delta.shards import header_text, start_file, write_index
+from sift_cli.delta.shards import header_text, write_file, write_index
 from sift_cli.delta.tuned import DELTA_FILE, RECIPE_FILE
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models import DTYPES, INDEX_FILE, load_tokenizer, model_folder, quiet, task_config
 from sift_cli.recipe import parse_recipe
 
 COMPOSED_FILE = "composed.safetensors"
+ASIDE = 0.05  # tensors that the model has not are kept for undo up to this share of its size
 SPARE = 1 << 24  # bytes for configuration and tokenizer
 
 
@@ -111,26 +114,31 @@ def merge(
     _require_space(out, plan, folder)
     change = Toggle(delta, undo) if mix.exact else Composed(loaded, owner, mix)
     report: dict[str, Any] = {"out": str(out), "base": source}
+    lost: list[str] = []  # what undo does not give back
     with _aside(out) as partial:
         wanted = _write_weights(partial, plan, change, source)
         copy_side_files(folder, partial)
         if record:
-            anew = plan.dropped or plan.rounded  # then the index, too, is a new one
-            record.restore_texts(partial, [INDEX_FILE] if anew else [])
+            lost = [key for key in record.dropped if key not in plan.aside]
+            # without them, or in another dtype, the index is a new one
+            record.restore_texts(partial, [INDEX_FILE] if lost or plan.rounded else [])
         else:
             with quiet():
                 config.save_pretrained(partial)
             if not undo:
                 keep_padding(folder, partial)
         if not undo:
-            Record.of(folder, partial, plan.listings, plan.names, plan.dropped).save(partial)
+            marks = save_dropped(partial, plan.dropped, int(ASIDE * plan.bytes))
+            lost = [key for key, mark in marks.items() if not mark]
+            Record.of(folder, partial, plan.listings, plan.names, marks).save(partial)
             if recipe := _recipe(delta):
                 (partial / RECIPE_FILE).write_text(recipe, encoding="utf-8")
         report |= {
             "tensors": len(wanted),
             "changed": len(change.changed),
             "bytes": plan.bytes,
-            "dropped": plan.dropped,
+            "dropped": list(plan.dropped),
+            "lost": lost,
             "rounded": plan.rounded,
             "verified": [],
         }
@@ -150,22 +158,28 @@ def _write_weights(
 
     Returns the fingerprint of each as written, and the dtype that it holds for.
     """
-    wanted = {}
+    wanted: dict[str, tuple[str, torch.dtype]] = {}
+
+    def tensors(shard: Shard) -> Iterator[Tensor]:
+        for key, one in shard.tensors.items():
+            tensor = one.read()
+            if one.place is None or not one.name:
+                mark = fingerprint(tensor)
+            else:
+                tensor, mark = change.apply(one.name, tensor)
+            wanted[key] = mark, one.held
+            yield tensor.to(one.written)
+
     for shard in plan.shards:
         rows = [(key, one.written, one.shape) for key, one in shard.tensors.items()]
-        with (out / shard.file).open("wb") as file:
-            start_file(file, shard.header or header_text(rows, shard.metadata))
-            for key, one in shard.tensors.items():
-                tensor, mark = one.read(), ""
-                if one.place is None:
-                    mark = fingerprint(tensor)
-                else:
-                    tensor, mark = change.apply(one.name, tensor)
-                wanted[key] = mark, one.held
-                file.write(tensor_bytes(tensor.to(one.written)))
+        header = shard.header or header_text(rows, shard.metadata)
+        write_file(out / shard.file, header, tensors(shard))
     for name, one in plan.replaced.items():
         change.replace(name, one.read())
     change.check(source)
+    damaged = [key for key, mark in plan.aside.items() if wanted[key][0] != mark]
+    if damaged:
+        raise SiftError(f"{source}: damaged: {damaged[0]}, aside in sift/", ExitCode.WRONG_FILE)
     if plan.indexed:
         sizes = {
             k: (shard.file, t.bytes) for shard in plan.shards for k, t in shard.tensors.items()
@@ -265,7 +279,11 @@ def _head_owner(paths: Sequence[Path], loaded: Sequence[Delta], head: Path | Non
 
 
 def _require_space(out: Path, plan: Plan, folder: Path) -> None:
-    needed = plan.bytes + sum((folder / name).stat().st_size for name in side_files(folder)) + SPARE
+    needed = (
+        int((1 + ASIDE * bool(plan.dropped)) * plan.bytes)
+        + sum((folder / name).stat().st_size for name in side_files(folder))
+        + SPARE
+    )
     there = next(place for place in out.absolute().parents if place.exists())
     free = shutil.disk_usage(there).free
     if needed > free:

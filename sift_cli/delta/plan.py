@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from sift_cli.delta.file import Delta
-from sift_cli.delta.record import Record
+from sift_cli.delta.record import Record, dropped_places
 from sift_cli.delta.shards import Listing, Place, list_file, listed
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models import DTYPES, INDEX_FILE, quiet, weight_files
@@ -23,8 +23,8 @@ RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "La
 class Planned:
     """A tensor to write: read from `place`, else `value`.
 
-    `name` is the model's, `held` the dtype in which the trained model held it and in which deltas
-    and fingerprints see it, `written` the dtype it is written in.
+    `name` is the model's (empty for what it has not), `held` the dtype in which the trained model
+    held it and in which deltas and fingerprints see it, `written` the dtype it is written in.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Plan:
     """All files to write, and what they are made from.
 
     `listings` are the source's files and `names` the model's name for each of their keys; `dropped`
-    are keys that the written folder has no place for, `replaced` those of them whose tensor the
+    are those that the written folder has no place for, `replaced` those of them whose tensor the
     delta holds anew, by the model's name. `rounded` are keys that cannot come back in the dtype
     that the base is stored in.
     """
@@ -70,9 +70,10 @@ class Plan:
     shards: list[Shard] = field(default_factory=list)
     listings: dict[str, Listing] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    dropped: list[str] = field(default_factory=list)
+    dropped: dict[str, Place] = field(default_factory=dict)
     replaced: dict[str, Planned] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
+    aside: dict[str, str] = field(default_factory=dict)
     indexed: bool = False
 
     @property
@@ -94,12 +95,12 @@ def plan_merge(folder: Path, names: Mapping[str, str], delta: Delta) -> Plan:
         for key, place in listing.places.items():
             name = owner(key, names)
             if name is None:
-                plan.dropped.append(key)
+                plan.dropped[key] = place
                 continue
             held = _held(delta, names[name], place.dtype)
             planned = Planned(names[name], place.shape, held, held, place)
             if names[name] in delta.dense:
-                plan.dropped.append(key)
+                plan.dropped[key] = place
                 plan.replaced[name] = planned
             elif name in plan.names.values():
                 raise SiftError(f"{folder} holds {name} twice", ExitCode.WRONG_FILE)
@@ -126,12 +127,16 @@ def plan_undo(folder: Path, names: Mapping[str, str], record: Record) -> Plan:
         for file in weight_files(folder)
         for name, place in list_file(file).places.items()
     }
-    plan = Plan(dropped=list(record.dropped))
+    aside = dropped_places(folder)
+    plan = Plan()
     for file, text in record.headers.items():
         rows, metadata = listed(text)
         shard = Shard(file, metadata)
         for key, (stored, shape) in rows.items():
             if key in record.dropped:
+                if key in aside:
+                    shard.tensors[key] = Planned("", shape, stored, stored, aside[key])
+                    plan.aside[key] = record.dropped[key]
                 continue
             name = record.names.get(key, "")
             place = places.get(name)

@@ -2,18 +2,21 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer
 
-from sift_cli.delta.shards import Listing, listed
+from sift_cli.delta.file import fingerprint
+from sift_cli.delta.shards import Listing, Place, header_text, list_file, listed, write_file
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models import INDEX_FILE, load_tokenizer, quiet
 
 RECORD_FILE = "sift/merge.json"
+DROPPED_FILE = "sift/dropped.safetensors"
 # What belongs to a model beside its configuration and its weights, and is copied as it is.
 SIDE_FILES = (
     "tokenizer*",
@@ -35,14 +38,14 @@ REWRITTEN = ("config.json", TOKENIZER_CONFIG, INDEX_FILE)
 
 @dataclass(frozen=True)
 class Record:
-    """`headers` of the base's files word for word, the model's name for each of their keys, keys
-    that the merged folder lacks, and the base's text of each file that reads otherwise in it (None
-    where the base has none).
+    """`headers` of the base's files word for word, the model's name for each of their keys,
+    fingerprints of what the model has no place for, and the base's text of each file that reads
+    otherwise in the merged folder (None where the base has none).
     """
 
     headers: dict[str, str]
     names: dict[str, str]
-    dropped: list[str]
+    dropped: dict[str, str]
     texts: dict[str, str | None]
     format: int = 1
 
@@ -53,7 +56,7 @@ class Record:
         out: Path,
         listings: Mapping[str, Listing],
         names: Mapping[str, str],
-        dropped: Sequence[str],
+        dropped: Mapping[str, str],
     ) -> "Record":
         """The record for the folder `out` made from `base`."""
         texts = {}
@@ -62,7 +65,7 @@ class Record:
             if before != after:
                 texts[name] = before
         headers = {file: listing.text for file, listing in listings.items()}
-        return cls(headers, dict(names), list(dropped), texts)
+        return cls(headers, dict(names), dict(dropped), texts)
 
     def save(self, folder: Path) -> None:
         """Writes it into the merged folder."""
@@ -79,6 +82,33 @@ class Record:
                 (folder / name).unlink(missing_ok=True)
             else:
                 (folder / name).write_bytes(text.encode())
+
+
+def save_dropped(folder: Path, dropped: Mapping[str, Place], most: int) -> dict[str, str]:
+    """Sets aside what the model has no place for, unless it has more than `most` bytes together.
+
+    Returns the fingerprints.
+    """
+    file = folder / DROPPED_FILE
+    file.parent.mkdir(exist_ok=True)
+    marks = dict.fromkeys(dropped, "")
+
+    def tensors() -> Iterator[Tensor]:
+        for key, place in dropped.items():
+            tensor = place.read()
+            marks[key] = fingerprint(tensor)
+            yield tensor
+
+    if dropped and sum(place.bytes for place in dropped.values()) <= most:
+        rows = [(key, place.dtype, place.shape) for key, place in dropped.items()]
+        write_file(file, header_text(rows, {}), tensors())
+    return marks
+
+
+def dropped_places(folder: Path) -> dict[str, Place]:
+    """What a merged folder has aside."""
+    file = folder / DROPPED_FILE
+    return list_file(file).places if file.is_file() else {}
 
 
 def read_record(folder: Path) -> Record | None:

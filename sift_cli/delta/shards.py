@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +43,11 @@ class Place:
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
@@ -84,7 +89,7 @@ def list_file(file: Path) -> Listing:
     at = 8 + length
     for key, (dtype, shape) in rows.items():
         places[key] = Place(file, dtype, shape, at)
-        at += prod(shape) * dtype.itemsize
+        at += places[key].bytes
     if at != size:
         raise SiftError(
             f"{file}: damaged: {size} bytes, and its header tells of {at}", ExitCode.WRONG_FILE
@@ -131,10 +136,13 @@ def header_text(
     return text + " " * (-len(text.encode()) % 8)
 
 
-def start_file(file: BinaryIO, text: str) -> None:
-    """Writes what stands before the tensors' bytes."""
+def write_file(file: Path, text: str, tensors: Iterable[Tensor]) -> None:
+    """A file of this header and the tensors, each asked for when its turn has come."""
     raw = text.encode()
-    file.write(len(raw).to_bytes(8, "little") + raw)
+    with file.open("wb") as opened:
+        opened.write(len(raw).to_bytes(8, "little") + raw)
+        for tensor in tensors:
+            opened.write(tensor_bytes(tensor))
 
 
 def write_index(out: Path, sizes: Mapping[str, tuple[str, int]]) -> None:
