@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from transformers.utils import logging as transformers_logging
 from sift_cli.errors import ExitCode, SiftError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
+INDEX_FILE = "model.safetensors.index.json"
 UNLOADABLE = (OSError, ValueError, StrictDataclassError)  # what transformers raises for bad folders
 TOKENIZER_FILES = ["tokenizer*", "vocab*", "*.model"]
 
@@ -72,11 +74,35 @@ def model_folder(path: str, revision: str | None = None) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order."""
+    """The safetensors files of a model folder, in order: those that transformers would load.
+
+    Raises SiftError where there are none, and (exit code 3) where the index names one that is not
+    there.
+    """
+    whole, index = folder / "model.safetensors", folder / INDEX_FILE
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return [folder / name for name in sorted(_indexed(index))]
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise SiftError(f"{folder}: no model*.safetensors; sift reads no pickled weights")
     return files
+
+
+def _indexed(index: Path) -> set[str]:
+    """The names of the files that an index lists, each beside it."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        bad = sorted(name for name in names if Path(name).name != name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SiftError(f"{index}: damaged: {error}", ExitCode.WRONG_FILE) from error
+    if bad:
+        raise SiftError(f"{index}: {bad[0]} is no plain file name", ExitCode.WRONG_FILE)
+    lacking = sorted(name for name in names if not (index.parent / name).is_file())
+    if lacking:
+        raise SiftError(f"{index} names {lacking[0]}, which is not there", ExitCode.WRONG_FILE)
+    return names
 
 
 def _download(path: str, revision: str | None) -> Path:

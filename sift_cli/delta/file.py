@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sift_cli.delta.coding import decode_positions, encode_positions
 from sift_cli.delta.header import Header, check_name
@@ -77,6 +77,29 @@ class Delta:
     def entries(self) -> int:
         """Changed entries, without the dense tensors."""
         return sum(weight.count for weight in self.weights.values())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Delta":
+        """The delta in a file; raises SiftError as `load_delta` does."""
+        return load_delta(Path(path))
+
+    def apply_(self, model: nn.Module) -> None:
+        """Base to trained, bit for bit and in place: `serving.apply_`."""
+        from sift_cli.delta import serving
+
+        serving.apply_(model, self)
+
+    def undo_(self, model: nn.Module) -> None:
+        """Trained to base, bit for bit and in place: `serving.undo_`."""
+        from sift_cli.delta import serving
+
+        serving.undo_(model, self)
+
+    def swap_(self, model: nn.Module) -> None:
+        """This delta in place of whichever is on the model: `serving.swap_`."""
+        from sift_cli.delta import serving
+
+        serving.swap_(model, self)
 
 
 def weight_delta(

@@ -6,15 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from sift_cli.delta.file import Delta
+from sift_cli.delta.shards import list_file
 from sift_cli.models import weight_files
 
 Kind = tuple[torch.dtype, tuple[int, ...]]
 
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 VOCABULARY = re.compile(r"(^|\.)(word_embeddings|embed_tokens|wte|shared|lm_head)\.weight$")
 
 
@@ -25,14 +24,12 @@ def kinds_of(model: nn.Module) -> dict[str, Kind]:
 
 def stored_kinds(folder: Path) -> dict[str, Kind]:
     """Dtype and shape of each floating-point tensor of a model folder, as its files hold it."""
-    found: dict[str, Kind] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                piece = file.get_slice(name)
-                if piece.get_dtype() in STORED:
-                    found[name] = (STORED[piece.get_dtype()], tuple(piece.get_shape()))
-    return found
+    return {
+        name: (place.dtype, place.shape)
+        for path in weight_files(folder)
+        for name, place in list_file(path).places.items()
+        if place.dtype.is_floating_point
+    }
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -1,73 +1,103 @@
-"""Base + delta as an ordinary Hugging Face folder, one tensor in memory at a time."""
+"""Base + delta(s) as an ordinary Hugging Face folder, one tensor in memory at a time."""
 
-import json
-import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from sift_cli.delta.apply import check_base
-from sift_cli.delta.file import Delta, fingerprint, load_delta, tensor_bytes
-from sift_cli.delta.identity import Kind, stored_kinds
-from sift_cli.errors import ExitCode, SiftError
-from sift_cli.evaluation import probe_logits
-from sift_cli.models import (
-    DTYPES,
-    load_model,
-    load_tokenizer,
-    model_folder,
-    quiet,
-    task_config,
-    weight_files,
+from sift_cli.delta.changes import Composed, Toggle
+from sift_cli.delta.compose import Mix
+from sift_cli.delta.file import Delta, WeightDelta, fingerprint, load_delta
+from sift_cli.delta.identity import stored_kinds
+from sift_cli.delta.plan import (
+    Plan,
+    Shard,
+    add_dense,
+    plan_merge,
+    plan_undo,
+    require_whole,
+    tensor_names,
 )
+from sift_cli.delta.proof import (
+    prove_files,
+    prove_logits,
+    prove_metrics,
+    reloaded_logits,
+    score,
+)
+from sift_cli.delta.record import (
+    RECORD_FILE,
+    Record,
+    copy_side_files,
+    keep_padding,
+    read_record,
+    save_dropped,
+    side_files,
+)
+from sift_cli.delta.shards import header_text, write_file, write_index
+from sift_cli.delta.tuned import DELTA_FILE, RECIPE_FILE
+from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models import DTYPES, INDEX_FILE, load_tokenizer, model_folder, quiet, task_config
+from sift_cli.recipe import parse_recipe
 
-SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPE_NAMES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
-RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
-# For logits from another machine or library version; on the same one they are equal.
-LOGITS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+COMPOSED_FILE = "composed.safetensors"
+ASIDE = 0.05  # tensors that the model has not are kept for undo up to this share of its size
+SPARE = 1 << 24  # bytes for configuration and tokenizer
 
 
 def merge(
-    delta_path: Path,
+    deltas: Path | Sequence[Path],
     out: Path,
     *,
     base: str | None = None,
+    weights: Sequence[float] = (),
+    rule: str = "sum",
+    scale: float = 1.0,
+    keep: float | None = None,
+    seed: int = 0,
+    head: Path | None = None,
     undo: bool = False,
     verify: bool = True,
+    evaluate: bool = False,
 ) -> dict[str, Any]:
     """Writes the trained model (with `undo`, the base again) as a folder; says what it verified.
 
     `base` is the folder to start from: the delta's own base unless given; for `undo` the merged
-    one. Fingerprints prove the written weights bit for bit. `verify` also loads the folder anew and
-    compares its logits with those of the model as it was trained. Nothing is left in `out` unless
-    all succeeds.
+    one. Several deltas, or a `scale` or `weights` other than 1, are composed by `rule` (see
+    `compose.RULES`, with `keep` and `seed`), and the head comes whole from the delta at `head`.
 
-    Raises SiftError: exit code 2 where `out` exists or the base cannot be found, 3 for a damaged
-    delta or a wrong base, 5 where the reloaded model differs.
+    `verify` reads every tensor back from disk and compares its fingerprint, then loads the folder
+    through transformers and compares its logits with those of the model as it was trained;
+    `evaluate` also scores it on the recipe's data. Nothing is left in `out` unless all succeeds.
+    Memory stays near the largest tensor, the deltas and what is imported.
+
+    Raises SiftError: exit code 2 where `out` holds something, the disk is too full, the base cannot
+    be found or the deltas do not go together, 3 for a damaged delta or a wrong base, 5 where what
+    was written differs.
     """
-    delta = load_delta(delta_path)
-    if out.exists():
-        raise SiftError(f"{out} exists already; choose another --out or remove it")
+    paths = [_delta_path(one) for one in ([deltas] if isinstance(deltas, Path) else deltas)]
+    mix = Mix(_weights(weights, paths), rule, scale, keep, seed)
+    if undo and not mix.exact:
+        raise SiftError(
+            "--undo takes one delta, whole; of a composed merge, the one in its folder: "
+            f"sift/{COMPOSED_FILE}"
+        )
     if undo and base is None:
         raise SiftError("--undo needs --base: the merged folder to turn back")
+    if evaluate and undo:
+        raise SiftError("--evaluate scores a merged model; --undo gives the base back")
+    _require_free(out)
+    loaded = [load_delta(path) for path in paths]
+    if len(loaded) > 1:
+        _check_one_base(paths, loaded)
+    owner = _head_owner(paths, loaded, _delta_path(head) if head else None)
+    delta = loaded[owner]
     about = delta.about["base"]
     source = base or about["path"]
     try:
@@ -75,27 +105,208 @@ def merge(
     except SiftError as error:
         hint = "" if base else "; give the base with --base"
         raise SiftError(f"{error}{hint}", error.code) from None
+    record = read_record(folder) if undo else None
     config = _config(folder, delta, undo)
-    partial = out.with_name(out.name + ".partial")
+    names = tensor_names(config)
+    plan = plan_undo(folder, names, record) if record else plan_merge(folder, names, delta)
+    require_whole(plan, names, delta, source)
+    if not undo:
+        add_dense(plan, delta)
+    _require_space(out, plan, folder)
+    change = Toggle(delta, undo) if mix.exact else Composed(loaded, owner, mix)
+    report: dict[str, Any] = {"out": str(out), "base": source}
+    lost: list[str] = []  # what undo does not give back
+    with _aside(out) as partial:
+        wanted = _write_weights(partial, plan, change, source, folder)
+        copy_side_files(folder, partial)
+        if record:
+            lost = [key for key in record.dropped if key not in plan.aside]
+            # without them, or in another dtype, the index is a new one
+            record.restore_texts(partial, [INDEX_FILE] if lost or plan.rounded else [])
+        else:
+            with quiet():
+                config.save_pretrained(partial)
+            if not undo:
+                keep_padding(folder, partial)
+        if not undo:
+            marks = save_dropped(partial, plan.dropped, int(ASIDE * plan.bytes))
+            lost = [key for key, mark in marks.items() if not mark]
+            Record.of(folder, partial, plan.listings, plan.names, marks).save(partial)
+            if recipe := _recipe(delta):
+                (partial / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+        report |= {
+            "tensors": len(wanted),
+            "changed": len(change.changed),
+            "bytes": plan.bytes,
+            "dropped": list(plan.dropped),
+            "lost": lost,
+            "rounded": plan.rounded,
+            "verified": [],
+        }
+        logits = _verify(partial, wanted, change, report) if verify else None
+        if evaluate:
+            _evaluate(partial, change, report)
+        if isinstance(change, Composed):
+            report |= change.describe() | {"head": str(paths[owner]) if delta.dense else None}
+            change.save((partial / RECORD_FILE).with_name(COMPOSED_FILE), logits)
+    return report
+
+
+def _write_weights(
+    out: Path, plan: Plan, change: Toggle | Composed, source: str, folder: Path
+) -> dict[str, tuple[str, torch.dtype]]:
+    """Streams every planned tensor into `out`, changed where need be.
+
+    Returns the fingerprint of each as written, and the dtype that it holds for.
+    """
+    wanted: dict[str, tuple[str, torch.dtype]] = {}
+
+    def tensors(shard: Shard) -> Iterator[Tensor]:
+        for key, one in shard.tensors.items():
+            tensor = one.read()
+            if one.place is None or not one.name:
+                mark = fingerprint(tensor)
+            else:
+                tensor, mark = change.apply(one.name, tensor)
+            wanted[key] = mark, one.held
+            yield tensor.to(one.written)
+
+    for shard in plan.shards:
+        rows = [(key, one.written, one.shape) for key, one in shard.tensors.items()]
+        header = shard.header or header_text(rows, shard.metadata)
+        write_file(out / shard.file, header, tensors(shard))
+    for name, one in plan.replaced.items():
+        change.replace(name, one.read())
+    change.check(source, stored_kinds(folder))
+    damaged = [key for key, mark in plan.aside.items() if wanted[key][0] != mark]
+    if damaged:
+        raise SiftError(f"{source}: damaged: {damaged[0]}, aside in sift/", ExitCode.WRONG_FILE)
+    if plan.indexed:
+        sizes = {
+            k: (shard.file, t.bytes) for shard in plan.shards for k, t in shard.tensors.items()
+        }
+        write_index(out, sizes)
+    return wanted
+
+
+def _verify(
+    folder: Path,
+    wanted: Mapping[str, tuple[str, torch.dtype]],
+    change: Toggle | Composed,
+    report: dict[str, Any],
+) -> Tensor | None:
+    """Proves the files, and of a merge the logits, which it returns; says so in `report`."""
+    prove_files(folder, wanted)
+    report["verified"].append("files")
+    if isinstance(change, Toggle) and change.undo:
+        return None
+    logits = reloaded_logits(folder)
+    if isinstance(change, Toggle) and change.delta.about.get("logits"):
+        about = change.delta.about
+        trained = torch.tensor(about["logits"])
+        report["logits_difference"] = prove_logits(logits, trained, about["base"]["dtype"])
+        report["verified"].append("logits")
+    elif not bool(logits.isfinite().all()):
+        raise SiftError(
+            "the merged model's logits are not finite; take a smaller --scale", ExitCode.NOT_FINITE
+        )
+    return logits
+
+
+def _evaluate(folder: Path, change: Toggle | Composed, report: dict[str, Any]) -> None:
+    """Scores the folder; one delta, whole, must score what it did after training."""
+    whole = isinstance(change, Toggle)
+    delta = change.delta if isinstance(change, Toggle) else change.deltas[change.owner]
+    recipe = _recipe(delta)
+    if recipe is None:
+        raise SiftError("--evaluate: the delta carries no recipe, so there is no data to score on")
+    report["metrics"] = score(folder, parse_recipe(recipe, "the delta's recipe"))
+    report["metrics_trained"] = delta.about["metrics"] if whole else None
+    if whole:
+        prove_metrics(report["metrics"], delta.about["metrics"])
+        report["verified"].append("metrics")
+
+
+def _delta_path(path: Path) -> Path:
+    return path / DELTA_FILE if (path / DELTA_FILE).is_file() else path
+
+
+def _weights(weights: Sequence[float], paths: Sequence[Path]) -> tuple[float, ...]:
+    if weights and len(weights) != len(paths):
+        raise SiftError(f"{len(paths)} deltas, but {len(weights)} --weight; give one for each")
+    return tuple(weights) or (1.0,) * len(paths)
+
+
+def _require_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SiftError(f"{out} exists already; choose another --out or remove it")
+
+
+def _check_one_base(paths: Sequence[Path], loaded: Sequence[Delta]) -> None:
+    """Raises SiftError where two deltas disagree on a weight that both change."""
+    seen: dict[str, tuple[int, WeightDelta]] = {}
+    for at, delta in enumerate(loaded):
+        for name, weight in delta.weights.items():
+            first, other = seen.setdefault(name, (at, weight))
+            if (other.base, other.dtype, other.shape) != (weight.base, weight.dtype, weight.shape):
+                bases = [loaded[one].about["base"] for one in (first, at)]
+                said = " and ".join(f"{one['path']} ({one['dtype']})" for one in bases)
+                raise SiftError(
+                    f"{paths[first]} and {paths[at]} are of different bases: {said} differ in "
+                    f"{name}",
+                    ExitCode.WRONG_FILE,
+                )
+
+
+def _head_owner(paths: Sequence[Path], loaded: Sequence[Delta], head: Path | None) -> int:
+    """Which delta the head and the labels come from."""
+    if head is not None:
+        if head not in paths:
+            raise SiftError(f"--head {head} is none of the deltas to merge")
+        return paths.index(head)
+    owners = [at for at, delta in enumerate(loaded) if delta.dense] or list(range(len(loaded)))
+    first = loaded[owners[0]]
+    for at in owners[1:]:
+        other = loaded[at]
+        same = other.about["labels"] == first.about["labels"]
+        same = same and other.dense.keys() == first.dense.keys()
+        if not same or any(not torch.equal(one, first.dense[n]) for n, one in other.dense.items()):
+            raise SiftError(
+                f"{paths[owners[0]]} (labels {first.about['labels']}) and {paths[at]} (labels "
+                f"{other.about['labels']}) each have a head of their own, and heads do not add; "
+                "name the delta whose head the merged model gets with --head"
+            )
+    return owners[0]
+
+
+def _require_space(out: Path, plan: Plan, folder: Path) -> None:
+    needed = (
+        int((1 + ASIDE * bool(plan.dropped)) * plan.bytes)
+        + sum((folder / name).stat().st_size for name in side_files(folder))
+        + SPARE
+    )
+    there = next(place for place in out.absolute().parents if place.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise SiftError(
+            f"{out} needs {needed / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB free; make "
+            "room or choose another --out"
+        )
+
+
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place once all is well, and goes otherwise."""
+    partial = out.absolute().with_name(out.absolute().name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        written = _write_weights(folder, partial, delta, config, source, undo)
-        with quiet():
-            config.save_pretrained(partial)
-            load_tokenizer(folder).save_pretrained(partial)
-        report: dict[str, Any] = {"out": str(out), "base": source, **written}
-        if not undo:
-            recipe = yaml.safe_dump(delta.about["recipe"], sort_keys=False, allow_unicode=True)
-            (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")
-            if verify:
-                report |= _verify(partial, delta)
-        partial.rename(out)
-    except SafetensorError as error:
-        raise SiftError(f"{source}: damaged weights: {error}", ExitCode.WRONG_FILE) from error
+        yield partial
+        if out.exists():
+            out.rmdir()  # it is empty
+        partial.rename(out.absolute())
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return report
 
 
 def _config(folder: Path, delta: Delta, undo: bool) -> PretrainedConfig:
@@ -115,175 +326,7 @@ def _config(folder: Path, delta: Delta, undo: bool) -> PretrainedConfig:
     return config  # type: ignore[no-any-return]
 
 
-@dataclass
-class Shard:
-    """One safetensors file to write, from one of the base's files."""
-
-    source: Path
-    tensors: dict[str, "Planned"] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to write: `key` names it in the base's file, else `value` holds it."""
-
-    dtype: torch.dtype
-    shape: list[int]
-    key: str | None = None
-    value: Tensor | None = None
-
-
-def _write_weights(
-    folder: Path, out: Path, delta: Delta, config: PretrainedConfig, source: str, undo: bool
-) -> dict[str, Any]:
-    """Streams every tensor of the model from the base's files into `out`, changed where need be."""
-    names = _tensor_names(config)
-    change = _Change(delta, undo)
-    shards = [_plan(file, names, change) for file in weight_files(folder)]
-    held = {names[name] for shard in shards for name in shard.tensors}
-    lacking = sorted({*names.values()} - held - {*delta.dense})
-    if lacking:
-        raise SiftError(
-            f"{source} lacks {len(lacking)} tensors of the model, such as {lacking[0]}",
-            ExitCode.WRONG_FILE,
-        )
-    if not undo:
-        for name, tensor in delta.dense.items():
-            shards[-1].tensors[name] = Planned(tensor.dtype, list(tensor.shape), value=tensor)
-    for shard in shards:
-        with (out / shard.source.name).open("wb") as file:
-            _write_shard(file, shard, names, change)
-    change.check(source, stored_kinds(folder))
-    if len(shards) > 1:
-        _write_index(out, shards)
-    return {"tensors": sum(len(s.tensors) for s in shards), "changed": len(change.after)}
-
-
-def _plan(file: Path, names: dict[str, str], change: "_Change") -> Shard:
-    shard = Shard(file)
-    with safe_open(file, framework="pt") as opened:
-        for key in opened.keys():  # noqa: SIM118
-            name = _owner(key, names)
-            if name is None or names[name] in change.delta.dense:
-                continue
-            piece = opened.get_slice(key)
-            dtype = change.dtype(names[name], DTYPE_NAMES[piece.get_dtype()])
-            shard.tensors[name] = Planned(dtype, list(piece.get_shape()), key=key)
-    return shard
-
-
-class _Change:
-    """What the delta does to each tensor that passes, and the fingerprints seen on the way."""
-
-    def __init__(self, delta: Delta, undo: bool) -> None:
-        self.delta, self.undo = delta, undo
-        self.before: dict[str, str] = {}  # fingerprints of the base's tensors
-        self.after: dict[str, str] = {}  # of the changed ones, as written
-        self._default = DTYPES[delta.about["base"]["dtype"]]
-        self._kept = delta.about["base"]["kept_dtypes"]
-
-    def dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
-        """The dtype in which the trained model held this tensor."""
-        if name in self.delta.weights:
-            return self.delta.weights[name].dtype
-        if name in self._kept:
-            kept: torch.dtype = getattr(torch, self._kept[name])
-            return kept
-        return self._default if stored.is_floating_point else stored
-
-    def apply(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor as it is to be written; one that the delta does not fit stays for `check`."""
-        mark = fingerprint(tensor)
-        self.before[name] = mark
-        weight = self.delta.weights.get(name)
-        if weight is None or mark != (weight.trained if self.undo else weight.base):
-            return tensor
-        changed = tensor.clone()
-        weight.toggle_(changed)
-        self.after[name] = fingerprint(changed)
-        if self.undo:
-            self.before[name] = self.after[name]
-        return changed
-
-    def check(self, source: str, kinds: Mapping[str, Kind]) -> None:
-        """Raises SiftError where a tensor was not the base's, or did not come out as trained."""
-        check_base(self.delta, self.before, source, merged=self.undo, kinds=kinds)
-        for name, mark in self.after.items():
-            weight = self.delta.weights[name]
-            if mark != (weight.base if self.undo else weight.trained):
-                raise SiftError(f"{name} differs from the trained weight", ExitCode.NOT_VERIFIED)
-
-
-def _tensor_names(config: PretrainedConfig) -> dict[str, str]:
-    """Everything that the model saves, with the name its storage goes by where it is tied."""
-    with torch.device("meta"), quiet():
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    canonical: dict[int, str] = {}
-    names = {name: name for name in model.state_dict()}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        names[name] = canonical.setdefault(id(weight), name)
-    return names
-
-
-def _owner(key: str, names: dict[str, str]) -> str | None:
-    """The model's name for a tensor of a checkpoint; None for what the model has not.
-
-    A checkpoint may hold the bare backbone (`encoder...` for `bert.encoder...`) or old layer norm
-    names.
-    """
-    for pattern, new in RENAMED:
-        key = re.sub(pattern, new, key)
-    backbones = sorted({name.split(".")[0] for name in names})
-    candidates = [key, *(f"{one}.{key}" for one in backbones)]
-    return next((name for name in candidates if name in names), None)
-
-
-def _write_shard(file: BinaryIO, shard: Shard, names: dict[str, str], change: _Change) -> None:
-    """A safetensors file: header length, header, then the bytes of one tensor after the other."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, planned in shard.tensors.items():
-        end = offset + torch.Size(planned.shape).numel() * planned.dtype.itemsize
-        header[name] = {
-            "dtype": SAFETENSORS_NAMES[planned.dtype],
-            "shape": planned.shape,
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    with safe_open(shard.source, framework="pt") as opened:
-        for name, planned in shard.tensors.items():
-            if planned.value is not None:
-                tensor = planned.value
-            else:
-                tensor = opened.get_tensor(planned.key).to(planned.dtype)
-                tensor = change.apply(names[name], tensor)
-            file.write(tensor_bytes(tensor))
-
-
-def _write_index(out: Path, shards: list[Shard]) -> None:
-    total = sum((out / shard.source.name).stat().st_size for shard in shards)
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: shard.source.name for shard in shards for name in shard.tensors},
-    }
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _verify(folder: Path, delta: Delta) -> dict[str, Any]:
-    """Loads the folder anew and compares its logits with the trained model's."""
-    loaded = load_model(folder)
-    if loaded.new:
-        raise SiftError(f"{folder} lacks {loaded.new[0]}", ExitCode.NOT_VERIFIED)
-    trained = torch.tensor(delta.about["logits"])
-    again = probe_logits(loaded.model, loaded.model.config)
-    difference = float((again - trained).abs().max())
-    tolerance = LOGITS_TOLERANCE[delta.about["base"]["dtype"]]
-    if not difference <= tolerance * max(1.0, float(trained.abs().max())):
-        raise SiftError(
-            f"the merged model's logits differ from the trained model's by up to {difference:.3g}",
-            ExitCode.NOT_VERIFIED,
-        )
-    return {"verified": "logits", "logits_difference": difference}
+def _recipe(delta: Delta) -> str | None:
+    if not delta.about.get("recipe"):
+        return None
+    return str(yaml.safe_dump(delta.about["recipe"], sort_keys=False, allow_unicode=True))

@@ -1,0 +1,271 @@
+"""Deltas put on a model in memory, taken off and swapped, bit for bit.
+
+The first delta on a model reads the whole model: every tensor must have the fingerprint of the
+delta's base. From then on the model is watched: each tensor's address, dtype and PyTorch's own
+count of in-place writes are noted after every change. A later call compares those notes and reads
+only the tensors whose notes differ, so that a swap costs two writes of the changed entries.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from sift_cli.delta.apply import check_base, state_fingerprints
+from sift_cli.delta.changes import NOT_TRAINED
+from sift_cli.delta.file import SIGNED, Delta, fingerprint
+from sift_cli.errors import ExitCode, SiftError
+
+SOURCE = "the model"
+Note = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries that a delta changes in one weight: where, and their values before and after.
+
+    `positions` is int64 [K] on the weight's device, or None for every entry; the values are
+    integers of the weight's width.
+    """
+
+    positions: Tensor | None
+    base: Tensor
+    trained: Tensor
+
+    def write_(self, weight: Tensor, values: Tensor) -> None:
+        """Puts `values` ([K], one of the two) into the weight."""
+        flat = weight.detach().view(-1).view(values.dtype)
+        if self.positions is None:
+            flat.copy_(values)
+        else:
+            flat.index_copy_(0, self.positions, values)
+
+
+@dataclass
+class Watched:
+    """A model whose base is known: fingerprints of the base's tensors, what is applied, the notes.
+
+    `entries` are those of each delta seen so far, `heads` what stood where the applied delta's
+    dense tensors are now.
+    """
+
+    base: dict[str, str]
+    notes: dict[str, Note]
+    applied: Delta | None = None
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    entries: WeakKeyDictionary[Delta, dict[str, Entries]] = field(default_factory=WeakKeyDictionary)
+
+
+_watched: WeakKeyDictionary[nn.Module, Watched] = WeakKeyDictionary()
+
+
+def apply_(model: nn.Module, delta: Delta) -> None:
+    """Base to trained, in place.
+
+    Raises SiftError (exit code 3) where the model is not the delta's base: another model, one that
+    a delta is on already, or one that something else has changed since.
+    """
+    watched = _watch(model, delta)
+    if watched.applied is not None:
+        raise SiftError(
+            f"a delta is on the model already ({_name(watched.applied)}); undo it first, or swap",
+            ExitCode.WRONG_FILE,
+        )
+    _exchange(model, watched, delta)
+
+
+def undo_(model: nn.Module, delta: Delta) -> None:
+    """Trained to base, in place; a head that the base lacks gets back what it was before.
+
+    Raises SiftError (exit code 3) where `delta` is not what is on the model.
+    """
+    watched = _watched.get(model)
+    watched = _watch_trained(model, delta) if watched is None else _watch(model, delta)
+    if watched.applied is None or not _same(watched.applied, delta):
+        there = "no delta is" if watched.applied is None else f"{_name(watched.applied)} is"
+        raise SiftError(f"cannot undo {_name(delta)}: {there} on the model", ExitCode.WRONG_FILE)
+    _exchange(model, watched, None)
+
+
+def swap_(model: nn.Module, delta: Delta) -> None:
+    """`delta` in place of whichever is on the model, if any.
+
+    Raises SiftError (exit code 3) as `apply_` does, and then leaves the model as it is.
+    """
+    watched = _watch(model, delta)
+    if watched.applied is None or not _same(watched.applied, delta):
+        _exchange(model, watched, delta)
+
+
+@torch.no_grad()
+def _exchange(model: nn.Module, watched: Watched, delta: Delta | None) -> None:
+    """Takes off what is applied and puts `delta` on; after an interruption the model is unknown."""
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    if delta is not None:
+        _check_dense(named, delta)
+    del _watched[model]
+    if watched.applied is not None:
+        for name, entries in watched.entries[watched.applied].items():
+            entries.write_(named[name], entries.base)
+        for name, head in watched.heads.items():
+            named[name].copy_(head)
+    watched.applied, watched.heads = None, {}
+    if delta is not None:
+        if delta not in watched.entries:
+            watched.entries[delta] = _entries(named, delta)
+        for name, entries in watched.entries[delta].items():
+            entries.write_(named[name], entries.trained)
+        watched.heads = {name: named[name].detach().clone() for name in delta.dense}
+        for name, tensor in delta.dense.items():
+            named[name].copy_(tensor)
+        watched.applied = delta
+    watched.notes = _notes(model)
+    _watched[model] = watched
+
+
+def _entries(
+    named: Mapping[str, Tensor], delta: Delta, trained: bool = False
+) -> dict[str, Entries]:
+    """Positions and values, on the weights' devices; the weights hold the base's (or trained)."""
+    found = {}
+    for name, change in delta.weights.items():
+        weight = named[name]
+        support = change.support.to(weight.device)
+        signed = SIGNED[weight.element_size()]
+        here = support.gather(weight).view(signed)
+        there = here ^ change.bits.contiguous().view(signed).to(weight.device)
+        positions = None if support.positions is None else support.positions.long()
+        found[name] = Entries(positions, *((there, here) if trained else (here, there)))
+    return found
+
+
+def _check_dense(named: Mapping[str, Tensor], delta: Delta) -> None:
+    """Raises SiftError where the model has no place for the tensors that the base lacks."""
+    for name, tensor in delta.dense.items():
+        shape = tuple(named[name].shape) if name in named else None
+        if shape != tuple(tensor.shape):
+            has = "lacks it" if shape is None else f"has shape {shape}"
+            labels = delta.about.get("labels")
+            raise SiftError(
+                f"{name}: the delta brings one of shape {tuple(tensor.shape)}, the model {has}; "
+                f"load the base for {1 if labels is None else len(labels)} labels",
+                ExitCode.WRONG_FILE,
+            )
+
+
+def _watch(model: nn.Module, delta: Delta) -> Watched:
+    """The model's record; the whole model is read where there is none, and what changed else."""
+    watched = _watched.get(model)
+    if watched is None:
+        base = state_fingerprints(model, ())
+        check_base(delta, _without(base, delta), SOURCE)
+        return _remember(model, Watched(base, _notes(model)))
+    notes = _notes(model)
+    if notes != watched.notes:
+        _read_again(model, watched, notes)
+    if delta not in watched.entries:
+        check_base(delta, _without(watched.base, delta), SOURCE)
+    return watched
+
+
+def _watch_trained(model: nn.Module, delta: Delta) -> Watched:
+    """The record of a model that nobody watched and that should have `delta` on it."""
+    base = state_fingerprints(model, ())
+    for name, weight in delta.weights.items():
+        if name in base:
+            base[name] = weight.base if base[name] == weight.trained else NOT_TRAINED
+    check_base(delta, _without(base, delta), SOURCE, merged=True)
+    watched = Watched(base, _notes(model), applied=delta)
+    watched.entries[delta] = _entries(dict(model.named_parameters()), delta, trained=True)
+    return _remember(model, watched)
+
+
+def _remember(model: nn.Module, watched: Watched) -> Watched:
+    _watched[model] = watched
+    return watched
+
+
+def _read_again(model: nn.Module, watched: Watched, notes: dict[str, Note]) -> None:
+    """Reads the tensors whose notes differ; raises SiftError (exit code 3) where one is another."""
+    state = _state(model)
+    now = watched.base if watched.applied is None else _trained(watched.base, watched.applied)
+    heads = {} if watched.applied is None else watched.applied.dense
+    wrong = sorted(notes.keys() ^ watched.notes.keys())
+    for name in notes.keys() & watched.notes.keys():
+        if notes[name] == watched.notes[name]:
+            continue
+        wanted = now[name]
+        if name in heads:
+            wanted = fingerprint(heads[name].to(state[name].dtype))
+        if fingerprint(state[name]) != wanted:
+            wrong.append(name)
+    if wrong:
+        raise SiftError(
+            f"something else has changed the model since a delta was put on or taken off: "
+            f"{len(wrong)} tensors, such as {min(wrong)}; load the base anew",
+            ExitCode.WRONG_FILE,
+        )
+    watched.notes = notes
+    watched.heads = {name: head.to(state[name].device) for name, head in watched.heads.items()}
+    moved = {
+        delta: {name: _to(entries, state[name].device) for name, entries in found.items()}
+        for delta, found in watched.entries.items()
+    }
+    watched.entries = WeakKeyDictionary(moved)
+
+
+def _to(entries: Entries, device: torch.device) -> Entries:
+    positions = entries.positions
+    return Entries(
+        None if positions is None else positions.to(device),
+        entries.base.to(device),
+        entries.trained.to(device),
+    )
+
+
+def _trained(base: Mapping[str, str], delta: Delta) -> dict[str, str]:
+    """Fingerprints with the delta on."""
+    return {**base, **{name: weight.trained for name, weight in delta.weights.items()}}
+
+
+def _without(marks: Mapping[str, str], delta: Delta) -> dict[str, str]:
+    """Those of the tensors that the delta's base has."""
+    return {name: mark for name, mark in marks.items() if name not in delta.dense}
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and saved buffer, tied ones once, as `state_fingerprints` counts them."""
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    first = {id(weight): name for name, weight in model.named_parameters()}
+    return {name: one for name, one in state.items() if first.get(id(one), name) == name}
+
+
+def _notes(model: nn.Module) -> dict[str, Note]:
+    """What shows that a tensor was written to or replaced, without reading it."""
+    return {name: _note(tensor) for name, tensor in _state(model).items()}
+
+
+def _note(tensor: Tensor) -> Note:
+    # tensors made in inference mode count no writes: they are read each time
+    writes = object() if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.device, writes
+
+
+def _same(one: Delta, other: Delta) -> bool:
+    """Whether two deltas, perhaps loaded twice, are one."""
+    if one is other:
+        return True
+    marks = [{n: (w.base, w.trained) for n, w in d.weights.items()} for d in (one, other)]
+    return (
+        marks[0] == marks[1]
+        and one.dense.keys() == other.dense.keys()
+        and all(torch.equal(head, other.dense[name]) for name, head in one.dense.items())
+    )
+
+
+def _name(delta: Delta) -> str:
+    """A delta in words."""
+    said = [str(delta.about.get(key)) for key in ("task", "policy") if delta.about.get(key)]
+    return f"the {' '.join(said)} delta" if said else "a delta"
