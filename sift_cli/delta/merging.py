@@ -83,11 +83,11 @@ def merge(
             config.save_pretrained(partial)
             load_tokenizer(folder).save_pretrained(partial)
         report: dict[str, Any] = {"out": str(out), "base": source, **written}
-        if not undo:
+        if not undo and delta.about["recipe"]:
             recipe = yaml.safe_dump(delta.about["recipe"], sort_keys=False, allow_unicode=True)
             (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")
-            if verify:
-                report |= _verify(partial, delta)
+        if not undo and verify:
+            report |= _verify(partial, delta)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
