@@ -10,6 +10,7 @@ from conftest import save_base, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_cli import sift
 from torch import Tensor
 
 from sift_cli.delta import load_delta, merge
@@ -263,3 +264,37 @@ def test_an_existing_file_is_kept(base: Path, tuned: Path, tmp_path: Path) -> No
     assert (tmp_path / "delta").read_text() == "mine"
     with pytest.raises(SiftError, match="a share above 0"):
         difference(str(base), str(tuned), tmp_path / "other", density=1.5)
+
+
+def test_diff_merge_eval_undo_as_typed(
+    base: Path, data: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    tuned = save_tuned(tmp_path / "tuned", base)
+    weights = load_file(tuned / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):  # two labels, as the recipe's task
+        weights[name] = weights[name][:2].clone()
+    save_file(weights, tuned / "model.safetensors", metadata={"format": "pt"})
+    labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0}}
+    config_edited(tuned, **labels)
+    out = tmp_path / "deltas/delta.safetensors"
+    done = sift("diff", base, tuned, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "new, stored whole: classifier.bias, classifier.weight" in done.stdout
+    assert "all kept: base + delta is the tuned model, bit for bit" in done.stdout
+    metrics = [
+        json.loads(sift("eval", what, "--recipe", recipe_file, "--json").stdout)
+        for what in (out, tuned)
+    ]
+    assert metrics[0] == metrics[1]
+    alone = sift("eval", out)
+    assert alone.returncode == 2
+    assert "carries no recipe; name the data with --recipe" in alone.stderr
+    assert sift("merge", out, "--out", tmp_path / "merged").returncode == 0
+    assert not (tmp_path / "merged/recipe.yaml").exists()
+    assert sift("eval", tmp_path / "merged", "--recipe", recipe_file).returncode == 0
+    back = ["--base", tmp_path / "merged", "--undo", "--out", tmp_path / "back"]
+    assert sift("merge", out, *back).returncode == 0
+    cut = sift("diff", base, tuned, "--density", 0.1, "--out", tmp_path / "cut")
+    assert "of the change's norm: not exact" in cut.stdout
+    done = sift("diff", base, tuned, "--density", 0.1, "--out", tmp_path / "json", "--json")
+    assert json.loads(done.stdout)["density"] == 0.1

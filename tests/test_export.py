@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_cli import sift
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -143,6 +144,9 @@ def test_a_wrong_base_and_an_adapter_that_differs(
     with pytest.raises(SiftError, match="is not the base") as caught:
         export(delta, tmp_path / "adapter", base=str(other))
     assert caught.value.code == ExitCode.WRONG_FILE
+    with pytest.raises(SiftError, match="is not the base") as caught:
+        export(delta, tmp_path / "adapter", base=str(save_base(tmp_path / "llama", "llama")))
+    assert caught.value.code == ExitCode.WRONG_FILE
     real = shira_entries
     monkeypatch.setattr(
         exporting, "shira_entries", lambda *args: (real(*args)[0], real(*args)[1] * 3)
@@ -208,3 +212,20 @@ def test_entries_are_filled_up_with_no_change(support: Support, seed: int) -> No
     dense = torch.zeros(support.shape)
     dense[indices[0].long(), indices[1].long()] = values
     assert torch.equal(dense, trained - base)
+
+
+def test_what_export_prints(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = run()
+    done = sift("export", delta.parent, "--to", "peft", "--out", tmp_path / "adapter")
+    assert done.returncode == 0, done.stderr
+    assert "as SHiRA of r = 1" in done.stdout
+    assert "biases replace the base model's own" in done.stdout
+    assert "loaded with PEFT, logits differ by" in done.stdout
+    done = sift("export", delta, "--out", tmp_path / "json", "--no-verify", "--json")
+    assert json.loads(done.stdout)["whole"] == ["classifier"]
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
+    done = sift("export", delta, "--out", tmp_path / "without")
+    assert "peft is not installed (pip install 'sift-cli[peft]')" in done.stdout
+    done = sift("export", delta, "--out", tmp_path / "other", "--to", "onnx")
+    assert done.returncode == 2
+    assert done.stderr == "--to onnx: sift writes peft\n"

@@ -93,6 +93,7 @@ def difference(
         "norm_share": sizes.norm_share,
     }
     about["logits"] = probe_logits(loaded.model, loaded.model.config).tolist()
+    out.parent.mkdir(parents=True, exist_ok=True)
     digest = save_delta(out, Delta(weights, dense, rest_fingerprints(marks, weights), about))
     return {
         "out": str(out),

@@ -53,10 +53,11 @@ def export(
     source = base or delta.about["base"]["path"]
     load = _loader(delta, base, source)
     model = load().model
+    apply_delta(model, delta, source)
     plan = make_plan(model, delta, whole)
     if plan.refused and not partial:
         raise _refusal(plan.refused)
-    tensors, inexact = _tensors(model, delta, plan, source)
+    tensors, inexact = _tensors(model, delta, plan)
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -210,18 +211,15 @@ def _refusal(refused: Mapping[str, str]) -> SiftError:
 
 @torch.no_grad()
 def _tensors(
-    model: PreTrainedModel, delta: Delta, plan: Plan, source: str
+    model: PreTrainedModel, delta: Delta, plan: Plan
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The adapter's tensors, and how far PEFT's sum misses the trained weights.
-
-    `model` is the base and becomes the trained model.
-    """
+    """The adapter's tensors, and how far PEFT's sum misses the weights of `model`, the trained."""
     named = dict(model.named_parameters())
-    before = {name: named[f"{name}.weight"].detach().clone() for name in plan.shira}
-    apply_delta(model, delta, source)
     tensors, missed, largest = {}, 0, 0.0
     for name, support in plan.shira.items():
-        base, trained = before.pop(name), named[f"{name}.weight"]
+        trained = named[f"{name}.weight"].detach()
+        base = trained.clone()
+        delta.weights[f"{name}.weight"].toggle_(base)
         indices, values = shira_entries(support, base, trained, plan.rank)
         tensors[f"{PREFIX}{name}.shira_weight"] = values
         tensors[f"{PREFIX}{name}.shira_indices"] = indices
