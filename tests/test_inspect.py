@@ -22,6 +22,8 @@ from sift_cli.recipe import load_recipe
 from sift_cli.sparse import Support
 from sift_cli.training import train
 
+ABOUT = {"base": {"path": "base", "revision": None, "dtype": "float32"}, "metrics": {}}
+
 
 @pytest.fixture
 def delta(recipe_file: Path, tmp_path: Path) -> Path:
@@ -146,8 +148,7 @@ def test_what_rounding_swallowed_shows(tmp_path: Path) -> None:
     trained = (base.float() + torch.tensor([1e-4] * 7 + [0.5] * 3)).bfloat16()
     whole = Support((10,))
     weight = weight_delta(whole, base, trained, fingerprint(base), trained)
-    about = {"base": {"path": "b"}, "metrics": {}}
-    save_delta(tmp_path / "delta", Delta({"w": weight}, {}, "", about))
+    save_delta(tmp_path / "delta", Delta({"w": weight}, {}, "", ABOUT))
     found = inspect(tmp_path / "delta")
     assert found["survived"] == pytest.approx(0.3)
     assert found["tensors"]["w"]["moves"]["nothing"] == 7
@@ -187,8 +188,7 @@ def test_the_heat_map_of_hundreds_of_layers_stays_a_picture(tmp_path: Path) -> N
             entries = support.gather(base), support.gather(trained)
             name = f"model.layers.{layer}.{kind}.weight"
             weights[name] = weight_delta(support, *entries, fingerprint(base), trained)
-    about = {"base": {"path": "b"}, "metrics": {}}
-    save_delta(tmp_path / "delta", Delta(weights, {}, "", about))
+    save_delta(tmp_path / "delta", Delta(weights, {}, "", ABOUT))
     found = inspect(tmp_path / "delta", out=tmp_path / "maps/heat.png")
     assert len(found["layers"]) == 300
     height, width = imread(tmp_path / "maps/heat.png").shape[:2]
