@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from test_cli import sift
 from torch import Tensor
 
+from sift_cli.delta import difference as differing
 from sift_cli.delta import load_delta, merge
 from sift_cli.delta.difference import difference
 from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
-from sift_cli.models import load_model
+from sift_cli.models import LoadedModel, load_model
 from sift_cli.selection.budget import share
 
 Change = Callable[[str, Tensor], Tensor]
@@ -255,6 +256,37 @@ def test_what_the_delta_leaves_behind_is_said(base: Path, tuned: Path, tmp_path:
     assert "hidden_act is relu, but gelu in the base" in notes
     assert "adapter.x" in notes
     assert "vocabulary" in notes
+
+
+def test_a_sharded_tuned_model(base: Path, tuned: Path, tmp_path: Path) -> None:
+    whole = difference(str(base), str(tuned), tmp_path / "whole")
+    weights = load_file(tuned / "model.safetensors")
+    (tuned / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    for file, part in zip(files, (names[::2], names[1::2]), strict=True):
+        save_file({n: weights[n] for n in part}, tuned / file, metadata={"format": "pt"})
+    places = {n: files[at % 2] for at, n in enumerate(names)}
+    index = tuned / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    parts = difference(str(base), str(tuned), tmp_path / "parts")
+    assert parts["delta_sha256"] == whole["delta_sha256"]
+
+
+def test_a_changed_buffer_is_refused(
+    base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_buffer(*args: object) -> LoadedModel:
+        loaded = load_model(*args)  # type: ignore[arg-type]
+        loaded.model.register_buffer("steps", torch.tensor(3))
+        return loaded
+
+    monkeypatch.setattr(differing, "load_model", with_buffer)
+    same = edited(tuned, tmp_path / "same", lambda w: w.update({"steps": torch.tensor(3)}))
+    assert difference(str(base), str(same), tmp_path / "delta")["exact"]
+    other = edited(tuned, tmp_path / "other", lambda w: w.update({"steps": torch.tensor(4)}))
+    with pytest.raises(SiftError, match=r"no parameter, which no delta holds: .*\n  steps"):
+        difference(str(base), str(other), tmp_path / "refused")
 
 
 def test_an_existing_file_is_kept(base: Path, tuned: Path, tmp_path: Path) -> None:

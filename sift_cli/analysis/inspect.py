@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import sqrt
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,12 @@ def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> 
     by_layer = _grouped(rows, lambda name: places[name][0])
     by_kind = _grouped(rows, lambda name: (places[name][0] == OUTSIDE, places[name][1]))
     total = _grouped(rows, lambda _: 0).get(0, EMPTY)
-    content = path.read_bytes()
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        size, digest = len(content), hashlib.sha256(content).hexdigest()
     found: dict[str, Any] = {
         "file": str(path),
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": size,
+        "sha256": digest,
         "integrity": "the digest matches; every position is in range",
         "base_checked": base,
         **{key: value for key, value in delta.about.items() if key != "logits"},

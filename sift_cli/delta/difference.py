@@ -57,49 +57,30 @@ def difference(
     number that is not finite.
     """
     _check_options(out, density, scope, dtype)
-    folder, tuned_folder = model_folder(base), model_folder(tuned)
-    config = _config(tuned_folder)
-    labels = _labels(config, tuned)
-    held_in = dtype or _common_dtype(base, folder, tuned, tuned_folder)
-    loaded = load_model(folder, _base_config(folder, labels, config, tuned), DTYPES[held_in])
-    _check_architecture(loaded, config, tuned)
-    named = dict(loaded.model.named_parameters())
-    checkpoint = Checkpoint(tuned_folder, all_names(loaded.model))
-    pair = Pair(named, checkpoint, loaded.new)
-    _check_tensors(pair, loaded, base, tuned)
-    about = {
-        "base": describe_base(loaded.model, base, None, held_in),
-        "architecture": type(loaded.model).__name__,
-        **_origin(tuned_folder),
-        "labels": labels,
-        "policy": "difference",
-        "metrics": {},
-        "versions": versions(),
-    }
-    notes = _notes(loaded, tuned_folder, config, checkpoint)
-    marks = state_fingerprints(loaded.model, loaded.new)
+    pair, about, notes = _open(base, tuned, dtype)
+    model, named = pair.loaded.model, pair.base
+    marks = state_fingerprints(model, pair.new)
     weights, sizes = _apply(pair, _choose(pair, density, scope), marks)
-    dense = {name: named[name].detach().clone() for name in loaded.new}
+    dense = {name: named[name].detach().clone() for name in pair.new}
     if not weights and not dense:
         raise SiftError(f"{tuned} equals {base}: there is no difference to hold")
-    exact = sizes.kept == sizes.changed and pair.lossless
     about["difference"] = {
         "tuned": tuned,
         "density": density,
         "scope": scope if density is not None else None,
-        "exact": exact,
+        "exact": sizes.kept == sizes.changed and pair.lossless,
         "changed": sizes.changed,
         "norm": sizes.norm,
         "norm_share": sizes.norm_share,
     }
-    about["logits"] = probe_logits(loaded.model, loaded.model.config).tolist()
+    about["logits"] = probe_logits(model, model.config).tolist()
     out.parent.mkdir(parents=True, exist_ok=True)
     digest = save_delta(out, Delta(weights, dense, rest_fingerprints(marks, weights), about))
     return {
         "out": str(out),
         "base": base,
         **about["difference"],
-        "dtype": held_in,
+        "dtype": about["base"]["dtype"],
         "kept": sizes.kept,
         "total_entries": sum(one.numel() for one in named.values()),
         "dense_entries": sum(one.numel() for one in dense.values()),
@@ -119,6 +100,30 @@ def _check_options(out: Path, density: float | None, scope: str, dtype: str | No
         raise SiftError(f"--scope {scope}: use {' or '.join(SCOPES)}")
     if dtype is not None and dtype not in DTYPES:
         raise SiftError(f"--dtype {dtype}: use {' or '.join(DTYPES)}")
+
+
+def _open(base: str, tuned: str, dtype: str | None) -> tuple["Pair", dict[str, Any], list[str]]:
+    """Both models, checked; what the delta says of them; what it will not hold of the tuned one."""
+    folder, tuned_folder = model_folder(base), model_folder(tuned)
+    config = _config(tuned_folder)
+    labels = _labels(config, tuned)
+    held_in = dtype or _common_dtype(base, folder, tuned, tuned_folder)
+    loaded = load_model(folder, _base_config(folder, labels, config, tuned), DTYPES[held_in])
+    architecture = type(loaded.model).__name__
+    if architecture not in (config.architectures or []):
+        raise SiftError(f"{tuned} is {config.architectures}; the base becomes a {architecture}")
+    pair = Pair(loaded, Checkpoint(tuned_folder, all_names(loaded.model)))
+    _check_tensors(pair, base, tuned)
+    about = {
+        "base": describe_base(loaded.model, base, None, held_in),
+        "architecture": architecture,
+        **_origin(tuned_folder),
+        "labels": labels,
+        "policy": "difference",
+        "metrics": {},
+        "versions": versions(),
+    }
+    return pair, about, _notes(pair, tuned_folder, config)
 
 
 def _config(folder: Path) -> PretrainedConfig:
@@ -155,12 +160,6 @@ def _base_config(
     return config
 
 
-def _check_architecture(loaded: LoadedModel, config: PretrainedConfig, tuned: str) -> None:
-    built = type(loaded.model).__name__
-    if built not in (config.architectures or []):
-        raise SiftError(f"{tuned} is {config.architectures}, but the base becomes a {built}")
-
-
 def _common_dtype(base: str, folder: Path, tuned: str, tuned_folder: Path) -> str:
     """The dtype that both models are stored in, throughout."""
     one, other = float_dtypes(folder), float_dtypes(tuned_folder)
@@ -177,14 +176,21 @@ def _common_dtype(base: str, folder: Path, tuned: str, tuned_folder: Path) -> st
 class Pair:
     """The base in memory and the tuned model on disk, seen one tensor at a time.
 
-    `new` names the parameters that the base lacks. `lossless` becomes False where a tuned value is
+    `base` are the base's parameters by name. `lossless` becomes False where a tuned value is
     rounded to the base's dtype.
     """
 
-    base: dict[str, nn.Parameter]
+    loaded: LoadedModel
     tuned: Checkpoint
-    new: Sequence[str]
     lossless: bool = True
+
+    def __post_init__(self) -> None:
+        self.base: dict[str, nn.Parameter] = dict(self.loaded.model.named_parameters())
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """The parameters that the base lacks."""
+        return self.loaded.new
 
     def __iter__(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, base and tuned values ([...], both in the base's dtype) of each shared weight."""
@@ -203,7 +209,7 @@ class Pair:
         return held
 
 
-def _check_tensors(pair: Pair, loaded: LoadedModel, base: str, tuned: str) -> None:
+def _check_tensors(pair: Pair, base: str, tuned: str) -> None:
     """Raises SiftError where the tuned model's tensors are not those of the base's architecture."""
     places = pair.tuned.places
     names = list(pair.base)
@@ -221,11 +227,12 @@ def _check_tensors(pair: Pair, loaded: LoadedModel, base: str, tuned: str) -> No
         if any("embed" in one for one in other):
             hint = "\nA resized vocabulary has no base to differ from."
         raise SiftError(f"{tuned} has other shapes than {base}: {_listed(other)}{hint}")
-    state = loaded.model.state_dict()
+    state = pair.loaded.model.state_dict()
     moved = [
         name
         for name in places
-        if name not in pair.base and not torch.equal(pair.tuned.tensor(name), state[name])
+        if name not in pair.base
+        and not torch.equal(pair.tuned.tensor(name).to(state[name].dtype), state[name])
     ]
     if moved:
         raise SiftError(
@@ -250,12 +257,10 @@ def _origin(folder: Path) -> dict[str, Any]:
     }
 
 
-def _notes(
-    loaded: LoadedModel, folder: Path, config: PretrainedConfig, checkpoint: Checkpoint
-) -> list[str]:
+def _notes(pair: Pair, folder: Path, config: PretrainedConfig) -> list[str]:
     """What the tuned model has that base + delta will not have."""
     notes = []
-    own, other = loaded.model.config.to_dict(), config.to_dict()
+    own, other = pair.loaded.model.config.to_dict(), config.to_dict()
     for key in sorted(own.keys() & other.keys() - IDLE):
         if key.startswith("_") or other[key] is None or own[key] == other[key]:
             continue
@@ -265,10 +270,10 @@ def _notes(
     except SiftError:
         notes.append("the tuned model has no tokenizer; the base's is taken")
     else:
-        if vocabulary != loaded.tokenizer.get_vocab():
+        if vocabulary != pair.loaded.tokenizer.get_vocab():
             notes.append("the tokenizer has another vocabulary than the base's, which stays")
-    if checkpoint.strange:
-        count, first = len(checkpoint.strange), checkpoint.strange[0]
+    if pair.tuned.strange:
+        count, first = len(pair.tuned.strange), pair.tuned.strange[0]
         notes.append(f"{count} tensors that the model has no use for are left out, such as {first}")
     return notes
 
