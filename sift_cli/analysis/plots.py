@@ -1,9 +1,11 @@
 """Plots as PNG files."""
 
+from math import hypot
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 
 def plot_probe(found: dict[str, Any], out: Path) -> None:
@@ -60,6 +62,46 @@ def _classes(found: dict[str, Any], path: Path) -> None:
             axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
     axis.set_title("overlap of the masks of single classes")
     _save(figure, path)
+
+
+def plot_delta(found: dict[str, Any], path: Path) -> None:
+    """Density of a delta by layer and kind of module; with a base, the relative change too.
+
+    White is what the delta does not touch.
+    """
+    panels = {"density": "density of the change"}
+    if found["base_checked"]:
+        panels["relative"] = "size of the change, of the weight's norm"
+    numbers = [int(layer) for layer in found["layers"] if layer.isdigit()]
+    layers = [str(layer) for layer in range(max(numbers, default=-1) + 1)]
+    layers += [layer for layer in found["layers"] if not layer.isdigit()]
+    kinds = list(found["kinds"])
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in found["tensors"].values():
+        cells.setdefault((one["kind"], str(one["layer"])), []).append(one)
+    width, height = min(16, 2 + 0.35 * len(layers)), min(20, 1 + 0.28 * len(kinds))
+    figure = Figure(figsize=((width + 3) * len(panels), height + 1))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        grid = [[_cell(cells.get((kind, layer), []), key) for layer in layers] for kind in kinds]
+        image = axis.imshow(grid, cmap="viridis", vmin=0, aspect="auto", interpolation="nearest")
+        every = -(-len(layers) // 32)
+        axis.set_xticks(range(0, len(layers), every), layers[::every], rotation=90, fontsize=8)
+        axis.set(title=title, xlabel="layer")
+        figure.colorbar(image, ax=axis, format=PercentFormatter(1, decimals=None))
+    every = -(-len(kinds) // 60)
+    axes[0].set_yticks(range(0, len(kinds), every), kinds[::every], fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save(figure, path)
+
+
+def _cell(weights: list[dict[str, Any]], key: str) -> float:
+    """Density or relative change of the weights of one layer and kind; NaN where there are none."""
+    if key == "density":
+        size = sum(one["size"] for one in weights)
+        return sum(one["entries"] for one in weights) / size if size else float("nan")
+    base = hypot(*(one["base_norm"] for one in weights))
+    return hypot(*(one["norm"] for one in weights)) / base if base else float("nan")
 
 
 def _save(figure: Figure, path: Path) -> None:

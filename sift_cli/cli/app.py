@@ -53,7 +53,12 @@ def env(as_json: Json = False) -> None:
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Train and use": {"train": runs.train, "eval": runs.evaluate, "predict": runs.predict},
-    "Deltas": {"merge": deltas.merge},
+    "Deltas": {
+        "merge": deltas.merge,
+        "inspect": deltas.inspect,
+        "diff": deltas.diff,
+        "export": deltas.export,
+    },
     "Measure and plan": {"probe": studies.probe},
     "Help": {"env": env},
 }

@@ -7,7 +7,9 @@ import typer
 from rich.table import Column, Table
 
 from sift_cli.cli.options import Base, Json, print_json, size, stdout
+from sift_cli.errors import SiftError
 
+DeltaFile = Annotated[str, typer.Argument(help="A delta file, or a run folder that holds one.")]
 SHOWN = 20  # rows of the table of overlaps
 
 
@@ -128,3 +130,165 @@ def _tensors(names: list[str]) -> str:
     return (
         f"1 tensor ({names[0]})" if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
     )
+
+
+def diff(
+    base: Annotated[str, typer.Argument(help="The base model: a folder or hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The tuned model: a folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="The delta file to write.")],
+    density: Annotated[
+        float | None, typer.Option(help="Keep the largest changes within this share of entries.")
+    ] = None,
+    scope: Annotated[
+        str, typer.Option(help="Where entries compete: tensor (each weight), or global.")
+    ] = "tensor",
+    dtype: Annotated[
+        str | None, typer.Option(help="Hold both in float32 or bfloat16, not as they are stored.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a delta from two dense models: exact, or the largest changes."""
+    from sift_cli.delta.difference import difference
+
+    made = difference(base, tuned, out, density=density, scope=scope, dtype=dtype)
+    if as_json:
+        print_json(made)
+        return
+    share = made["changed"] / made["total_entries"]
+    head = f"; new, stored whole: {', '.join(made['dense'])}" if made["dense"] else ""
+    stdout.print(
+        f"{made['changed']:,} of {made['total_entries']:,} entries differ ({share:.2%}){head}",
+        highlight=False,
+        markup=False,
+    )
+    if made["exact"]:
+        said = "all kept: base + delta is the tuned model, bit for bit"
+    else:
+        part = made["norm_share"]
+        said = f"{made['kept']:,} kept, with {part:.1%} of the change's norm: not exact"
+    stdout.print(f"{out}: {size(made['delta_bytes'])}; {said}", highlight=False, markup=False)
+    for note in made["notes"]:
+        stdout.print(f"note: {note}", highlight=False, markup=False)
+
+
+def export(
+    delta: DeltaFile,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="The layout: peft.")] = "peft",
+    base: Base = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Store whole what the layout has no sparse form for.")
+    ] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Leave out what the layout does not hold.")
+    ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not load the result and compare its logits.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a delta as an adapter that PEFT loads."""
+    if to != "peft":
+        raise SiftError(f"--to {to}: sift writes peft")
+    from sift_cli.delta.export import describe
+    from sift_cli.delta.export import export as run
+    from sift_cli.delta.tuned import delta_file
+
+    report = run(
+        delta_file(delta), out, base=base, whole=whole, partial=partial, verify=not no_verify
+    )
+    if as_json:
+        print_json(report)
+        return
+    for line in describe(report):
+        stdout.print(line, highlight=False, markup=False)
+    difference = report["logits_difference"]
+    proof = "not loaded back: peft is not installed (pip install 'sift-cli[peft]')"
+    if no_verify:
+        proof = "not loaded back"
+    elif difference is not None:
+        proof = f"loaded with PEFT, logits differ by {difference:.3g}"
+    stdout.print(f"{out}: {size(report['bytes'])}; {proof}", highlight=False, markup=False)
+
+
+def inspect(
+    delta: DeltaFile,
+    base: Annotated[
+        str | None, typer.Option(help="The base model: adds exact norms, and is checked.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A PNG to write: density by layer and kind of module.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show where a delta changes its model, how far, and where it comes from; needs no model."""
+    from sift_cli.analysis.inspect import bands
+    from sift_cli.analysis.inspect import inspect as run
+    from sift_cli.delta.tuned import delta_file
+
+    found = run(delta_file(delta), base=base, out=out)
+    if as_json:
+        print_json(found)
+        return
+    for name, value in _provenance(found).items():
+        stdout.print(f"{name + ':':<12}{value}", highlight=False, markup=False)
+    _density_table("kind of module", {kind: [row] for kind, row in found["kinds"].items()}, found)
+    groups = {
+        label: [found["layers"][one] for one in part] for label, part in bands(found["layers"])
+    }
+    _density_table("layer", groups, found)
+    table = Table("an entry moved by", "entries", "share", title="how far, as the bits tell")
+    for move, count in found["moves"].items():
+        table.add_row(move, f"{count:,}", f"{count / max(1, found['entries']):.1%}")
+    stdout.print(table)
+    if out is not None:
+        stdout.print(f"Heat map: {out}", highlight=False, markup=False)
+
+
+def _provenance(found: dict[str, Any]) -> dict[str, str]:
+    """What a delta says of itself, a line each."""
+    base, made = found["base"], found.get("difference")
+    revision = f" at {base['revision']}" if base["revision"] else ""
+    lines = {
+        "file": f"{found['file']}, {size(found['bytes'])}; {found['integrity']}",
+        "sha256": found["sha256"],
+        "base": f"{base['path']}{revision}, {base['dtype']}",
+        "model": found["architecture"] + (f", task {found['task']}" if found["task"] else ""),
+        "labels": "a score" if found["labels"] is None else ", ".join(found["labels"]),
+        "made by": f"policy {found['policy']}"
+        + "".join(f", {name} {number}" for name, number in found["versions"].items()),
+    }
+    if made:
+        kept = "exact" if made["exact"] else f"{made['norm_share']:.1%} of the change's norm"
+        lines["from"] = f"{made['tuned']}, {kept}"
+    if found["metrics"]:
+        lines["metrics"] = ", ".join(f"{n} {v:.4f}" for n, v in found["metrics"].items())
+    lines["entries"] = (
+        f"{found['entries']:,} of {found['size']:,} in {found['weights']} weights "
+        f"({found['density']:.2%}); {found['survived']:.2%} survived rounding"
+    )
+    if found["dense"]:
+        lines["new, whole"] = f"{', '.join(found['dense'])} ({found['dense_entries']:,} entries)"
+    if found["base_checked"]:
+        lines["size"] = f"{found['norm']:.4g}, {found['relative']:.3%} of the weights' norm"
+    return lines
+
+
+def _density_table(
+    head: str, groups: dict[str, list[dict[str, Any]]], found: dict[str, Any]
+) -> None:
+    """Sums of the rows of each group: weights, entries, density, survivors, relative change."""
+    columns = [head, "weights", "entries", "density", "survived"]
+    table = Table(*columns, *(["change"] if found["base_checked"] else []))
+    table.columns[0].overflow = "fold"
+    for name, rows in groups.items():
+        weights, entries, whole = (
+            sum(row[k] for row in rows) for k in ("weights", "entries", "size")
+        )
+        alive = sum(row["survived"] * row["entries"] for row in rows) / max(1, entries)
+        cells = [name, str(weights), f"{entries:,}", f"{entries / whole:.2%}", f"{alive:.1%}"]
+        if found["base_checked"]:
+            norm, base = (sum(row[k] ** 2 for row in rows) ** 0.5 for k in ("norm", "base_norm"))
+            cells.append(f"{norm / base:.2%}" if base else "")
+        table.add_row(*cells)
+    stdout.print(table)

@@ -1,12 +1,16 @@
 """From trained parameters to a delta."""
 
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from sift_cli import __version__
 from sift_cli.delta.apply import rest_fingerprints
 from sift_cli.delta.file import SIGNED, Delta, weight_delta
+from sift_cli.delta.identity import tied_names
 from sift_cli.sparse import SparseParameters, Support
 
 
@@ -51,3 +55,28 @@ def build_delta(
             whole = weight.detach()
             weights[name] = weight_delta(support, base, trained, marks[name], whole)
     return Delta(weights, dense, rest_fingerprints(marks, weights), about)
+
+
+def describe_base(
+    model: PreTrainedModel, path: str, revision: str | None, dtype: str
+) -> dict[str, Any]:
+    """What a delta says of its base: where it lies, and how `model`, made from it, holds it."""
+    default = getattr(torch, dtype)
+    return {
+        "path": path,
+        "revision": revision,
+        "dtype": dtype,
+        "architectures": model.config.architectures,
+        "kept_dtypes": {
+            name: str(weight.dtype).removeprefix("torch.")
+            for name, weight in model.named_parameters()
+            if weight.dtype != default
+        },
+        "tied": tied_names(model),
+        "vocabulary": getattr(model.config, "vocab_size", None),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {"sift": __version__, "torch": version("torch"), "transformers": version("transformers")}

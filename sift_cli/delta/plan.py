@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from sift_cli.delta.file import Delta
@@ -180,10 +180,15 @@ def tensor_names(config: PretrainedConfig) -> dict[str, str]:
     """Everything that the model saves, with the name its storage goes by where it is tied."""
     with torch.device("meta"), quiet():
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    canonical: dict[int, str] = {}
+    return all_names(model)
+
+
+def all_names(model: nn.Module) -> dict[str, str]:
+    """Each name in the model's state, and the first name of the same storage where it is tied."""
+    first: dict[int, str] = {}
     names = {name: name for name in model.state_dict()}
     for name, weight in model.named_parameters(remove_duplicate=False):
-        names[name] = canonical.setdefault(id(weight), name)
+        names[name] = first.setdefault(id(weight), name)
     return names
 
 

@@ -21,9 +21,7 @@ def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe 
     A delta goes onto the base that it names, or onto `base`. Raises SiftError where there is
     nothing to load (exit code 2), or where the delta is damaged or the base a wrong one (3).
     """
-    place = Path(path).expanduser()
-    if place.is_dir() and (place / DELTA_FILE).is_file():
-        place = place / DELTA_FILE
+    place = delta_file(path)
     if place.is_file():
         return _from_delta(place, base)
     if place.is_dir() and not (place / "config.json").is_file():
@@ -34,7 +32,14 @@ def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe 
     return load_model(folder), parse_recipe(text, str(recipe)) if text else None
 
 
-def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe]:
+def delta_file(path: str) -> Path:
+    """The delta at `path`: the file, or the one in a run folder."""
+    place = Path(path).expanduser()
+    inside = place / DELTA_FILE
+    return inside if inside.is_file() else place
+
+
+def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | None]:
     delta = load_delta(path)
     about = delta.about["base"]
     source = base or about["path"]
@@ -42,4 +47,5 @@ def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe]:
     config = task_config(folder, delta.about["labels"])
     loaded = load_model(folder, config, DTYPES[about["dtype"]])
     apply_delta(loaded.model, delta, source, stored_kinds(folder))
-    return loaded, parse_recipe(yaml.safe_dump(delta.about["recipe"]), str(path))
+    recipe = delta.about["recipe"]  # a difference of two models may have none
+    return loaded, parse_recipe(yaml.safe_dump(recipe), str(path)) if recipe else None

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from sift_cli.delta.apply import state_fingerprints
+from sift_cli.delta.build import versions
 from sift_cli.recipe import Recipe
 from sift_cli.session import Session
-from sift_cli.training.run import NO_RESULT, versions
+from sift_cli.training.run import NO_RESULT
 
 FORMAT = 1  # of checkpoints
 BLOCK = 10_000  # rows hashed at a time

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,10 +13,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sift_cli import __version__
-from sift_cli.delta.build import build_delta
+from sift_cli.delta.build import build_delta, describe_base, versions
 from sift_cli.delta.file import save_delta
-from sift_cli.delta.identity import tied_names
 from sift_cli.delta.tuned import DELTA_FILE, RECIPE_FILE
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
@@ -168,37 +165,18 @@ def read_summary(out: Path) -> dict[str, Any] | None:
 
 def describe(recipe: Recipe, session: Session, metrics: Metrics) -> dict[str, Any]:
     """What a delta says of itself; nothing that changes from one run of the recipe to the next."""
-    held = dict(session.model.named_parameters())
-    default = getattr(torch, recipe.model.dtype)
-    config = session.model.config
+    base = recipe.model
     return {
-        "base": {
-            "path": recipe.model.path,
-            "revision": recipe.model.revision,
-            "dtype": recipe.model.dtype,
-            "architectures": config.architectures,
-            "kept_dtypes": {
-                name: str(weight.dtype).removeprefix("torch.")
-                for name, weight in held.items()
-                if weight.dtype != default
-            },
-            "tied": tied_names(session.model),
-            "vocabulary": getattr(config, "vocab_size", None),
-        },
+        "base": describe_base(session.model, base.path, base.revision, base.dtype),
         "architecture": type(session.model).__name__,
         "task": session.task.name,
         "labels": None if session.task.labels is None else list(session.task.labels),
         "policy": recipe.selection.policy,
         "recipe": recipe.model_dump(mode="json", exclude=NO_RESULT),
         "metrics": dict(metrics),
-        "logits": probe_logits(session.model, config).tolist(),
+        "logits": probe_logits(session.model, session.model.config).tolist(),
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    return {"sift": __version__, "torch": version("torch"), "transformers": version("transformers")}
 
 
 def peak_memory(device: torch.device) -> int:

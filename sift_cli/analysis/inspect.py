@@ -1,0 +1,227 @@
+"""What a delta file holds: where it changes a model, by how much, where it comes from."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sift_cli.delta.file import SIGNED, Delta, WeightDelta, fingerprint, load_delta
+from sift_cli.delta.stored import Stored
+from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models import model_folder
+
+BOUNDS = (8, 6, 4, 2, 0)  # negative powers of two
+# How far an entry moved, as bits alone tell it; each entry is in the first class that fits.
+MOVES = (
+    "nothing",
+    "one rounding step",
+    *(f"less than 1/{2**power} of itself" for power in BOUNDS[:-1]),
+    "less than itself",
+    "more: another power of two",
+    "more: another sign",
+)
+OUTSIDE = "outside"  # the layer of what is in none
+
+
+@dataclass
+class Row:
+    """The change of one weight or of several together.
+
+    `moves` counts entries by `MOVES`; `square` and `base_square` are the squared 2-norms of the
+    change and of the whole base weight, None without a base.
+    """
+
+    weights: int
+    entries: int
+    size: int
+    moves: npt.NDArray[np.int64]
+    square: float | None = None
+    base_square: float | None = None
+
+    def __add__(self, other: "Row") -> "Row":
+        return Row(
+            self.weights + other.weights,
+            self.entries + other.entries,
+            self.size + other.size,
+            self.moves + other.moves,
+            None if self.square is None else self.square + (other.square or 0.0),
+            None if self.base_square is None else self.base_square + (other.base_square or 0.0),
+        )
+
+    def report(self) -> dict[str, Any]:
+        """The row as JSON: counts, density, the share that is not equal to the base, norms."""
+        found: dict[str, Any] = {
+            "weights": self.weights,
+            "entries": self.entries,
+            "size": self.size,
+            "density": self.entries / max(1, self.size),
+            "survived": 1 - int(self.moves[0]) / max(1, self.entries),
+            "moves": {name: int(n) for name, n in zip(MOVES, self.moves, strict=True)},
+        }
+        if self.square is not None and self.base_square is not None:
+            norm, base = sqrt(self.square), sqrt(self.base_square)
+            found |= {"norm": norm, "base_norm": base, "relative": norm / base if base else None}
+        return found
+
+
+EMPTY = Row(0, 0, 0, np.zeros(len(MOVES), dtype=np.int64))
+
+
+def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> dict[str, Any]:
+    """Reads a delta, checks it, and tells what it holds; no model is loaded.
+
+    How far entries moved is told from the XOR bits as far as they tell it: with the same sign and
+    exponent, a highest changed bit h of m mantissa bits means a change below 2**(h + 1 - m) of the
+    value (of a normal number). `base`, a model folder or hub id, adds exact norms, and is checked.
+    `out` is a PNG to write: density by layer and kind of module.
+
+    Raises SiftError: exit code 2 where there is no delta, 3 for a damaged one or a wrong base.
+    """
+    delta = load_delta(path)
+    rows = _with_base(delta, base) if base else {n: _row(w) for n, w in delta.weights.items()}
+    places = layers_and_kinds(delta.weights)
+    by_layer = _grouped(rows, lambda name: places[name][0])
+    by_kind = _grouped(rows, lambda name: (places[name][0] == OUTSIDE, places[name][1]))
+    total = _grouped(rows, lambda _: 0).get(0, EMPTY)
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        size, digest = len(content), hashlib.sha256(content).hexdigest()
+    found: dict[str, Any] = {
+        "file": str(path),
+        "bytes": size,
+        "sha256": digest,
+        "integrity": "the digest matches; every position is in range",
+        "base_checked": base,
+        **{key: value for key, value in delta.about.items() if key != "logits"},
+        **total.report(),
+        "dense": {name: list(tensor.shape) for name, tensor in delta.dense.items()},
+        "dense_entries": sum(tensor.numel() for tensor in delta.dense.values()),
+        "layers": {str(layer): row.report() for layer, row in by_layer.items()},
+        "kinds": {kind: row.report() for (_, kind), row in by_kind.items()},
+        "tensors": {
+            name: {
+                "layer": places[name][0],
+                "kind": places[name][1],
+                "shape": list(delta.weights[name].shape),
+                "dtype": str(delta.weights[name].dtype).removeprefix("torch."),
+                **row.report(),
+            }
+            for name, row in rows.items()
+        },
+    }
+    if out is not None:
+        from sift_cli.analysis.plots import plot_delta
+
+        plot_delta(found, out)
+    return found
+
+
+def _grouped(rows: Mapping[str, Row], key: Callable[[str], Any]) -> dict[Any, Row]:
+    """Sums of the rows with the same key, by order of keys: numbers first."""
+    groups: dict[Any, Row] = {}
+    for name, row in rows.items():
+        groups[key(name)] = groups[key(name)] + row if key(name) in groups else row
+    return {one: groups[one] for one in sorted(groups, key=lambda k: (isinstance(k, str), k))}
+
+
+def layers_and_kinds(names: Iterable[str]) -> dict[str, tuple[int | str, str]]:
+    """The layer and the kind of module of each parameter name.
+
+    `bert.encoder.layer.3.output.dense.weight` is `output.dense` of layer 3; a name without a number
+    is a kind of its own, outside. Further numbers (of experts) become `*`; where a model has
+    several stacks of layers, kinds begin with the stack.
+    """
+    split = {}
+    for name in names:
+        parts = name.removesuffix(".weight").split(".")
+        at = next((n for n, part in enumerate(parts) if part.isdigit()), None)
+        split[name] = parts, at
+    stacks = {tuple(parts[:at]) for parts, at in split.values() if at is not None}
+    found: dict[str, tuple[int | str, str]] = {}
+    for name, (parts, at) in split.items():
+        if at is None:
+            found[name] = OUTSIDE, ".".join(parts)
+            continue
+        start = at + 1 if len(stacks) == 1 else 0
+        kind = ["*" if part.isdigit() else part for part in parts[start:]]
+        found[name] = int(parts[at]), ".".join(kind) or "weight"
+    return found
+
+
+def moves(bits: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[np.int64]:
+    """Counts by `MOVES` of the XOR of two values, [K] integers as wide as `dtype`."""
+    width = 8 * dtype.itemsize
+    mantissa = round(-np.log2(torch.finfo(dtype).eps))
+    # The exponent of a float is its highest bit, exact up to 53 bits.
+    words = bits.contiguous().view(SIGNED[dtype.itemsize]).numpy().view(f"u{dtype.itemsize}")
+    highest = np.frexp(words.astype(np.float64))[1] - 1  # -1: no bit
+    by_bit = np.bincount(highest + 1, minlength=width + 1)
+    counts = np.zeros(len(MOVES), dtype=np.int64)
+    for bit, count in enumerate(by_bit, start=-1):
+        counts[_class_of(bit, mantissa, width)] += count
+    return counts
+
+
+def _class_of(bit: int, mantissa: int, width: int) -> int:
+    """The place in `MOVES` of a highest changed bit, -1 for none."""
+    if bit <= 0:
+        return bit + 1
+    if bit == width - 1:
+        return len(MOVES) - 1
+    if bit >= mantissa:
+        return len(MOVES) - 2
+    power = mantissa - 1 - bit  # the change is below 2**-power
+    return 2 + next(at for at, bound in enumerate(BOUNDS) if power >= bound)
+
+
+def _row(weight: WeightDelta) -> Row:
+    size = int(np.prod(weight.shape, dtype=np.int64))
+    return Row(1, weight.count, size, moves(weight.bits, weight.dtype))
+
+
+def _with_base(delta: Delta, base: str) -> dict[str, Row]:
+    """Rows with norms, from the base's tensors one at a time; refuses a wrong base."""
+    stored = Stored(model_folder(base), {name: name for name in delta.weights})
+    rows, wrong = {}, []
+    for name, weight in delta.weights.items():
+        if name not in stored.places:
+            wrong.append(name)
+            continue
+        before = stored.tensor(name).to(weight.dtype)
+        if fingerprint(before) != weight.base:
+            wrong.append(name)
+            continue
+        after = before.clone()
+        weight.toggle_(after)
+        row = _row(weight)
+        row.square = float((after.float() - before.float()).square_().sum(dtype=torch.float64))
+        row.base_square = float(before.float().square_().sum(dtype=torch.float64))
+        rows[name] = row
+    if wrong:
+        more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        listed = "\n  ".join(wrong[:10])
+        raise SiftError(
+            f"{base} is not the base of this delta; of its {len(delta.weights)} weights, "
+            f"{len(wrong)} are others or missing:\n  {listed}{more}",
+            ExitCode.WRONG_FILE,
+        )
+    return rows
+
+
+def bands(layers: Mapping[str, Any], most: int = 12) -> list[tuple[str, list[str]]]:
+    """Layers as a table shows them: each by itself, or in at most about `most` even bands."""
+    numbers = [layer for layer in layers if layer != OUTSIDE]
+    wide = -(-len(numbers) // most) if len(numbers) > 2 * most else 1
+    found = []
+    for start in range(0, len(numbers), wide):
+        part = numbers[start : start + wide]
+        found.append((part[0] if len(part) == 1 else f"{part[0]}-{part[-1]}", part))
+    if OUTSIDE in layers:
+        found.append((OUTSIDE, [OUTSIDE]))
+    return found
