@@ -160,6 +160,18 @@ def stream(name: str, data: bytes) -> Callable[[Header, dict[str, Tensor]], obje
     return lambda _, tensors: tensors.update({name: torch.tensor(list(data), dtype=torch.uint8)})
 
 
+def positions(data: bytes) -> Callable[[Header, dict[str, Tensor]], object]:
+    """Puts `data` where a weight's positions are."""
+
+    def change(header: Header, tensors: dict[str, Tensor]) -> None:
+        row = header["weights"]["a.weight"]
+        bits = tensors["a.weight"][row["positions"] :]
+        tensors["a.weight"] = torch.cat([torch.tensor(list(data), dtype=torch.uint8), bits])
+        row["positions"] = len(data)
+
+    return change
+
+
 A = ("weights", "a.weight")
 LIES = {
     "a count of all": put(480, *A, "count"),
@@ -210,20 +222,23 @@ LIES = {
     "a name of half a letter": put({}, "weights", "\ud800"),
     "a head's path": rename("head.weight", "../head"),
     "a tensor of nobody": stream("extra", b"abc"),
-    "positions of a full weight": stream("b.bias.positions", bytes(9)),
-    "no positions": lambda _, tensors: tensors.pop("a.weight.positions"),
-    "no bits": lambda _, tensors: tensors.pop("a.weight.bits"),
-    "bits of another kind": lambda _, t: t.update({"a.weight.bits": torch.zeros(60)}),
-    "bits in rows": lambda _, t: t.update(
-        {"a.weight.bits": torch.zeros(2, 60, dtype=torch.uint8)}
+    "positions of a full weight": put(9, "weights", "b.bias", "positions"),
+    "no positions": put(0, *A, "positions"),
+    "positions to the end": lambda header, t: header["weights"]["a.weight"].update(
+        positions=len(t["a.weight"])
     ),
-    "empty bits": stream("a.weight.bits", b""),
-    "a plane without end": stream("a.weight.bits", b"\xff" * 200),
-    "empty positions": stream("a.weight.positions", b""),
-    "positions in no order": stream("a.weight.positions", b"\x07" + bytes(99)),
-    "positions without ones": stream("a.weight.positions", bytes(99)),
-    "a run without end": stream("a.weight.positions", b"\0\xff\xff\xff\xff" + bytes(99)),
-    "a parameter of 255": stream("a.weight.positions", b"\0\x01\0\0\0\xff" + bytes(999)),
+    "positions beyond the end": put(2**40, *A, "positions"),
+    "negative positions": put(-1, *A, "positions"),
+    "another length": put(7, *A, "positions"),
+    "no stream": lambda _, tensors: tensors.pop("a.weight"),
+    "a stream of another kind": lambda _, t: t.update({"a.weight": torch.zeros(300)}),
+    "a stream in rows": lambda _, t: t.update({"a.weight": torch.zeros(2, 60, dtype=torch.uint8)}),
+    "an empty stream": stream("a.weight", b""),
+    "a plane without end": stream("b.bias", b"\xff" * 200),
+    "positions in no order": positions(b"\x07" + bytes(99)),
+    "positions without ones": positions(bytes(99)),
+    "a run without end": positions(b"\0\xff\xff\xff\xff" + bytes(99)),
+    "a parameter of 255": positions(b"\0\x01\0\0\0\xff" + bytes(999)),
 }  # fmt: skip
 
 

@@ -95,6 +95,10 @@ def test_a_base_stored_with_fewer_bits(tmp_path: Path) -> None:
     model = llama().bfloat16().float()
     with pytest.raises(SiftError, match="bfloat16 has lost"):
         apply_delta(model, delta, kinds=stored_kinds(folder))
+    model = llama()
+    model.model.norm.weight.data[0] += 1  # one other tensor is no matter of rounding
+    with pytest.raises(SiftError, match="Give the model that it was trained on"):
+        apply_delta(model, delta, kinds=stored_kinds(folder))
 
 
 @pytest.mark.parametrize("name", [WORDS, QUERY])

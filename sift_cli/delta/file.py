@@ -151,10 +151,12 @@ def save_delta(path: Path, delta: Delta) -> str:
             "count": weight.count,
             "base": weight.base,
             "trained": weight.trained,
+            "positions": 0 if weight.coded is None else len(weight.coded),
         }
-        tensors[f"{name}.bits"] = encode_bits(weight.bits, weight.dtype)
+        streams = [encode_bits(weight.bits, weight.dtype)]
         if weight.coded is not None:
-            tensors[f"{name}.positions"] = weight.coded
+            streams.insert(0, weight.coded)
+        tensors[name] = torch.cat(streams)
     for name, tensor in delta.dense.items():
         tensors[f"dense/{name}"] = tensor.detach().cpu().contiguous()
     header = {
@@ -221,9 +223,12 @@ def _parse(header: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
     weights = {}
     for name, row in header.pop("weights").items():
         shape, count, dtype = tuple(row["shape"]), row["count"], getattr(torch, row["dtype"])
-        packed = _stream(tensors, f"{name}.bits")
-        full = count == prod(shape)
-        coded = None if full else _stream(tensors, f"{name}.positions")
+        stream, length = tensors.pop(name, None), row["positions"]
+        if stream is None or stream.dtype != torch.uint8 or stream.dim() != 1:
+            raise ValueError(f"{name} has no stream of bytes")
+        if (length == 0) != (count == prod(shape)) or length > len(stream):
+            raise ValueError(f"{name}: {length} bytes of positions for {count} of {list(shape)}")
+        coded, packed = stream[:length] if length else None, stream[length:]
         bits = decode_bits(packed, count, dtype).view(BITS[dtype.itemsize])
         weights[name] = WeightDelta(shape, dtype, count, row["base"], row["trained"], coded, bits)
         try:
@@ -239,13 +244,6 @@ def _parse(header: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
         dense[owner] = tensor
     rest = header.pop("rest")
     return Delta(weights, dense, rest, header)
-
-
-def _stream(tensors: dict[str, Tensor], name: str) -> Tensor:
-    found = tensors.pop(name, None)
-    if found is None or found.dtype != torch.uint8 or found.dim() != 1:
-        raise ValueError(f"{name} is no stream of bytes")
-    return found
 
 
 def _damaged(path: Path, why: str) -> SiftError:

@@ -26,6 +26,7 @@ class Row(_Strict):
     shape: list[Count] = Field(max_length=8)
     dtype: Dtype
     count: int = Field(ge=1)
+    positions: Count
     base: Fingerprint
     trained: Fingerprint
 

@@ -143,6 +143,8 @@ def _resized(delta: Delta, wrong: Mapping[str, Kind]) -> str:
 
 
 def _in_another_dtype(delta: Delta, wrong: Mapping[str, Kind]) -> str:
+    if 2 * len(wrong.keys() & delta.weights.keys()) < len(delta.weights):
+        return ""  # rounding would show in nearly all
     for name, (held, _) in wrong.items():
         about = delta.about["base"]
         default = getattr(torch, about.get("kept_dtypes", {}).get(name, about["dtype"]))
