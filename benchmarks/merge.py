@@ -20,13 +20,13 @@ from sift_cli.delta.shards import list_file
 from sift_cli.models import weight_files
 
 CHILD = """
-import json, resource, sys, time
+import json, re, sys, time
 from pathlib import Path
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import transformers.models.llama.modeling_llama, transformers.models.bert.modeling_bert
 from sift_cli.delta import merge
-unit = 1 if sys.platform == "darwin" else 1024
-peak = lambda: unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+status = Path("/proc/self/status")
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
 before = peak()
 began = time.perf_counter()
 delta, base, out, verify = sys.argv[1:]

@@ -414,14 +414,13 @@ def test_evaluate_scores_as_training_did(
 
 
 PEAK = """
-import json, resource, sys
+import json, re, sys
 from pathlib import Path
 from transformers import BertForSequenceClassification
 from sift_cli.delta import merge
 
-def peak():
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def peak():  # of this process alone: getrusage also counts the one that started it
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 before = peak()
 report = merge(Path(sys.argv[1]), Path(sys.argv[2]), base=sys.argv[3])
@@ -429,6 +428,7 @@ print(json.dumps({"imports": before, "peak": peak(), "verified": report["verifie
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's peak")
 def test_memory_stays_near_the_largest_tensor(run: Run, tmp_path: Path) -> None:
     """A model of 300 MB in several files, whose largest tensor has 17 MB."""
     torch.manual_seed(0)
@@ -476,7 +476,7 @@ def test_memory_stays_near_the_largest_tensor(run: Run, tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert total > 300e6
     grown = found["peak"] - found["imports"]
-    assert grown < 3 * largest + 100e6, found
+    assert 0 < grown < 3 * largest + 100e6, found
     assert grown < total / 2, found
     assert found["verified"] == ["files"]  # no logits were made
     shutil.rmtree(base)
