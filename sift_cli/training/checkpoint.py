@@ -170,10 +170,11 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step."""
-        if self.section.seconds is not None:
-            return time.monotonic() - self._saved_at >= self.section.seconds
-        return isinstance(self.section.every, int) and step % self.section.every == 0
+        """Whether to save after this step; and before the first, once what trains is chosen."""
+        seconds, every = self.section.seconds, self.section.every
+        if seconds is not None:
+            return step == 0 or time.monotonic() - self._saved_at >= seconds
+        return isinstance(every, int) and step % every == 0
 
     def save(self, saved: Checkpoint, **more: object) -> None:
         """Writes one, with `more` beside what it says of itself; keeps the one before it."""
