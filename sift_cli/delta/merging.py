@@ -19,6 +19,7 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
 from sift_cli.models import (
     DTYPES,
+    UNLOADABLE,
     load_model,
     load_tokenizer,
     model_folder,
@@ -214,8 +215,12 @@ class _Change:
 
 def _tensor_names(config: PretrainedConfig) -> dict[str, str]:
     """Everything that the model saves, with the name its storage goes by where it is tied."""
-    with torch.device("meta"), quiet():
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"), quiet():
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except UNLOADABLE as error:
+        said = str(error).partition("\n")[0]
+        raise SiftError(f"config.json makes no model: {said}", ExitCode.WRONG_FILE) from error
     canonical: dict[int, str] = {}
     names = {name: name for name in model.state_dict()}
     for name, weight in model.named_parameters(remove_duplicate=False):
