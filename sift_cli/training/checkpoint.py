@@ -37,7 +37,8 @@ from sift_cli.training.watch import Watch
 FOLDER = "checkpoint"
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
 KEPT = 2  # files
-ENTRY_BYTES = 20  # about what an entry takes in a file: master, moments, position, best value
+ENTRY_BYTES = 18  # about what an entry takes in a file: master, moments, position, best value
+DELTA_BYTES = 6  # and in the delta
 MORE_BYTES = 1 << 20  # and what does not grow with them: random states, fingerprints, metrics
 
 
@@ -275,7 +276,7 @@ class Checkpoints:
 
 def space_for(parameters: SparseParameters) -> int:
     """About how many bytes the checkpoints and the delta of a run take at most."""
-    return len(parameters) * ENTRY_BYTES * (KEPT + 2) + MORE_BYTES
+    return len(parameters) * (ENTRY_BYTES * (KEPT + 1) + DELTA_BYTES) + MORE_BYTES
 
 
 def random_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -163,12 +163,13 @@ def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
         metrics = stop.interruptible(run.session.evaluate)
         if metrics is not None:
             log.log({"step": step, "metrics": metrics, "best": state.kept.offer(step, metrics)})
-    if step != run.saved and (stop.asked or run.checkpoints.due(step)):
+    asked = stop.asked  # read once: what comes later is heard after the next step
+    if step != run.saved and (asked or run.checkpoints.due(step)):
         state.watch.read()
         log.sync()
         facts = {"facts": asdict(run.facts), "metrics_before": run.metrics_before}
         run.checkpoints.save(state.gather(step), **facts)
-    if stop.asked:
+    if asked:
         raise SiftError(
             f"interrupted after step {step:,} of {batches.steps:,}; all of it is saved in "
             f"{run.checkpoints.folder}",
