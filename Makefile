@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test lint format bench results docs
+.PHONY: help setup quickstart test faults lint format bench results docs
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -23,6 +23,9 @@ quickstart: .venv/.quickstart  ## train, merge, evaluate and predict on an embed
 
 test: setup  ## the tests that need no GPU, no network and no patience
 	$(BIN)/pytest
+
+faults: setup  ## runs killed, disks filled, files cut, many times (docs/reliability.md; minutes)
+	$(BIN)/pytest tests/faults -m slow -s
 
 lint: setup  ## ruff, mypy and the import arrows
 	$(BIN)/ruff check .

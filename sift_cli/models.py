@@ -30,7 +30,8 @@ from sift_cli.errors import ExitCode, SiftError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
 INDEX_FILE = "model.safetensors.index.json"
-UNLOADABLE = (OSError, ValueError, StrictDataclassError)  # what transformers raises for bad folders
+# What transformers raises for bad folders.
+UNLOADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, StrictDataclassError)
 TOKENIZER_FILES = ["tokenizer*", "vocab*", "*.model"]
 
 
@@ -156,6 +157,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the Rust part raises nothing narrower
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise SiftError(f"{folder}: no usable tokenizer: {said}") from error
+    if "input_ids" not in tokenizer.model_input_names:
+        raise SiftError(f"{folder}: no usable tokenizer: it makes {tokenizer.model_input_names}")
     code = getattr(config, "pad_token_id", None)
     if code is not None and code != tokenizer.pad_token_id and 0 <= code < len(tokenizer):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(code)

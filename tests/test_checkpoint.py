@@ -60,6 +60,10 @@ def killed_at(step: int, recipe: Recipe, out: Path, resume: bool = False) -> Non
         train(recipe, out, resume=resume)
 
 
+def names(run: Path) -> list[str]:
+    return [path.name for path in (run / FOLDER).iterdir()]
+
+
 def delta(run: Path) -> bytes:
     return (run / "delta.safetensors").read_bytes()
 
@@ -142,7 +146,7 @@ def test_every_step_is_a_place_to_stop(dropping: Path, recipe_file: Path, tmp_pa
             pytest.raises(SiftError, match=f"after step {step} of 9"),
         ):
             train(recipe, out)
-        assert len(list((out / FOLDER).iterdir())) == 1
+        assert sorted(name[:13] for name in names(out)) == ["step-00000000", f"step-{step:08}"]
         train(recipe, out, resume=True)
         assert delta(out) == delta(tmp_path / "calm")
 
@@ -264,8 +268,8 @@ def test_a_folder_with_an_interrupted_run_asks_what_to_do(
 def test_resuming_without_a_checkpoint_starts_and_a_finished_run_stays(
     recipe_file: Path, tmp_path: Path
 ) -> None:
-    recipe = load_recipe(recipe_file)
-    killed_at(3, recipe, tmp_path / "run")  # 500 steps between checkpoints: there is none
+    recipe = load_recipe(recipe_file, ["checkpoint.every=null"])
+    killed_at(3, recipe, tmp_path / "run")
     console = Console(record=True, width=300)
     summary = train(recipe, tmp_path / "run", resume=True, console=console)
     assert "holds no checkpoint; starting from the beginning" in console.export_text()
@@ -276,6 +280,20 @@ def test_resuming_without_a_checkpoint_starts_and_a_finished_run_stays(
     assert (tmp_path / "run/summary.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("selection", ["warmed-up", "park", "first-batch"])
+def test_what_was_chosen_is_saved_before_the_first_step(
+    selection: str, dropping: Path, recipe_file: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    from sift_cli.training.choosing import Chooser
+
+    recipe = load_recipe(recipe_file, [f"selection={SELECTIONS[selection]}", "train.epochs=2"])
+    train(recipe, tmp_path / "calm")
+    killed_at(1, recipe, tmp_path / "run")
+    monkeypatch.setattr(Chooser, "begin", None)  # neither warms up nor chooses again
+    assert train(recipe, tmp_path / "run", resume=True)["resumed_at"] == [0]
+    assert delta(tmp_path / "run") == delta(tmp_path / "calm")
+
+
 def test_checkpoints_by_time(recipe_file: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     from sift_cli.training import checkpoint
 
@@ -283,7 +301,8 @@ def test_checkpoints_by_time(recipe_file: Path, tmp_path: Path, monkeypatch: Pat
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
     recipe = load_recipe(recipe_file, ["checkpoint.every=1min"])
     killed_at(4, recipe, tmp_path / "run")
-    assert [path.name[:13] for path in (tmp_path / "run" / FOLDER).iterdir()] == ["step-00000002"]
+    steps = sorted(name[:13] for name in names(tmp_path / "run"))
+    assert steps == ["step-00000000", "step-00000002"]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +324,7 @@ def test_a_checkpoint_holds_trained_entries_alone(recipe_file: Path, tmp_path: P
     killed_at(3, load_recipe(recipe_file, ["checkpoint.every=2"]), tmp_path / "run")
     from safetensors.torch import load_file
 
-    (path,) = (tmp_path / "run" / FOLDER).iterdir()
+    path = sorted((tmp_path / "run" / FOLDER).iterdir())[-1]
     tensors = load_file(path)
     entries = len(tensors["masters"])
     fixed = {"random/cpu", "step_ms", "optimizer/step"}

@@ -83,7 +83,8 @@ app.add_typer(
 def main() -> None:
     """The console script: a user's mistake becomes a message and an exit code, no traceback."""
     debug = "--debug" in sys.argv
-    if threading.current_thread() is threading.main_thread():
+    untouched = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if untouched and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up, exit 130
     try:
         app(prog_name="sift")

@@ -14,7 +14,7 @@ from sift_cli.delta.file import Delta
 from sift_cli.delta.record import Record, dropped_places
 from sift_cli.delta.shards import Listing, Place, list_file, listed
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models import DTYPES, INDEX_FILE, quiet, weight_files
+from sift_cli.models import DTYPES, INDEX_FILE, UNLOADABLE, quiet, weight_files
 
 RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
@@ -178,8 +178,12 @@ def _held(delta: Delta, name: str, stored: torch.dtype) -> torch.dtype:
 
 def tensor_names(config: PretrainedConfig) -> dict[str, str]:
     """Everything that the model saves, with the name its storage goes by where it is tied."""
-    with torch.device("meta"), quiet():
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"), quiet():
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except UNLOADABLE as error:
+        said = str(error).partition("\n")[0]
+        raise SiftError(f"config.json makes no model: {said}", ExitCode.WRONG_FILE) from error
     return all_names(model)
 
 

@@ -37,7 +37,8 @@ from sift_cli.training.watch import Watch
 FOLDER = "checkpoint"
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
 KEPT = 2  # files
-ENTRY_BYTES = 20  # about what an entry takes in a file: master, moments, position, best value
+ENTRY_BYTES = 18  # about what an entry takes in a file: master, moments, position, best value
+DELTA_BYTES = 6  # and in the delta
 MORE_BYTES = 1 << 20  # and what does not grow with them: random states, fingerprints, metrics
 
 
@@ -171,10 +172,11 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Whether to save after this step."""
-        if self.section.seconds is not None:
-            return time.monotonic() - self._saved_at >= self.section.seconds
-        return isinstance(self.section.every, int) and step % self.section.every == 0
+        """Whether to save after this step; and before the first, once what trains is chosen."""
+        seconds, every = self.section.seconds, self.section.every
+        if seconds is not None:
+            return step == 0 or time.monotonic() - self._saved_at >= seconds
+        return isinstance(every, int) and step % every == 0
 
     def save(self, saved: Checkpoint, **more: object) -> None:
         """Writes one, with `more` beside what it says of itself; keeps the one before it."""
@@ -275,7 +277,7 @@ class Checkpoints:
 
 def space_for(parameters: SparseParameters) -> int:
     """About how many bytes the checkpoints and the delta of a run take at most."""
-    return len(parameters) * ENTRY_BYTES * (KEPT + 2) + MORE_BYTES
+    return len(parameters) * (ENTRY_BYTES * (KEPT + 1) + DELTA_BYTES) + MORE_BYTES
 
 
 def random_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:

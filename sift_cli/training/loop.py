@@ -68,7 +68,7 @@ def train(
         require_space(out, space_for(run.state.parameters))
         with Stop() as stop:
             with closing(open_run_folder(recipe, out, console, run.done)) as log:
-                if not run.done:
+                if run.saved is None:
                     checkpoints.remove()
                 take_steps(run, log, stop)
             return finish(run)
@@ -76,7 +76,7 @@ def train(
 
 @dataclass(frozen=True)
 class Run:
-    """A run before its first step, or after step `done` where it was resumed.
+    """A run before its first step, or after step `saved` where it was resumed.
 
     `undo` gives the model its own dropout and attention back.
     """
@@ -88,8 +88,13 @@ class Run:
     facts: Facts
     state: State
     metrics_before: Metrics
-    done: int
+    saved: int | None
     undo: Callable[[], None]
+
+    @property
+    def done(self) -> int:
+        """The steps that are behind it."""
+        return self.saved or 0
 
 
 def begin(
@@ -122,8 +127,8 @@ def begin(
         console.print(
             f"resuming after step {saved.step:,} of {chooser.batches.steps:,}", highlight=False
         )
-    done = saved.step if saved else 0
-    return Run(recipe, session, chooser, checkpoints, facts, state, metrics_before, done, undo)
+    step = saved.step if saved else None
+    return Run(recipe, session, chooser, checkpoints, facts, state, metrics_before, step, undo)
 
 
 def take_steps(run: Run, log: Sinks, stop: Stop) -> None:
@@ -149,7 +154,8 @@ def take_steps(run: Run, log: Sinks, stop: Stop) -> None:
 def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
     """What may follow a step: an evaluation, a checkpoint, the end that a signal asks for.
 
-    An evaluation that a signal breaks off is made up for on resuming.
+    Step 0 is the choice of entries. An evaluation that a signal breaks off is made up for on
+    resuming.
     """
     state, batches = run.state, run.chooser.batches
     if evaluates(step, run.recipe.eval.every, batches) and state.kept.seen < step:
@@ -157,12 +163,13 @@ def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
         metrics = stop.interruptible(run.session.evaluate)
         if metrics is not None:
             log.log({"step": step, "metrics": metrics, "best": state.kept.offer(step, metrics)})
-    if step > run.done and (stop.asked or run.checkpoints.due(step)):
+    asked = stop.asked  # read once: what comes later is heard after the next step
+    if step != run.saved and (asked or run.checkpoints.due(step)):
         state.watch.read()
         log.sync()
         facts = {"facts": asdict(run.facts), "metrics_before": run.metrics_before}
         run.checkpoints.save(state.gather(step), **facts)
-    if stop.asked:
+    if asked:
         raise SiftError(
             f"interrupted after step {step:,} of {batches.steps:,}; all of it is saved in "
             f"{run.checkpoints.folder}",

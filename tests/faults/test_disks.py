@@ -98,7 +98,7 @@ def test_a_disk_that_fills_up_while_training(
     assert not (out / "summary.json").exists()
     assert leftovers(out) == []
     saved = [path.name[:13] for path in sorted((out / "checkpoint").iterdir())]
-    assert saved == [f"step-{at:08}" for at in (1, 2, 3) if step - 3 < at < step]
+    assert saved == [f"step-{at:08}" for at in range(4) if step - 3 < at < step]
     (folder / "filler").unlink()
     done = sift("train", recipe_file, "--out", out, "--resume", *EVERY_STEP)
     assert done.returncode == 0, done.stderr
