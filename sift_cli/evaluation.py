@@ -69,6 +69,48 @@ def predict_logits(
     return restored
 
 
+def predict_splits(
+    model: nn.Module,
+    splits: Mapping[str, Encoded],
+    collate: Collate,
+    *,
+    batch_size: int = 64,
+    bf16: bool = False,
+) -> dict[str, Tensor]:
+    """The logits of each split, as `predict_logits` gives them, by the split's suffix.
+
+    Raises SiftError (exit code 4) where the model's outputs are not finite.
+    """
+    found = {}
+    for suffix, data in splits.items():
+        logits = predict_logits(model, data, collate, batch_size=batch_size, bf16=bf16)
+        if not bool(torch.isfinite(logits).all()):
+            rows = data.numbers((~logits.isfinite().all(-1)).nonzero().flatten().tolist()[:5])
+            raise SiftError(
+                f"evaluation: the model's outputs are not finite, such as for rows {rows}",
+                ExitCode.NOT_FINITE,
+            )
+        found[suffix] = logits
+    return found
+
+
+def score_splits(
+    logits: Mapping[str, Tensor],
+    splits: Mapping[str, Encoded],
+    metrics: Sequence[str],
+    regression: bool = False,
+) -> dict[str, float]:
+    """Each metric of each split's logits; a split's key is the suffix of its metrics' names."""
+    found: dict[str, float] = {}
+    for suffix, data in splits.items():
+        outputs = logits[suffix]
+        predicted = outputs.squeeze(-1) if regression else outputs.argmax(-1)
+        labels = torch.tensor(data.rows["label"][:])
+        for name, value in compute_metrics(metrics, predicted.numpy(), labels.numpy()).items():
+            found[name + suffix] = value
+    return found
+
+
 def evaluate(
     model: nn.Module,
     splits: Mapping[str, Encoded],
@@ -79,24 +121,9 @@ def evaluate(
     batch_size: int = 64,
     bf16: bool = False,
 ) -> dict[str, float]:
-    """Each metric on each split; a split's key is the suffix of its metrics' names.
-
-    Raises SiftError (exit code 4) where the model's outputs are not finite.
-    """
-    found: dict[str, float] = {}
-    for suffix, data in splits.items():
-        logits = predict_logits(model, data, collate, batch_size=batch_size, bf16=bf16)
-        if not bool(torch.isfinite(logits).all()):
-            rows = data.numbers((~logits.isfinite().all(-1)).nonzero().flatten().tolist()[:5])
-            raise SiftError(
-                f"evaluation: the model's outputs are not finite, such as for rows {rows}",
-                ExitCode.NOT_FINITE,
-            )
-        predicted = logits.squeeze(-1) if regression else logits.argmax(-1)
-        labels = torch.tensor(data.rows["label"][:])
-        for name, value in compute_metrics(metrics, predicted.numpy(), labels.numpy()).items():
-            found[name + suffix] = value
-    return found
+    """`score_splits` of `predict_splits`."""
+    logits = predict_splits(model, splits, collate, batch_size=batch_size, bf16=bf16)
+    return score_splits(logits, splits, metrics, regression)
 
 
 @torch.no_grad()

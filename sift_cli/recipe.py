@@ -83,6 +83,9 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="how the base weights are held"
     )
+    license: str = Field(
+        "unknown", description="licence of the tuned model, for its card; often that of the base"
+    )
 
 
 class DataSection(Section):
@@ -296,6 +299,7 @@ class LogSection(Section):
     every: PositiveInt = Field(10, description="steps between logged lines")
     tensorboard: bool = False
     wandb: bool = False
+    report: bool = Field(True, description="write report.html and plots after training")
 
 
 class Recipe(Section):

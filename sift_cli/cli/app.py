@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sift_cli.cli import deltas, recipes, runs, studies
-from sift_cli.cli.options import Json, print_json, stdout
+from sift_cli.cli import deltas, recipes, runs, sharing, studies
+from sift_cli.cli.options import Json, print_json, print_table
 from sift_cli.errors import ExitCode, SiftError
 
 app = typer.Typer(
@@ -20,7 +20,6 @@ app = typer.Typer(
 )
 
 
-@app.callback(invoke_without_command=True)
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -35,7 +34,10 @@ def root(
 
 
 def env(as_json: Json = False) -> None:
-    """Print versions and devices, for a bug report."""
+    """Print versions and devices, for a bug report.
+
+    Example: sift env
+    """
     from sift_cli.environment import describe
 
     found = describe()
@@ -45,13 +47,14 @@ def env(as_json: Json = False) -> None:
     table = Table("what", "is", show_header=False)
     for name, value in found.items():
         table.add_row(name, str(value))
-    stdout.print(table)
+    print_table(table)
 
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Train and use": {"train": runs.train, "eval": runs.evaluate, "predict": runs.predict},
     "Deltas": {"merge": deltas.merge},
     "Measure and plan": {"probe": studies.probe},
+    "Show and share": {"report": sharing.report, "push": sharing.push},
     "Help": {"env": env},
 }
 RECIPES: dict[str, Callable[..., None]] = {

@@ -20,7 +20,10 @@ def merge(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write base + delta as a Hugging Face folder, and prove it equal to the trained model."""
+    """Write base + delta as a Hugging Face folder, and prove it equal to the trained model.
+
+    Example: sift merge runs/rte/delta.safetensors --out runs/rte/merged
+    """
     from sift_cli.delta import merge as run
 
     report = run(delta, out, base=base, undo=undo, verify=not no_verify)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from sift_cli.delta.apply import check_base
+from sift_cli.delta.cards import model_card
 from sift_cli.delta.file import Delta, fingerprint, load_delta, tensor_bytes
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
@@ -86,6 +87,7 @@ def merge(
         if not undo:
             recipe = yaml.safe_dump(delta.about["recipe"], sort_keys=False, allow_unicode=True)
             (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")
+            (partial / "README.md").write_text(model_card(delta.about), encoding="utf-8")
             if verify:
                 report |= _verify(partial, delta)
         partial.rename(out)

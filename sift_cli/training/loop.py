@@ -23,6 +23,7 @@ from sift_cli.sparse import SparseAdamW, SparseParameters, Support
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.gradient import add_gradient
+from sift_cli.training.record import write_predictions
 from sift_cli.training.run import Timing, open_run_folder, require_free, write_run
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -78,9 +79,12 @@ def train(
             if logs:
                 log.log(progress(step, batches, *seen, rate, rows, timing.step_ms[-1]))
             if evaluating:
-                metrics = session.evaluate()
+                logits = session.predict()
+                metrics = session.score(logits)
                 best = kept.offer(step, metrics)
                 log.log({"step": step, "metrics": metrics, "best": best})
+                if kept.step == step:
+                    write_predictions(out, session, logits, recipe.eval.split)
     finally:
         log.close()
     kept.restore()

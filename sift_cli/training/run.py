@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from sift_cli import __version__
 from sift_cli.delta.build import build_delta
+from sift_cli.delta.cards import delta_card
 from sift_cli.delta.file import save_delta
 from sift_cli.delta.tuned import DELTA_FILE, RECIPE_FILE
 from sift_cli.errors import SiftError
@@ -23,6 +25,7 @@ from sift_cli.evaluation import probe_logits
 from sift_cli.recipe import Recipe
 from sift_cli.session import Session
 from sift_cli.sparse import SparseParameters
+from sift_cli.training.record import PLOTS, RECORDS, REPORT_FILE, write_weights
 from sift_cli.training.sinks import Bar, JsonLines, Sink, Sinks, TensorBoard, WandB
 
 SUMMARY_FILE = "summary.json"
@@ -74,8 +77,9 @@ def open_run_folder(recipe: Recipe, out: Path, console: Console) -> Sinks:
         sinks.append(TensorBoard(out / "tensorboard"))
     if recipe.log.wandb:
         sinks.append(WandB(out, recipe.model_dump(mode="json")))
-    for name in (SUMMARY_FILE, DELTA_FILE):
+    for name in (SUMMARY_FILE, DELTA_FILE, *RECORDS, REPORT_FILE):
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / PLOTS, ignore_errors=True)
     (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     return Sinks([*sinks, JsonLines(out / "metrics.jsonl"), Bar(console)])
 
@@ -99,12 +103,14 @@ def write_run(
     assert session.train is not None
     delta = build_delta(parameters, session.new, marks, describe(recipe, session, metrics))
     digest = save_delta(out / DELTA_FILE, delta)
+    write_weights(out, session.model, parameters, dense)
     counts = {one.name: len(one.support) for one in parameters}
     dense_entries = sum(counts[name] for name in dense)
     summary = {
         "task": session.task.name,
         "policy": recipe.selection.policy,
         "seed": recipe.train.seed,
+        "labels": None if session.task.labels is None else list(session.task.labels),
         "metrics": metrics,
         "metrics_before": metrics_before,
         "trained_entries": sum(counts.values()) - dense_entries,
@@ -124,7 +130,7 @@ def write_run(
         "device": str(session.device),
         "bf16_autocast": session.bf16,
     }
-    (out / "README.md").write_text(card(recipe, summary), encoding="utf-8")
+    (out / "README.md").write_text(delta_card(recipe, summary), encoding="utf-8")
     (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
@@ -168,34 +174,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def card(recipe: Recipe, summary: Mapping[str, Any]) -> str:
-    """README.md of the run folder: the numbers, the commands, the recipe."""
-    rows = "\n".join(
-        f"| {name} | {summary['metrics_before'][name]:.4f} | {value:.4f} |"
-        for name, value in summary["metrics"].items()
-    )
-    trained, dense = summary["trained_entries"], summary["dense_entries"]
-    share = trained / summary["total_entries"]
-    return f"""# {summary["task"]}, {summary["policy"]}, on {recipe.model.path}
-
-| metric | before | after |
-| --- | --- | --- |
-{rows}
-
-{trained:,} entries of {summary["total_entries"]:,} trained ({share:.2%}), and a head of {dense:,};
-{summary["steps"]:,} steps of {summary["step_time_ms"]:.0f} ms (median), weights of step
-{summary["kept_step"]:,} kept; `{DELTA_FILE}` has {summary["delta_bytes"]:,} bytes.
-
-```sh
-sift merge {DELTA_FILE} --out merged    # an ordinary Hugging Face folder
-sift eval .                             # the metrics again
-```
-
-The recipe, every value resolved:
-
-```yaml
-{recipe.to_yaml().rstrip()}
-```
-"""
