@@ -142,14 +142,15 @@ def _rate(steps: Sequence[Record]) -> Figure:
 
 
 def _entries(layered: Mapping[tuple[str, str], Record]) -> Figure:
-    return _heat(
-        layered, "share", lambda cell: _thousands(cell["entries"]), "share of the entries", "{:.2%}"
-    )
+    def said(cell: Record) -> str:
+        return _thousands(cell["entries"])
+
+    return _heat(layered, "share", said, "share of the entries", "{:.2%}".format)
 
 
 def _change(layered: Mapping[tuple[str, str], Record]) -> Figure:
     return _heat(
-        layered, "rms", lambda cell: f"{cell['rms']:.0e}", "root mean square change", "{:.0e}"
+        layered, "rms", lambda cell: _small(cell["rms"]), "root mean square change", _small
     )
 
 
@@ -158,7 +159,7 @@ def _inputs(layered: Mapping[tuple[str, str], Record]) -> Figure:
         return f"{cell['half_in_inputs']:.0%}"
 
     held = {place: cell for place, cell in layered.items() if "half_in_inputs" in cell}
-    return _heat(held, "half_in_inputs", said, "share of the inputs", "{:.0%}")
+    return _heat(held, "half_in_inputs", said, "share of the inputs", "{:.0%}".format)
 
 
 def _heat(
@@ -166,7 +167,7 @@ def _heat(
     key: str,
     said: Callable[[Record], str],
     title: str,
-    form: str,
+    form: Callable[[float], str],
 ) -> Figure:
     """Layers down, modules across; colour is `key`, each cell says `said`."""
     rows = list(dict.fromkeys(layer for layer, _ in cells))
@@ -190,7 +191,8 @@ def _heat(
     axis.set_yticks([y + 0.48 for y in range(len(rows))], rows)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    axis.set_title(f"{title}: {form.format(low)} to {form.format(high)}")
+    ends = dict.fromkeys([form(low), form(high)])
+    axis.set_title(f"{title}: {' to '.join(ends)}")
     return figure
 
 
@@ -270,7 +272,7 @@ def _svg(figure: Figure, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     size = re.search(r'viewBox="[^"]+"', text)
     assert size
-    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {size[0]} role="img">'
+    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {size[0]}>'
     return re.sub(r"<svg[^>]*>", head, text, count=1)
 
 
@@ -307,6 +309,10 @@ def _thousands(count: int) -> str:
     if count < 1000:
         return str(count)
     return f"{count / 1e3:.3g}k" if count < 1e6 else f"{count / 1e6:.3g}M"
+
+
+def _small(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-")
 
 
 def _product(shape: Sequence[int]) -> int:

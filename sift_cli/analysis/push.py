@@ -12,6 +12,15 @@ from sift_cli.errors import SiftError
 from sift_cli.training.record import PLOTS, REPORT_FILE
 from sift_cli.training.run import SUMMARY_FILE
 
+# What the library raises: for an answer, no network, a card it finds wrong, an upload that failed.
+# The bases of its own error are those of the HTTP client that it has.
+REFUSALS: tuple[type[Exception], ...] = (
+    *HfHubHTTPError.__bases__,
+    OfflineModeIsEnabled,
+    ValueError,
+    RuntimeError,
+    OSError,
+)
 FILES = ("README.md", DELTA_FILE, RECIPE_FILE, SUMMARY_FILE)
 
 
@@ -40,7 +49,7 @@ def push(run: Path, repo: str, *, private: bool = True, texts: bool = False) -> 
             api.create_commit(made_at.repo_id, adding, commit_message="Upload a run of sift")
         except HFValidationError as error:
             raise SiftError(f"--repo {repo}: {_first_line(error)}") from None
-        except (HfHubHTTPError, OfflineModeIsEnabled, ValueError, OSError) as error:
+        except REFUSALS as error:
             raise SiftError(f"push: the hub at {api.endpoint}: {_first_line(error)}") from None
     return str(made_at)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sift_cli.cli.options import Json, print_json, stdout
+from sift_cli.cli.options import Json, print_json, stderr, stdout
 
 Run = Annotated[Path, typer.Argument(help="A run folder.")]
 
@@ -43,8 +43,12 @@ def push(
 
     Example: sift push runs/rte --repo me/rte-sift
     """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     from sift_cli.analysis.push import push as run_push
 
+    if not stderr.is_terminal:
+        disable_progress_bars()
     address = run_push(run, repo, private=private, texts=texts)
     if as_json:
         print_json({"repo": address})

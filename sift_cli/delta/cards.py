@@ -84,6 +84,7 @@ def _front(settings: Mapping[str, Any], metrics: Mapping[str, float], relation: 
     data, model = settings["data"], settings["model"]
     hub_data = _hub_id(data["path"])
     hub_base = _hub_id(model["path"])
+    more: dict[str, Any] = {"base_model_relation": relation} if hub_base else {}
     results = [
         EvalResult(
             task_type="text-classification",
@@ -105,7 +106,7 @@ def _front(settings: Mapping[str, Any], metrics: Mapping[str, float], relation: 
         model_name=_title(settings),
         pipeline_tag="text-classification",
         tags=["sift", "sparse-fine-tuning"],
-        **({"base_model_relation": relation} if hub_base else {}),
+        **more,
     )
     return f"---\n{card.to_yaml()}\n---\n"
 
