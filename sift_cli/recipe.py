@@ -1,7 +1,7 @@
 """The recipe: its schema, its file, and errors that say where. Imports no torch."""
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -12,11 +12,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     WrapValidator,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from sift_cli.data import TASKS
 from sift_cli.errors import SiftError
@@ -38,15 +42,27 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _one_of(known: Sequence[str]) -> AfterValidator:
-    """Accepts the names in `known`; the error offers the nearest."""
+class _OneOf(NamedTuple):
+    """Accepts the names in `known`; the error offers the nearest, the JSON schema lists them."""
 
-    def check(value: str) -> str:
-        if value not in known:
-            raise ValueError(f"unknown: {value!r}{_nearest(value, known)}")
+    known: tuple[str, ...]
+
+    def check(self, value: str) -> str:
+        if value not in self.known:
+            raise ValueError(f"unknown: {value!r}{_nearest(value, self.known)}")
         return value
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(kind))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.known)}
+
+
+def _one_of(known: Iterable[str]) -> _OneOf:
+    return _OneOf(tuple(known))
 
 
 def _in_short(expected: str) -> WrapValidator:
@@ -61,9 +77,18 @@ def _in_short(expected: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-Names = Annotated[list[str], BeforeValidator(_as_list)]
+def _or_list(item: dict[str, Any]) -> WithJsonSchema:
+    """For the JSON schema: one or several."""
+    return WithJsonSchema({"anyOf": [item, {"type": "array", "items": item}]})
+
+
+Names = Annotated[list[str], BeforeValidator(_as_list), _or_list({"type": "string"})]
 TaskName = Annotated[str, _one_of([*TASKS, "custom"])]
-MetricNames = Annotated[list[Annotated[str, _one_of(METRICS)]], BeforeValidator(_as_list)]
+MetricNames = Annotated[
+    list[Annotated[str, _one_of(METRICS)]],
+    BeforeValidator(_as_list),
+    _or_list({"enum": list(METRICS)}),
+]
 PolicyName = Annotated[str, _one_of(list(POLICIES))]
 
 
@@ -168,11 +193,14 @@ def _score_name(value: str) -> str:
     return value
 
 
+_SCORE = WithJsonSchema({"anyOf": [{"enum": list(SCORES)}, {"pattern": r"\.py:\w+$"}]})
+
+
 class SelectionSection(Section):
     """Which entries train."""
 
     policy: PolicyName = Field("sift", description="a row of the policy table")
-    score: Annotated[str, AfterValidator(_score_name)] | None = Field(
+    score: Annotated[str, AfterValidator(_score_name), _SCORE] | None = Field(
         None, description="what an entry is worth; or FILE.py:FUNCTION"
     )
     scope: Annotated[str, _one_of(SCOPES)] | None = Field(

@@ -61,6 +61,7 @@ RECIPES: dict[str, Callable[..., None]] = {
     "ls": recipes.ls,
     "show": recipes.show,
     "cp": recipes.cp,
+    "schema": recipes.schema,
     "policies": recipes.policies,
 }
 
