@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +11,14 @@ if TYPE_CHECKING:
 CLASSIFICATION = ("accuracy", "f1", "f1_macro", "matthews")
 REGRESSION = ("pearson", "spearman")
 METRICS = (*CLASSIFICATION, *REGRESSION)
+
+
+Metrics = Mapping[str, float | None]  # by name; None where one is undefined
+
+
+def shown(value: float | None) -> str:
+    """A metric as a person reads it."""
+    return "undefined" if value is None else f"{value:.4f}"
 
 
 def compute_metrics(

@@ -221,6 +221,16 @@ def test_two_evaluation_splits(base: Path, tmp_path: Path) -> None:
     assert "validation_mismatched)" in page
 
 
+def test_an_undefined_metric_is_said_and_not_drawn(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary["metrics_before"] = {"accuracy": None}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert "undefined before training" in report(run).read_text()
+    drop = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(re.sub(r'"accuracy": [\d.]+', '"accuracy": null', drop))
+    assert "Loss and metrics" in report(run).read_text()
+
+
 def test_the_probe_s_picture_goes_in(run: Path, tmp_path: Path) -> None:
     kept = {"sift": {"steps": [0.9, 0.8]}, "random": {"steps": [0.1, 0.1]}}
     probed = tmp_path / "probe"

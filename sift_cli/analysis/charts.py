@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from sift_cli.metrics import Metrics
+
 Record = Mapping[str, Any]
 
 INK = "#010203"  # text and lines; in a page they take the page's colour
@@ -46,7 +48,7 @@ def charts(
     weights: Sequence[Record],
     predictions: Sequence[Record],
     labels: Sequence[str] | None,
-    before: Mapping[str, float],
+    before: Metrics,
     probe: Record | None,
     out: Path,
 ) -> dict[str, str]:
@@ -108,18 +110,16 @@ def by_layer(weights: Sequence[Record]) -> dict[tuple[str, str], dict[str, Any]]
     return found
 
 
-def _progress(
-    steps: Sequence[Record], scores: Sequence[Record], before: Mapping[str, float]
-) -> Figure:
+def _progress(steps: Sequence[Record], scores: Sequence[Record], before: Metrics) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.2 if scores else 2.3), layout="constrained")
     axes = figure.subplots(2 if scores else 1, 1, sharex=True, squeeze=False)[:, 0]
     axes[0].plot(*_series(steps, "loss"), color=BLUE, lw=1.2, marker=_marker(steps))
     axes[0].set_ylabel("loss")
     if scores:
         for at, name in enumerate(scores[0]["metrics"]):
-            line = [(0, before[name])] if name in before else []
-            line += [(one["step"], one["metrics"][name]) for one in scores]
-            axes[1].plot(*zip(*line, strict=True), marker=".", label=name, color=_colour(at))
+            line = [(0, before.get(name))] + [(one["step"], one["metrics"][name]) for one in scores]
+            defined = [(step, value) for step, value in line if value is not None]
+            axes[1].plot(*zip(*defined, strict=True), marker=".", label=name, color=_colour(at))
         best = [one["step"] for one in scores if one.get("best")]
         if best:
             axes[1].axvline(best[-1], color=INK, lw=0.8, ls=":", label="best")

@@ -13,6 +13,7 @@ from sift_cli import __version__
 from sift_cli.analysis.charts import by_layer, charts
 from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import SiftError
+from sift_cli.metrics import shown
 from sift_cli.recipe import parse_recipe
 from sift_cli.training.record import (
     MISTAKES,
@@ -54,6 +55,7 @@ def report(
     )
     page = environment.get_template(TEMPLATE).render(
         run=run,
+        shown=shown,
         base=recipe.model.path,
         summary={"labels": None, **summary},
         tiles=_tiles(summary),

@@ -25,6 +25,7 @@ from sift_cli.cli.options import (
     stdout,
 )
 from sift_cli.errors import SiftError
+from sift_cli.metrics import shown
 
 SHOWN = 4  # metrics in the summary of a training
 
@@ -71,7 +72,7 @@ def train(
     table = Table(f"metric ({summary['task']})", "before", "after", box=None, pad_edge=False)
     before, after = summary["metrics_before"], summary["metrics"]
     for name in list(after)[:SHOWN]:
-        table.add_row(name, f"{before[name]:.4f}", f"{after[name]:.4f}")
+        table.add_row(name, shown(before[name]), shown(after[name]))
     print_table(table)
     if quiet:
         return
@@ -136,7 +137,7 @@ def evaluate(
     rows = sum(map(len, session.evaluation.values()))
     table = Table("metric", "value", title=f"{session.task.name}, {rows:,} rows")
     for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(name, shown(value))
     print_table(table)
 
 

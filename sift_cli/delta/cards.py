@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from sift_cli.data import TASKS
+from sift_cli.metrics import Metrics, shown
 from sift_cli.recipe import Recipe
 
 PAPER = "[SIFT, Song et al., ICML 2024](https://arxiv.org/abs/2312.11875)"
@@ -24,7 +25,7 @@ def delta_card(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     """The card of a run folder, from what summary.json holds."""
     settings = recipe.model_dump(mode="json")
     metrics, before = summary["metrics"], summary["metrics_before"]
-    rows = "\n".join(f"| {one} | {before[one]:.4f} | {metrics[one]:.4f} |" for one in metrics)
+    rows = "\n".join(f"| {one} | {shown(before[one])} | {shown(metrics[one])} |" for one in metrics)
     trained, total = summary["trained_entries"], summary["total_entries"]
     return f"""{_front(settings, metrics, "adapter")}
 # {_title(settings)}
@@ -56,7 +57,7 @@ sift eval .                                  # the metrics again
 def model_card(about: Mapping[str, Any]) -> str:
     """The card of a merged model, from what its delta says of itself (`Delta.about`)."""
     settings, metrics = about["recipe"], about["metrics"]
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
+    rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in metrics.items())
     pair = '{"text": "First text.", "text_pair": "Second text."}'
     example = pair if _paired(settings) else '"A text."'
     versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
@@ -79,7 +80,7 @@ Versions: {versions}.
 """
 
 
-def _front(settings: Mapping[str, Any], metrics: Mapping[str, float], relation: str) -> str:
+def _front(settings: Mapping[str, Any], metrics: Metrics, relation: str) -> str:
     """The YAML block that the hub reads."""
     data, model = settings["data"], settings["model"]
     hub_data = _hub_id(data["path"])
@@ -95,11 +96,12 @@ def _front(settings: Mapping[str, Any], metrics: Mapping[str, float], relation: 
             metric_value=value,
         )
         for name, value in metrics.items()
+        if value is not None
     ]
     card = ModelCardData(
         base_model=hub_base,
         datasets=[hub_data] if hub_data else None,
-        eval_results=results,
+        eval_results=results or None,
         library_name="transformers" if relation == "finetune" else None,
         license=model["license"],
         metrics=list(metrics),

@@ -15,7 +15,6 @@ from sift_cli.sparse import SparseParameters, Support
 
 PREDICTIONS_FILE = "predictions.jsonl"
 WEIGHTS_FILE = "weights.jsonl"
-RECORDS = (PREDICTIONS_FILE, WEIGHTS_FILE)
 REPORT_FILE = "report.html"
 PLOTS = "plots"
 MISTAKES = 10  # so many rows of a split keep their text

@@ -25,7 +25,7 @@ from sift_cli.evaluation import probe_logits
 from sift_cli.recipe import Recipe
 from sift_cli.session import Session
 from sift_cli.sparse import SparseParameters
-from sift_cli.training.record import PLOTS, RECORDS, REPORT_FILE, write_weights
+from sift_cli.training.record import PLOTS, REPORT_FILE, write_weights
 from sift_cli.training.sinks import Bar, JsonLines, Sink, Sinks, TensorBoard, WandB
 
 SUMMARY_FILE = "summary.json"
@@ -77,7 +77,7 @@ def open_run_folder(recipe: Recipe, out: Path, console: Console) -> Sinks:
         sinks.append(TensorBoard(out / "tensorboard"))
     if recipe.log.wandb:
         sinks.append(WandB(out, recipe.model_dump(mode="json")))
-    for name in (SUMMARY_FILE, DELTA_FILE, *RECORDS, REPORT_FILE):
+    for name in (SUMMARY_FILE, DELTA_FILE, REPORT_FILE):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / PLOTS, ignore_errors=True)
     (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")

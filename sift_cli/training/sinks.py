@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sift_cli.errors import SiftError
+from sift_cli.metrics import shown
 
 Record = Mapping[str, Any]
 
@@ -100,7 +101,7 @@ class Bar:
     def log(self, record: Record) -> None:
         """Moves the bar; an evaluation also stays on the screen as a line."""
         if "metrics" in record:
-            self._metric = "  ".join(f"{name} {x:.4f}" for name, x in record["metrics"].items())
+            self._metric = "  ".join(f"{name} {shown(x)}" for name, x in record["metrics"].items())
             best = "  (best)" if record.get("best") else ""
             self._console.print(f"step {record['step']}: {self._metric}{best}", highlight=False)
         else:
