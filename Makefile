@@ -8,7 +8,7 @@ help:  ## what there is
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,quickstart]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,quickstart]'
 	touch $@
 
 .venv/.quickstart:
@@ -45,5 +45,7 @@ bench: setup  ## sift beside LoRA and others, step by step and whole (MODEL=fold
 results: setup  ## the table of docs/results.md (MODEL=folder DATA=folder OUT=folder)
 	$(BIN)/python benchmarks/glue_minilm.py $(MODEL) $(DATA) --out $(or $(OUT),runs/glue-minilm)
 
-docs: setup  ## run every command that README and docs show
-	$(BIN)/pytest tests/test_docs.py
+docs: setup  ## build the site in build/site, with its generated pages
+	$(BIN)/python scripts/recipe_reference.py
+	$(BIN)/python scripts/cli_reference.py
+	$(BIN)/python scripts/site.py

@@ -75,22 +75,20 @@ def predict_logits(
     return restored
 
 
-def evaluate(
+def predict_splits(
     model: nn.Module,
     splits: Mapping[str, Encoded],
     collate: Collate,
-    metrics: Sequence[str],
     *,
-    regression: bool = False,
     batch_size: int = 64,
     max_tokens: int | None = None,
     bf16: bool = False,
-) -> dict[str, float | None]:
-    """Each metric on each split; a split's key is the suffix of its metrics' names.
+) -> dict[str, Tensor]:
+    """The logits of each split, as `predict_logits` gives them, by the split's suffix.
 
     Raises SiftError (exit code 4) where the model's outputs are not finite.
     """
-    found: dict[str, float | None] = {}
+    found = {}
     for suffix, data in splits.items():
         logits = predict_logits(
             model, data, collate, batch_size=batch_size, max_tokens=max_tokens, bf16=bf16
@@ -101,7 +99,21 @@ def evaluate(
                 f"evaluation: the model's outputs are not finite, such as for rows {rows}",
                 ExitCode.NOT_FINITE,
             )
-        predicted = logits.squeeze(-1) if regression else logits.argmax(-1)
+        found[suffix] = logits
+    return found
+
+
+def score_splits(
+    logits: Mapping[str, Tensor],
+    splits: Mapping[str, Encoded],
+    metrics: Sequence[str],
+    regression: bool = False,
+) -> dict[str, float | None]:
+    """Each metric of each split's logits; a split's key is the suffix of its metrics' names."""
+    found: dict[str, float | None] = {}
+    for suffix, data in splits.items():
+        outputs = logits[suffix]
+        predicted = outputs.squeeze(-1) if regression else outputs.argmax(-1)
         labels = torch.tensor(data.rows["label"][:])
         for name, value in compute_metrics(metrics, predicted.numpy(), labels.numpy()).items():
             found[name + suffix] = value

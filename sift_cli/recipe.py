@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -13,11 +13,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     WrapValidator,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from sift_cli.data import TASKS
 from sift_cli.errors import SiftError
@@ -39,15 +43,27 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _one_of(known: Sequence[str]) -> AfterValidator:
-    """Accepts the names in `known`; the error offers the nearest."""
+class _OneOf(NamedTuple):
+    """Accepts the names in `known`; the error offers the nearest, the JSON schema lists them."""
 
-    def check(value: str) -> str:
-        if value not in known:
-            raise ValueError(f"unknown: {value!r}{_nearest(value, known)}")
+    known: tuple[str, ...]
+
+    def check(self, value: str) -> str:
+        if value not in self.known:
+            raise ValueError(f"unknown: {value!r}{_nearest(value, self.known)}")
         return value
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(kind))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.known)}
+
+
+def _one_of(known: Iterable[str]) -> _OneOf:
+    return _OneOf(tuple(known))
 
 
 def _in_short(expected: str) -> WrapValidator:
@@ -62,9 +78,18 @@ def _in_short(expected: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-Names = Annotated[list[str], BeforeValidator(_as_list)]
+def _or_list(item: dict[str, Any]) -> WithJsonSchema:
+    """For the JSON schema: one or several."""
+    return WithJsonSchema({"anyOf": [item, {"type": "array", "items": item}]})
+
+
+Names = Annotated[list[str], BeforeValidator(_as_list), _or_list({"type": "string"})]
 TaskName = Annotated[str, _one_of([*TASKS, "custom"])]
-MetricNames = Annotated[list[Annotated[str, _one_of(METRICS)]], BeforeValidator(_as_list)]
+MetricNames = Annotated[
+    list[Annotated[str, _one_of(METRICS)]],
+    BeforeValidator(_as_list),
+    _or_list({"enum": list(METRICS)}),
+]
 PolicyName = Annotated[str, _one_of(list(POLICIES))]
 
 
@@ -83,6 +108,9 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="how the base weights are held"
+    )
+    license: str = Field(
+        "unknown", description="licence of the tuned model, for its card; often that of the base"
     )
 
 
@@ -166,11 +194,14 @@ def _score_name(value: str) -> str:
     return value
 
 
+_SCORE = WithJsonSchema({"anyOf": [{"enum": list(SCORES)}, {"pattern": r"\.py:\w+$"}]})
+
+
 class SelectionSection(Section):
     """Which entries train."""
 
     policy: PolicyName = Field("sift", description="a row of the policy table")
-    score: Annotated[str, AfterValidator(_score_name)] | None = Field(
+    score: Annotated[str, AfterValidator(_score_name), _SCORE] | None = Field(
         None, description="what an entry is worth; or FILE.py:FUNCTION"
     )
     scope: Annotated[str, _one_of(SCOPES)] | None = Field(
@@ -336,6 +367,7 @@ class LogSection(Section):
     every: PositiveInt = Field(10, description="steps between logged lines")
     tensorboard: bool = False
     wandb: bool = False
+    report: bool = Field(True, description="write report.html and plots after training")
 
 
 class Recipe(Section):

@@ -10,7 +10,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from sift_cli.data import Task, load_task
 from sift_cli.errors import SiftError
-from sift_cli.evaluation import evaluate
+from sift_cli.evaluation import predict_splits, score_splits
 from sift_cli.models import (
     DTYPES,
     LoadedModel,
@@ -48,18 +48,25 @@ class Session:
         batch: Mapping[str, Tensor] = DataCollatorWithPadding(self.tokenizer)(list(features))  # type: ignore[arg-type]
         return batch
 
-    def evaluate(self) -> dict[str, float | None]:
-        """The task's metrics of the model as it is now."""
-        return evaluate(
+    def predict(self) -> dict[str, Tensor]:
+        """The logits of every row to evaluate on, fp32 [N, outputs], by the split's suffix."""
+        return predict_splits(
             self.model,
             self.evaluation,
             self.collate,
-            self.task.metrics,
-            regression=self.task.labels is None,
             batch_size=self.eval_batch_size,
             max_tokens=self.eval_max_tokens,
             bf16=self.bf16,
         )
+
+    def score(self, logits: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """The task's metrics of what `predict` returned."""
+        regression = self.task.labels is None
+        return score_splits(logits, self.evaluation, self.task.metrics, regression)
+
+    def evaluate(self) -> dict[str, float | None]:
+        """The task's metrics of the model as it is now."""
+        return self.score(self.predict())
 
     def truncated(self) -> dict[str, int]:
         """Rows cut to `data.max_length`, by split."""

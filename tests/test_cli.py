@@ -1,22 +1,28 @@
 """The command line as a user meets it: output, exit codes, files."""
 
+import fcntl
 import io
 import json
 import os
+import pty
+import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import save_base
 from safetensors.torch import load_file
 
-from sift_cli.cli import main
+from sift_cli.cli import app, main
 
 ENV = {**os.environ, "NO_COLOR": "1", "COLUMNS": "120"}
 
@@ -118,6 +124,87 @@ def test_what_train_prints(recipe_file: Path, tmp_path: Path) -> None:
     assert "--overwrite" in again.stderr
 
 
+def test_where_no_one_watches_lines_are_plain(recipe_file: Path, tmp_path: Path) -> None:
+    done = sift("train", recipe_file, "--set", "train.max_steps=2", cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "metric (sst2)\tbefore\tafter"
+    assert re.fullmatch(r"accuracy\t0\.\d{4}\t0\.\d{4}", lines[1])
+    assert len(lines) == 6
+    assert lines[-1] == "Next: sift merge runs/tiny/delta.safetensors --out runs/tiny/merged"
+    assert not re.search("[\x1b\u2500-\u257f]", done.stdout + done.stderr)
+    done = sift("predict", tmp_path / "runs/tiny", "a [red]good[/red] film")
+    assert done.stdout.splitlines()[1].startswith("a [red]good[/red] film\t")
+
+
+def test_quiet_prints_results_and_errors_only(recipe_file: Path, tmp_path: Path) -> None:
+    done = sift("train", recipe_file, "-q", "--out", tmp_path / "run")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [
+        "metric (sst2)",
+        "accuracy",
+    ]
+    assert "--overwrite" in sift("train", recipe_file, "-q", "--out", tmp_path / "run").stderr
+
+
+def on_a_terminal(*args: object, **env: str) -> str:
+    """What `sift ARGS` shows on a terminal of 80 columns."""
+    screen, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    without = {key: value for key, value in ENV.items() if key not in ("NO_COLOR", "COLUMNS")}
+    command = [sys.executable, "-m", "sift_cli", *map(str, args)]
+    with subprocess.Popen(
+        command, stdin=end, stdout=end, stderr=end, env={**without, "TERM": "xterm-256color", **env}
+    ) as run:
+        os.close(end)
+        shown = b""
+        try:
+            while more := os.read(screen, 1 << 16):
+                shown += more
+        except OSError:  # the other side is closed
+            pass
+        assert run.wait() == 0
+    os.close(screen)
+    return shown.decode()
+
+
+COLOUR = r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7])(?:;\d+)*m"
+
+
+def test_a_terminal_shows_a_bar_and_ten_lines_at_most(recipe_file: Path, tmp_path: Path) -> None:
+    metrics = "data.metrics=[accuracy, f1, f1_macro, matthews]"
+    args = ["train", recipe_file, "--out", tmp_path / "r", "--set", metrics, "--set", "log.every=1"]
+    shown = on_a_terminal(*args)
+    assert re.search(COLOUR, shown)
+    assert "training" in shown
+    assert "6/6" in shown
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    summary = plain[plain.rindex("metric (sst2)") :].strip().splitlines()
+    assert len(summary) <= 10
+    assert "Next: sift merge" in "".join(summary)
+    shown = on_a_terminal("eval", tmp_path / "r", NO_COLOR="1")
+    assert "accuracy" in shown
+    assert not re.search(COLOUR, shown)
+
+
+def test_help_has_an_example_for_each_command() -> None:
+    group = typer.main.get_command(app)
+    leaves = {name: one for name, one in group.commands.items() if name != "recipes"}
+    leaves |= {f"recipes {name}": one for name, one in group.commands["recipes"].commands.items()}
+    for name, command in leaves.items():
+        assert f"Example: sift {name}" in (command.help or ""), name
+    shown = sift("train", "--help").stdout
+    assert "Example: sift train glue/rte" in " ".join(shown.split())
+
+
+def test_shells_complete_commands() -> None:
+    env = {**ENV, "_SIFT_COMPLETE": "complete_bash", "COMP_WORDS": "sift pr", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sift_cli"], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["predict", "probe"]
+
+
 def test_three_mistakes_three_lines(tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text(
@@ -196,7 +283,7 @@ def test_recipes_and_env(tmp_path: Path) -> None:
     assert "glue/stsb" in listed
     shown = sift("recipes", "show", "glue/rte").stdout
     assert sift("recipes", "cp", "glue/rte", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "rte.yaml").read_text() == shown
+    assert shown.splitlines()[0] in (tmp_path / "rte.yaml").read_text()
     assert sift("recipes", "cp", "glue/rte", cwd=tmp_path).returncode == 2
     found = json.loads(sift("env", "--json").stdout)
     assert {"sift", "torch", "transformers", "python", "cuda"} <= found.keys()

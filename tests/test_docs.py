@@ -3,10 +3,17 @@
 import importlib.util
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from hub import hub
+from huggingface_hub import constants
 from test_cli import sift
 
 from sift_cli.cli import app
@@ -15,24 +22,117 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+RECIPE_COMMANDS = ("train", "probe", "compare", "plan")  # they take a recipe first
+TOKEN = "hf_token"
+
+
+def blocks(page: Path, language: str) -> list[tuple[str, str]]:
+    """Title and text of each block of the language."""
+    found = re.findall(
+        rf"```{language}(?: title=\"([^\"]+)\")?\n(.*?)```", page.read_text(), re.DOTALL
+    )
+    return [(title, text) for title, text in found]
+
+
 def commands(page: Path) -> list[list[str]]:
     """The lines of shell blocks that begin with `sift`."""
-    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("sift ")]
-    return [shlex.split(line, comments=True)[1:] for line in lines]
+    lines = [line for _, block in blocks(page, "sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("sift ")]
 
 
-def test_the_readme_commands_run(base: Path, data: Path, tmp_path: Path) -> None:
-    tiny = [f"model.path={base}", f"data.path={data}", "data.task=sst2", "data.max_length=16"]
-    ran = []
-    for args in commands(ROOT / "README.md"):
-        if args[0] == "train":
-            args = [*args, *(part for change in tiny for part in ("--set", change))]
-        done = sift(*args, cwd=tmp_path)
-        assert done.returncode == 0, (args, done.stderr)
-        ran.append(args[0])
-    assert ran == ["recipes", "train", "merge", "predict"]
-    assert (tmp_path / "runs/rte/merged/model.safetensors").is_file()
+def in_small(args: list[str], base: Path, data: Path, own: Container[str]) -> list[str]:
+    """The command with a tiny model; and with tiny data, unless its recipe is the page's own."""
+    if args[0] not in RECIPE_COMMANDS:
+        return args
+    changes = [f"model.path={base}", "data.max_length=16", "train.max_steps=6"]
+    if args[1] not in own:
+        changes += [f"data.path={data}", "data.task=sst2"]
+    return [*args, *(part for change in changes for part in ("--set", change))]
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(
+    page: Path, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, on the page's own files and stand-ins for models, GLUE and the hub."""
+    shown = commands(page)
+    own = {title: text for title, text in blocks(page, "yaml") if title}
+    for title, text in own.items():
+        (tmp_path / title).write_text(text)
+    for table in (ROOT / "docs").glob("*.csv"):
+        shutil.copy(table, tmp_path)
+    if "runs/rte" in str(shown) and not any(args[0] == "train" for args in shown):
+        shown.insert(0, ["train", "glue/rte", "--out", "runs/rte"])
+    with hub(TOKEN) as server:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        for args in shown:
+            with monkeypatch.context() as patch:
+                patch.setattr(constants, "HF_HUB_OFFLINE", args[0] != "push")
+                done = sift(*in_small(args, base, data, own), cwd=tmp_path)
+            assert done.returncode == 0, (args, done.stderr)
+
+
+def test_the_pages_show_what_they_are_meant_to() -> None:
+    ran = {page.name: [args[0] for args in commands(page)] for page in PAGES}
+    assert ran["README.md"] == ["recipes", "train", "merge", "predict"]
+    assert {"train", "report", "predict", "merge", "eval", "push"} <= set(ran["tutorial.md"])
+    group = typer.main.get_command(app)
+    assert set(ran["cli.md"]) == set(group.commands)
+
+
+def test_commands_in_running_text_are_commands() -> None:
+    group = typer.main.get_command(app)
+    for page in PAGES:
+        for line in re.findall(r"`sift ([a-z][^`]*)`", page.read_text().replace("\n", " ")):
+            words = shlex.split(line)
+            command = group.commands.get(words[0])
+            assert command is not None, (page.name, line)
+            given = {word.split("=")[0] for word in words if word.startswith("--")}
+            known = {name for one in command.params for name in [*one.opts, *one.secondary_opts]}
+            assert given <= known | {"--help"}, (page.name, line)
+
+
+def test_the_site_has_every_page_and_no_other() -> None:
+    listed = re.findall(r'= "([^"]+\.md)"', (ROOT / "zensical.toml").read_text())
+    pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(pages), "a page of docs/ is one line of nav in zensical.toml"
+
+
+def test_the_site_builds_with_strict_links_and_fetches_nothing() -> None:
+    site = script("site")
+    done = subprocess.run(
+        [sys.executable, site.__file__], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list((ROOT / "build/site").rglob("*.html"))
+    assert len(pages) > 15
+    for page in pages:
+        text = page.read_text()
+        tags = re.findall(r"<(?:script|link|img|iframe|source)[^>]*>", text)
+        fetched = [tag for tag in tags if re.search(r"(src|href)=.?(https?:)?//", tag)]
+        assert not [tag for tag in fetched if 'rel="canonical"' not in tag], page
+
+
+def test_links_out_of_the_site_become_names() -> None:
+    site = script("site")
+    page = ROOT / "docs/benchmarks.md"
+    text = "[a](selection.md) [b](../benchmarks/steps.py) [c](https://x.org) ![d](../x.png) [e](#f)"
+    assert site.inside(text, page) == text.replace(
+        "[b](../benchmarks/steps.py)", "`benchmarks/steps.py`"
+    )
+
+
+def script(name: str) -> Any:
+    """A script of the project as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_command_is_in_the_readme_and_the_other_way_round() -> None:
@@ -48,13 +148,11 @@ def test_links_lead_to_files(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-def test_the_recipe_reference_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("ref", ROOT / "scripts/recipe_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (ROOT / "docs/recipe.md").read_text() == module.reference(), "run the script"
+@pytest.mark.parametrize(
+    ("name", "page"), [("recipe_reference", "recipe.md"), ("cli_reference", "cli.md")]
+)
+def test_a_reference_is_current(name: str, page: str) -> None:
+    assert (ROOT / "docs" / page).read_text() == script(name).reference(), f"run scripts/{name}.py"
 
 
 def test_make_targets_of_the_pages_exist() -> None:

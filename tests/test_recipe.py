@@ -45,7 +45,7 @@ def errors(added: str = "", *overrides: str) -> list[str]:
         ("trian:\n  epochs: 3\n", "6:1 trian: unknown key; did you mean train?"),
         (
             "log: {xyzzy: 1}\n",
-            "6:7 log.xyzzy: unknown key; known here: every, tensorboard, wandb",
+            "6:7 log.xyzzy: unknown key; known here: every, tensorboard, wandb, report",
         ),
     ],
 )

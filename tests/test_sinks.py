@@ -102,5 +102,29 @@ def test_the_bar_is_plain_lines_elsewhere() -> None:
     bar = Bar(Console(file=file))
     bar.log(STEP)
     bar.log(EVALUATION)
+    for step in (4, 5):  # a line for each tenth of the steps
+        bar.log({**STEP, "step": step, "steps": 40})
     bar.close()
-    assert file.getvalue() == "step 3: accuracy 0.5000  (best)\n"
+    assert file.getvalue().splitlines() == [
+        "step 3 of 9: loss 0.2500  12 rows/s",
+        "step 3: accuracy 0.5000  (best)",
+    ]
+
+
+def test_plain_lines_come_with_each_tenth() -> None:
+    file = io.StringIO()
+    bar = Bar(Console(file=file))
+    for step in range(1, 41):
+        bar.log({**STEP, "step": step, "steps": 40})
+    bar.close()
+    said = [line.split(":")[0] for line in file.getvalue().splitlines()]
+    assert said == [f"step {step} of 40" for step in range(4, 41, 4)]
+
+
+def test_a_quiet_console_shows_nothing() -> None:
+    file = io.StringIO()
+    bar = Bar(Console(file=file, quiet=True))
+    bar.log(STEP)
+    bar.log(EVALUATION)
+    bar.close()
+    assert file.getvalue() == ""

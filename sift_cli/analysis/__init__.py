@@ -1,5 +1,6 @@
-"""What runs rest on, measured."""
+"""What runs rest on, measured, and what they came to."""
 
 from sift_cli.analysis.probe import probe
+from sift_cli.analysis.report import report
 
-__all__ = ["probe"]
+__all__ = ["probe", "report"]

@@ -9,8 +9,8 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from sift_cli.cli import deltas, recipes, runs, studies
-from sift_cli.cli.options import Json, print_json, stdout
+from sift_cli.cli import deltas, recipes, runs, sharing, studies
+from sift_cli.cli.options import Json, print_json, print_table
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.faults import fault_of
 
@@ -23,7 +23,6 @@ app = typer.Typer(
 )
 
 
-@app.callback(invoke_without_command=True)
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -38,7 +37,10 @@ def root(
 
 
 def env(as_json: Json = False) -> None:
-    """Print versions and devices, for a bug report."""
+    """Print versions and devices, for a bug report.
+
+    Example: sift env
+    """
     from sift_cli.environment import describe
 
     found = describe()
@@ -48,7 +50,7 @@ def env(as_json: Json = False) -> None:
     table = Table("what", "is", show_header=False)
     for name, value in found.items():
         table.add_row(name, str(value))
-    stdout.print(table)
+    print_table(table)
 
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
@@ -60,12 +62,14 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "export": deltas.export,
     },
     "Measure and plan": {"probe": studies.probe},
+    "Show and share": {"report": sharing.report, "push": sharing.push},
     "Help": {"env": env},
 }
 RECIPES: dict[str, Callable[..., None]] = {
     "ls": recipes.ls,
     "show": recipes.show,
     "cp": recipes.cp,
+    "schema": recipes.schema,
     "policies": recipes.policies,
 }
 

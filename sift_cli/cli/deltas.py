@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from sift_cli.cli.options import Base, Json, print_json, size, stdout
+from sift_cli.cli.options import Base, Json, print_json, print_table, size, stdout
 from sift_cli.errors import SiftError
 
 DeltaFile = Annotated[str, typer.Argument(help="A delta file, or a run folder that holds one.")]
@@ -45,7 +45,10 @@ def merge(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write base + delta(s) as a Hugging Face folder, and prove it equal to the trained model."""
+    """Write base + delta(s) as a Hugging Face folder, and prove it equal to the trained model.
+
+    Example: sift merge runs/rte/delta.safetensors --out runs/rte/merged
+    """
     from sift_cli.delta import merge as run
 
     report = run(
@@ -66,7 +69,7 @@ def merge(
         print_json(report)
         return
     if "overlaps" in report:
-        stdout.print(_overlap_table(report))
+        print_table(_overlap_table(report))
     for sentence in _merged(report, undo):
         stdout.print(sentence, highlight=False)
 
@@ -147,7 +150,10 @@ def diff(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a delta from two dense models: exact, or the largest changes."""
+    """Make a delta from two dense models: exact, or the largest changes.
+
+    Example: sift diff roberta-base my-tuned-model --out delta.safetensors
+    """
     from sift_cli.delta.difference import difference
 
     made = difference(base, tuned, out, density=density, scope=scope, dtype=dtype)
@@ -187,7 +193,10 @@ def export(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a delta as an adapter that PEFT loads."""
+    """Write a delta as an adapter that PEFT loads.
+
+    Example: sift export runs/rte --to peft --out runs/rte/peft
+    """
     if to != "peft":
         raise SiftError(f"--to {to}: sift writes peft")
     from sift_cli.delta.export import describe
@@ -221,7 +230,10 @@ def inspect(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show where a delta changes its model, how far, and where it comes from; needs no model."""
+    """Show where a delta changes its model, how far, and where it comes from; needs no model.
+
+    Example: sift inspect runs/rte --out runs/rte/density.png
+    """
     from sift_cli.analysis.inspect import bands
     from sift_cli.analysis.inspect import inspect as run
     from sift_cli.delta.tuned import delta_file
@@ -240,7 +252,7 @@ def inspect(
     table = Table("an entry moved by", "entries", "share", title="how far, as the bits tell")
     for move, count in found["moves"].items():
         table.add_row(move, f"{count:,}", f"{count / max(1, found['entries']):.1%}")
-    stdout.print(table)
+    print_table(table)
     if out is not None:
         stdout.print(f"Heat map: {out}", highlight=False, markup=False)
 
@@ -291,4 +303,4 @@ def _density_table(
             norm, base = (sum(row[k] ** 2 for row in rows) ** 0.5 for k in ("norm", "base_norm"))
             cells.append(f"{norm / base:.2%}" if base else "")
         table.add_row(*cells)
-    stdout.print(table)
+    print_table(table)

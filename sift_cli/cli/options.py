@@ -5,11 +5,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import render
+from rich.table import Table
 
 stdout = Console(soft_wrap=True)
 stderr = Console(stderr=True)
+silent = Console(stderr=True, quiet=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress and no advice: results and errors only.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe.")
 ]
@@ -28,6 +34,20 @@ Base = Annotated[str | None, typer.Option(help="The base model, if not the one t
 def print_json(value: dict[str, Any]) -> None:
     """The one object that a command with --json puts on stdout."""
     typer.echo(json.dumps(value, indent=2))
+
+
+def print_table(table: Table) -> None:
+    """The table where someone watches; else plain lines, its cells between tabs."""
+    if stdout.is_terminal:
+        stdout.print(table)
+        return
+    lines = list(zip(*(column.cells for column in table.columns), strict=True))
+    if table.show_header:
+        lines = [tuple(column.header for column in table.columns), *lines]
+    if table.title:
+        typer.echo(table.title)
+    for line in lines:
+        typer.echo("\t".join(str(render(str(cell))) for cell in line))
 
 
 def size(count: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from sift_cli.cli import shipped
@@ -17,15 +18,20 @@ from sift_cli.cli.options import (
     Device,
     Json,
     Overrides,
+    Quiet,
     RecipeArg,
     Tuned,
     print_json,
+    print_table,
+    silent,
     size,
     stderr,
     stdout,
 )
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.metrics import shown
+
+SHOWN = 4  # metrics in the summary of a training
 
 
 def train(
@@ -41,9 +47,13 @@ def train(
         bool, typer.Option("--overwrite", help="Replace a run in the run folder.")
     ] = False,
     allow_code: AllowCode = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train, evaluate, and write the run folder."""
+    """Train, evaluate, and write the run folder.
+
+    Example: sift train glue/rte --out runs/rte --set train.epochs=3
+    """
     if resume and overwrite:
         raise SiftError("--resume goes on with a run, --overwrite replaces it; give one of them")
     from sift_cli.recipe import load_recipe
@@ -64,21 +74,32 @@ def train(
             resume=resume,
             overwrite=overwrite,
             allow_code=allow_code,
-            console=stderr,
+            console=silent if quiet else stderr,
         )
+    page = _report(folder) if resolved.log.report else None
     if as_json:
         print_json(summary)
         return
-    table = Table("metric", "before", "after", title=f"{summary['task']} -> {folder}")
-    for name, value in summary["metrics"].items():
-        table.add_row(name, shown(summary["metrics_before"][name]), shown(value))
-    stdout.print(table)
+    table = Table(f"metric ({summary['task']})", "before", "after", box=None, pad_edge=False)
+    before, after = summary["metrics_before"], summary["metrics"]
+    for name in list(after)[:SHOWN]:
+        table.add_row(name, shown(before[name]), shown(after[name]))
+    print_table(table)
+    if quiet:
+        return
+    if len(after) > SHOWN:
+        stdout.print(f"and {len(after) - SHOWN} more in {folder}/summary.json")
     trained, total = summary["trained_entries"], summary["total_entries"]
     stdout.print(
-        f"{trained:,} of {total:,} entries trained ({trained / total:.2%}) and a head of "
-        f"{summary['dense_entries']:,}; step {summary['step_time_ms']:.0f} ms; delta "
-        f"{size(summary['delta_bytes'])}; peak memory {size(summary['peak_memory_bytes'])}"
+        f"{trained:,} of {total:,} entries trained ({trained / total:.2%}), and a head of "
+        f"{summary['dense_entries']:,}"
     )
+    stdout.print(
+        f"step {summary['step_time_ms']:.0f} ms, peak memory "
+        f"{size(summary['peak_memory_bytes'])}, delta {size(summary['delta_bytes'])}"
+    )
+    if page:
+        stdout.print(f"Report: {page}")
     stdout.print(f"Next: sift merge {folder}/delta.safetensors --out {folder}/merged")
 
 
@@ -98,6 +119,18 @@ def telling_how_to_resume(folder: Path) -> Iterator[None]:
         raise SiftError(said, code) from None
 
 
+def _report(folder: Path) -> Path | None:
+    """The run's report; the run is whole without it, so that no failure here may cost it."""
+    from sift_cli.analysis.report import report
+
+    try:
+        return report(folder)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        stderr.print(f"no report ({said}); `sift report {folder}` tries again", markup=False)
+        return None
+
+
 def evaluate(
     tuned: Tuned,
     recipe: Annotated[
@@ -109,7 +142,10 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Score a run, a delta on its base, or any model folder."""
+    """Score a run, a delta on its base, or any model folder.
+
+    Example: sift eval runs/rte --split train
+    """
     from sift_cli.recipe import load_recipe, parse_recipe
 
     given = load_recipe(recipe, overrides or []) if recipe else None
@@ -129,7 +165,7 @@ def evaluate(
     table = Table("metric", "value", title=f"{session.task.name}, {rows:,} rows")
     for name, value in metrics.items():
         table.add_row(name, shown(value))
-    stdout.print(table)
+    print_table(table)
 
 
 def predict(
@@ -142,7 +178,10 @@ def predict(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Try a tuned model on text."""
+    """Try a tuned model on text.
+
+    Example: sift predict runs/rte "A man sleeps." --pair "A man is awake."
+    """
     if pair and len(pair) != len(text):
         raise SiftError(f"{len(text)} texts, but {len(pair)} --pair; give one for each")
     from sift_cli.delta.tuned import load_tuned
@@ -159,5 +198,5 @@ def predict(
     for one in predictions:
         said = " / ".join([one["text"], one["pair"]] if "pair" in one else [one["text"]])
         number = one.get("probability", one.get("score"))
-        table.add_row(said, str(one.get("label", "")), f"{number:.4f}")
-    stdout.print(table)
+        table.add_row(escape(said), str(one.get("label", "")), f"{number:.4f}")
+    print_table(table)

@@ -12,8 +12,11 @@ from sift_cli.cli.options import (
     Device,
     Json,
     Overrides,
+    Quiet,
     RecipeArg,
     print_json,
+    print_table,
+    silent,
     stderr,
     stdout,
 )
@@ -29,9 +32,13 @@ def probe(
     overrides: Overrides = None,
     device: Device = None,
     allow_code: AllowCode = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure on your model and data what sparse fine-tuning rests on."""
+    """Measure on your model and data what sparse fine-tuning rests on.
+
+    Example: sift probe glue/rte --steps 30 --policies snip,rows
+    """
     from sift_cli.recipe import load_recipe
 
     path = shipped.find(recipe)
@@ -47,7 +54,7 @@ def probe(
         steps=steps,
         device=device,
         allow_code=allow_code,
-        console=stderr,
+        console=silent if quiet else stderr,
     )
     if as_json:
         print_json(found)
@@ -66,7 +73,7 @@ def probe(
         shares = [f"{kept[key]:.3f}" for key in ("first", "mean", "last")]
         rest = [kept["replaced_per_step"], kept["second_moment_lost_per_step"]]
         table.add_row(name, *shares, *(f"{value:.3f}" for value in rest))
-    stdout.print(table)
+    print_table(table)
     for sentence in found["says"]:
         stdout.print(sentence, highlight=False)
     stdout.print(f"Plots and probe.json: {folder}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sift_cli.delta.apply import apply_delta
+from sift_cli.delta.cards import CARD_FILE
 from sift_cli.delta.file import Delta, load_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
@@ -79,7 +80,7 @@ def export(
             "inexact": inexact,
             "bytes": weights.stat().st_size,
         }
-        (aside / "README.md").write_text(_card(report, delta), encoding="utf-8")
+        (aside / CARD_FILE).write_text(_card(report, delta), encoding="utf-8")
         del model
         report["logits_difference"] = None
         if verify and find_spec("peft") is not None:

@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from sift_cli.delta.cards import CARD_FILE, model_card
 from sift_cli.delta.changes import Composed, Toggle
 from sift_cli.delta.compose import Mix
 from sift_cli.delta.file import Delta, WeightDelta, fingerprint, load_delta
@@ -134,6 +135,7 @@ def merge(
             Record.of(folder, partial, plan.listings, plan.names, marks).save(partial)
             if recipe := _recipe(delta):
                 (partial / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+                (partial / CARD_FILE).write_text(model_card(delta.about), encoding="utf-8")
         report |= {
             "tensors": len(wanted),
             "changed": len(change.changed),

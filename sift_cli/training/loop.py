@@ -27,6 +27,7 @@ from sift_cli.training.facts import Facts
 from sift_cli.training.gradient import add_gradient
 from sift_cli.training.guard import guarded, require_space
 from sift_cli.training.kept import Kept
+from sift_cli.training.record import write_predictions
 from sift_cli.training.run import Timing, open_run_folder, write_run
 from sift_cli.training.sinks import Sinks
 from sift_cli.training.stopping import Stop
@@ -160,9 +161,12 @@ def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
     state, batches = run.state, run.chooser.batches
     if evaluates(step, run.recipe.eval.every, batches) and state.kept.seen < step:
         state.watch.read()
-        metrics = stop.interruptible(run.session.evaluate)
-        if metrics is not None:
+        logits = stop.interruptible(run.session.predict)
+        if logits is not None:
+            metrics = run.session.score(logits)
             log.log({"step": step, "metrics": metrics, "best": state.kept.offer(step, metrics)})
+            if state.kept.step == step:
+                write_predictions(run.checkpoints.out, run.session, logits, run.recipe.eval.split)
     asked = stop.asked  # read once: what comes later is heard after the next step
     if step != run.saved and (asked or run.checkpoints.due(step)):
         state.watch.read()

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,15 +15,17 @@ import torch
 from rich.console import Console
 
 from sift_cli.delta.build import build_delta, describe_base, versions
+from sift_cli.delta.cards import CARD_FILE, delta_card
 from sift_cli.delta.file import save_delta
 from sift_cli.delta.tuned import DELTA_FILE, RECIPE_FILE
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
 from sift_cli.files import write_text
-from sift_cli.metrics import Metrics, shown
+from sift_cli.metrics import Metrics
 from sift_cli.recipe import Recipe
 from sift_cli.session import Session
 from sift_cli.sparse import SparseParameters
+from sift_cli.training.record import PLOTS, REPORT_FILE, write_weights
 from sift_cli.training.sinks import Bar, JsonLines, Sink, Sinks, TensorBoard, WandB
 
 SUMMARY_FILE = "summary.json"
@@ -92,8 +95,9 @@ def open_run_folder(recipe: Recipe, out: Path, console: Console, after: int = 0)
         sinks.append(TensorBoard(out / "tensorboard", after))
     if recipe.log.wandb:
         sinks.append(WandB(out, recipe.model_dump(mode="json"), after))
-    for name in (SUMMARY_FILE, DELTA_FILE):
+    for name in (SUMMARY_FILE, DELTA_FILE, REPORT_FILE):
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / PLOTS, ignore_errors=True)
     write_text(out / RECIPE_FILE, recipe.to_yaml())
     return Sinks(JsonLines(out / METRICS_FILE, after), [*sinks, Bar(console)])
 
@@ -118,12 +122,14 @@ def write_run(
     assert session.train is not None
     delta = build_delta(parameters, session.new, marks, describe(recipe, session, metrics))
     digest = save_delta(out / DELTA_FILE, delta)
+    write_weights(out, session.model, parameters, dense)
     counts = {one.name: len(one.support) for one in parameters}
     dense_entries = sum(counts[name] for name in dense)
     summary = {
         "task": session.task.name,
         "policy": recipe.selection.policy,
         "seed": recipe.train.seed,
+        "labels": None if session.task.labels is None else list(session.task.labels),
         "metrics": dict(metrics),
         "metrics_before": dict(metrics_before),
         "trained_entries": sum(counts.values()) - dense_entries,
@@ -143,7 +149,7 @@ def write_run(
         "device": str(session.device),
         "bf16_autocast": session.bf16,
     }
-    write_text(out / "README.md", card(recipe, summary))
+    write_text(out / CARD_FILE, delta_card(recipe, summary))
     write_text(out / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -185,34 +191,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def card(recipe: Recipe, summary: Mapping[str, Any]) -> str:
-    """README.md of the run folder: the numbers, the commands, the recipe."""
-    rows = "\n".join(
-        f"| {name} | {shown(summary['metrics_before'][name])} | {shown(value)} |"
-        for name, value in summary["metrics"].items()
-    )
-    trained, dense = summary["trained_entries"], summary["dense_entries"]
-    share = trained / summary["total_entries"]
-    return f"""# {summary["task"]}, {summary["policy"]}, on {recipe.model.path}
-
-| metric | before | after |
-| --- | --- | --- |
-{rows}
-
-{trained:,} entries of {summary["total_entries"]:,} trained ({share:.2%}), and a head of {dense:,};
-{summary["steps"]:,} steps of {summary["step_time_ms"]:.0f} ms (median), weights of step
-{summary["kept_step"]:,} kept; `{DELTA_FILE}` has {summary["delta_bytes"]:,} bytes.
-
-```sh
-sift merge {DELTA_FILE} --out merged    # an ordinary Hugging Face folder
-sift eval .                             # the metrics again
-```
-
-The recipe, every value resolved:
-
-```yaml
-{recipe.to_yaml().rstrip()}
-```
-"""

@@ -112,6 +112,7 @@ class Bar:
         )
         self._task = self._progress.add_task("training", total=None, said="")
         self._metric = ""
+        self._tenths = 0  # of the steps that plain lines have told of
         self._progress.start()
 
     def log(self, record: Record) -> None:
@@ -121,11 +122,13 @@ class Bar:
             best = "  (best)" if record.get("best") else ""
             self._console.print(f"step {record['step']}: {self._metric}{best}", highlight=False)
         else:
+            step, steps = record["step"], record["steps"]
             speed = f"{record['rows_per_second']:.0f} rows/s"
-            said = f"loss {record['loss']:.4f}  {self._metric}  {speed}"
-            self._progress.update(
-                self._task, completed=record["step"], total=record["steps"], said=said
-            )
+            said = "  ".join(filter(None, [f"loss {record['loss']:.4f}", self._metric, speed]))
+            self._progress.update(self._task, completed=step, total=steps, said=said)
+            if not self._console.is_terminal and 10 * step // steps > self._tenths:
+                self._tenths = 10 * step // steps
+                self._console.print(f"step {step} of {steps}: {said}", highlight=False)
 
     def close(self) -> None:
         """Takes the bar down."""

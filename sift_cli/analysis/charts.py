@@ -1,0 +1,322 @@
+"""Charts of a run, each as a PNG file and as an SVG that takes the colours of the page it is in."""
+
+import io
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from sift_cli.metrics import Metrics
+
+Record = Mapping[str, Any]
+
+INK = "#010203"  # text and lines; in a page they take the page's colour
+BLUE, ORANGE = "#3b82f6", "#e07b39"
+SHADES = LinearSegmentedColormap.from_list("shades", [(0.23, 0.51, 0.96, a) for a in (0.04, 1)])
+WIDTH = 4.8  # inches: on a phone, letters come out as large as they are set
+LABELS = 24  # letters of a label
+NAMED = 25  # classes, at most, whose names and counts fit a confusion matrix
+POINTS = 2000  # of a scatter plot
+STYLE = {
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 9.5,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # labels are the user's
+}
+
+
+def charts(
+    lines: Sequence[Record],
+    weights: Sequence[Record],
+    predictions: Sequence[Record],
+    labels: Sequence[str] | None,
+    before: Metrics,
+    probe: Record | None,
+    out: Path,
+) -> dict[str, str]:
+    """Draws what there is data for; writes `out`/NAME.png and returns NAME -> SVG.
+
+    `lines` are those of metrics.jsonl, `weights` and `predictions` what the run recorded, `probe`
+    what probe.json holds; `before` are the metrics before training.
+    """
+    steps = [line for line in lines if "loss" in line]
+    scores = [line for line in lines if "metrics" in line]
+    layered = by_layer(weights)
+    drawn: dict[str, Callable[[], Figure]] = {}
+    if steps:
+        drawn["progress"] = lambda: _progress(steps, scores, before)
+        drawn["rate"] = lambda: _rate(steps)
+    if layered:
+        drawn["entries"] = lambda: _entries(layered)
+        drawn["change"] = lambda: _change(layered)
+        if any("half_in_inputs" in cell for cell in layered.values()):
+            drawn["inputs"] = lambda: _inputs(layered)
+    if probe:
+        drawn["kept"] = lambda: _kept(probe)
+    for split in dict.fromkeys(line["split"] for line in predictions):
+        rows = [line for line in predictions if line["split"] == split]
+        drawn[f"predictions-{split}"] = lambda rows=rows: (  # type: ignore[misc]
+            _confusion(rows, labels) if labels else _scatter(rows)
+        )
+    found = {}
+    with _style():
+        for name, draw in drawn.items():
+            figure = draw()
+            figure.savefig(out / f"{_file(name)}.png", dpi=130)
+            found[name] = _svg(figure, name)
+    return found
+
+
+def by_layer(weights: Sequence[Record]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The weights that lie in numbered layers, added up by layer and module."""
+    cells: dict[tuple[str, str], list[Record]] = {}
+    for weight in weights:
+        place = re.match(r"(.*?)\.(\d+)\.(.*)\.\w+$", weight["name"])
+        if place and not weight["whole"]:
+            where = f"{place[1]} {place[2]}", place[3]
+            cells.setdefault(where, []).append(weight)
+    stacks = {layer.rpartition(" ")[0] for layer, _ in cells}
+    found = {}
+    for (layer, module), some in cells.items():
+        touched = sum(one["touched"] for one in some)
+        squares = sum(one["touched"] * one["rms"] ** 2 for one in some)
+        sizes = [_product(one["shape"]) for one in some]
+        row = layer if len(stacks) > 1 else layer.rpartition(" ")[2]
+        crowded = [one["half_in_inputs"] for one in some if "half_in_inputs" in one]
+        found[row, module] = {
+            "entries": sum(one["entries"] for one in some),
+            "share": sum(one["entries"] for one in some) / sum(sizes),
+            "rms": (squares / touched) ** 0.5,
+            **({"half_in_inputs": crowded[0]} if crowded else {}),
+        }
+    return found
+
+
+def _progress(steps: Sequence[Record], scores: Sequence[Record], before: Metrics) -> Figure:
+    figure = Figure(figsize=(WIDTH, 4.2 if scores else 2.3), layout="constrained")
+    axes = figure.subplots(2 if scores else 1, 1, sharex=True, squeeze=False)[:, 0]
+    axes[0].plot(*_series(steps, "loss"), color=BLUE, lw=1.2, marker=_marker(steps))
+    axes[0].set_ylabel("loss")
+    if scores:
+        for at, name in enumerate(scores[0]["metrics"]):
+            line = [(0, before.get(name))] + [(one["step"], one["metrics"][name]) for one in scores]
+            defined = [(step, value) for step, value in line if value is not None]
+            axes[1].plot(*zip(*defined, strict=True), marker=".", label=name, color=_colour(at))
+        best = [one["step"] for one in scores if one.get("best")]
+        if best:
+            axes[1].axvline(best[-1], color=INK, lw=0.8, ls=":", label="best")
+        axes[1].legend(fontsize=8.5)
+    for axis in axes:
+        axis.grid(alpha=0.2)
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _rate(steps: Sequence[Record]) -> Figure:
+    figure, axis = _one(1.9)
+    axis.plot(*_series(steps, "learning_rate"), color=ORANGE, marker=_marker(steps))
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axis.set(xlabel="step", ylabel="learning rate")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.2)
+    return figure
+
+
+def _entries(layered: Mapping[tuple[str, str], Record]) -> Figure:
+    def said(cell: Record) -> str:
+        return _thousands(cell["entries"])
+
+    return _heat(layered, "share", said, "share of the entries", "{:.2%}".format)
+
+
+def _change(layered: Mapping[tuple[str, str], Record]) -> Figure:
+    return _heat(
+        layered, "rms", lambda cell: _small(cell["rms"]), "root mean square change", _small
+    )
+
+
+def _inputs(layered: Mapping[tuple[str, str], Record]) -> Figure:
+    def said(cell: Record) -> str:
+        return f"{cell['half_in_inputs']:.0%}"
+
+    held = {place: cell for place, cell in layered.items() if "half_in_inputs" in cell}
+    return _heat(held, "half_in_inputs", said, "share of the inputs", "{:.0%}".format)
+
+
+def _heat(
+    cells: Mapping[tuple[str, str], Record],
+    key: str,
+    said: Callable[[Record], str],
+    title: str,
+    form: Callable[[float], str],
+) -> Figure:
+    """Layers down, modules across; colour is `key`, each cell says `said`."""
+    rows = list(dict.fromkeys(layer for layer, _ in cells))
+    columns = list(dict.fromkeys(module for _, module in cells))
+    names = _apart(columns)
+    figure, axis = _one(1.5 + 0.24 * len(rows) + 0.055 * max(map(len, names)))
+    values = [cell[key] for cell in cells.values()]
+    low, high = min(values), max(values)
+    logs = low > 0 and high > 10 * low
+    norm = LogNorm(low, high) if logs else Normalize(0, high or 1)
+    for (layer, module), cell in cells.items():
+        x, y = columns.index(module), rows.index(layer)
+        shade = SHADES(norm(cell[key]))
+        axis.add_patch(Rectangle((x, y), 0.96, 0.96, color=shade, lw=0))
+        if len(columns) <= 8:
+            ink = "white" if norm(cell[key]) > 0.6 else INK
+            at = x + 0.48, y + 0.48
+            axis.text(*at, said(cell), ha="center", va="center", size=7.5, color=ink)
+    axis.set(xlim=(0, len(columns)), ylim=(len(rows), 0), ylabel="layer")
+    axis.set_xticks([x + 0.48 for x in range(len(columns))], names, rotation=35, ha="right")
+    axis.set_yticks([y + 0.48 for y in range(len(rows))], rows)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    ends = dict.fromkeys([form(low), form(high)])
+    axis.set_title(f"{title}: {' to '.join(ends)}")
+    return figure
+
+
+def _kept(probe: Record) -> Figure:
+    figure, axis = _one(3)
+    for at, (name, kept) in enumerate(probe["kept_norm_share"].items()):
+        steps = range(1, len(kept["steps"]) + 1)
+        axis.plot(steps, kept["steps"], label=name, marker=".", color=_colour(at))
+    axis.set(ylim=(0, 1.02), xlabel="training step", ylabel="share of the gradient's norm")
+    axis.grid(alpha=0.2)
+    axis.legend(fontsize=8.5)
+    return figure
+
+
+def _confusion(rows: Sequence[Record], labels: Sequence[str]) -> Figure:
+    counts = Counter((row["label"], row["predicted"]) for row in rows)
+    truths = Counter(row["label"] for row in rows)
+    size = min(4.6, 1.6 + 0.5 * len(labels))
+    figure, axis = _one(size + 0.6)
+    named = len(labels) <= NAMED
+    for y, truth in enumerate(labels):
+        for x, predicted in enumerate(labels):
+            count = counts[truth, predicted]
+            share = count / max(truths[truth], 1)
+            box = Rectangle((x, y), 0.98, 0.98, color=SHADES(share), lw=0)
+            axis.add_patch(box)
+            if named and (count or len(labels) <= 12):
+                ink = "white" if share > 0.6 else INK
+                small = 9.5 if len(labels) <= 8 else 6.5
+                at = x + 0.49, y + 0.49
+                axis.text(*at, f"{count:,}", ha="center", va="center", color=ink, size=small)
+    ends = len(labels)
+    axis.set(xlim=(0, ends), ylim=(ends, 0), xlabel="predicted", ylabel="label", aspect="equal")
+    names = [_short(label) for label in labels] if named else []
+    ticks = [at + 0.49 for at in range(len(names))]
+    axis.set_xticks(ticks, names, rotation=35, ha="right")
+    axis.set_yticks(ticks, names)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    return figure
+
+
+def _scatter(rows: Sequence[Record]) -> Figure:
+    shown = rows[:: 1 + len(rows) // POINTS]
+    figure, axis = _one(4.4)
+    x, y = [row["label"] for row in shown], [row["predicted"] for row in shown]
+    axis.scatter(x, y, s=7, alpha=0.45, color=BLUE, lw=0)
+    ends = min(*x, *y), max(*x, *y)
+    axis.plot(ends, ends, color=INK, lw=0.8, ls=":")
+    axis.set(xlabel="label", ylabel="predicted")
+    axis.grid(alpha=0.2)
+    return figure
+
+
+def _one(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that no font has is no reason to stop
+        yield
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure for a page: transparent, in the page's colour, with ids of its own."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    used = {*re.findall(r"url\(#([^)]+)\)", text), *re.findall(r'href="#([^"]+)"', text)}
+    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    size = re.search(r'viewBox="[^"]+"', text)
+    assert size
+    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {size[0]}>'
+    return re.sub(r"<svg[^>]*>", head, text, count=1)
+
+
+def _file(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def _series(lines: Sequence[Record], key: str) -> tuple[list[float], list[float]]:
+    return [line["step"] for line in lines], [line[key] for line in lines]
+
+
+def _marker(lines: Sequence[Record]) -> str:
+    return "." if len(lines) < 30 else ""
+
+
+def _colour(at: int) -> str:
+    return (BLUE, ORANGE, "#10a37f", "#a855f7", "#dc2f6b", "#8a8f98")[at % 6]
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= LABELS else label[: LABELS - 1] + "…"
+
+
+def _apart(modules: Sequence[str]) -> list[str]:
+    """The last part of each module's name, with as many before it as tell it from the others."""
+    for parts in range(1, 1 + max(module.count(".") + 1 for module in modules)):
+        names = [".".join(module.split(".")[-parts:]) for module in modules]
+        if len(set(names)) == len(names):
+            return names
+    return list(modules)
+
+
+def _thousands(count: int) -> str:
+    if count < 1000:
+        return str(count)
+    return f"{count / 1e3:.3g}k" if count < 1e6 else f"{count / 1e6:.3g}M"
+
+
+def _small(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-")
+
+
+def _product(shape: Sequence[int]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size

@@ -1,0 +1,167 @@
+"""Cards: the README.md of a run folder and of a merged model, as the model hub reads them."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from sift_cli.data import TASKS
+from sift_cli.metrics import Metrics, shown
+from sift_cli.recipe import Recipe
+
+CARD_FILE = "README.md"
+PAPER = "[SIFT, Song et al., ICML 2024](https://arxiv.org/abs/2312.11875)"
+USE = """```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="PATH_OR_ID_OF_THIS_FOLDER")
+classify({example})
+```"""
+
+
+def delta_card(recipe: Recipe, summary: Mapping[str, Any]) -> str:
+    """The card of a run folder, from what summary.json holds."""
+    settings = recipe.model_dump(mode="json")
+    metrics, before = summary["metrics"], summary["metrics_before"]
+    rows = "\n".join(f"| {one} | {shown(before[one])} | {shown(metrics[one])} |" for one in metrics)
+    trained, total = summary["trained_entries"], summary["total_entries"]
+    return f"""{_front(settings, metrics, "adapter")}
+# {_title(settings)}
+
+A sparse delta: {trained:,} of {total:,} entries of `{_base(settings)}` trained
+({trained / total:.2%}; policy `{summary["policy"]}`, {PAPER}), and
+{summary["dense_entries"]:,} in modules that train whole.
+`delta.safetensors` ({summary["delta_bytes"]:,} bytes) turns the base into the trained model bit for
+bit, and back.
+
+| metric ({settings["eval"]["split"]}) | before | after |
+| --- | --- | --- |
+{rows}
+
+{summary["steps"]:,} steps of {summary["step_time_ms"]:.0f} ms (median); the weights are those of
+step {summary["kept_step"]:,}. `report.html` shows the run.
+
+## How to use
+
+```sh
+sift merge delta.safetensors --out merged    # an ordinary Hugging Face folder
+sift predict delta.safetensors {_shell_example(settings)}
+sift eval .                                  # the metrics again
+```
+
+{_ending(settings, summary["labels"])}"""
+
+
+def model_card(about: Mapping[str, Any]) -> str:
+    """The card of a merged model, from what its delta says of itself (`Delta.about`)."""
+    settings, metrics = about["recipe"], about["metrics"]
+    rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in metrics.items())
+    pair = '{"text": "First text.", "text_pair": "Second text."}'
+    example = pair if _paired(settings) else '"A text."'
+    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
+    return f"""{_front(settings, metrics, "finetune")}
+# {_title(settings)}
+
+`{_base(settings)}`, fine-tuned by changing few of its entries (policy `{about["policy"]}`,
+{PAPER}). All others are the base's, bit for bit.
+
+| metric ({settings["eval"]["split"]}) | value |
+| --- | --- |
+{rows}
+
+## How to use
+
+{USE.replace("{example}", example)}
+
+{_ending(settings, about["labels"])}
+Versions: {versions}.
+"""
+
+
+def _front(settings: Mapping[str, Any], metrics: Metrics, relation: str) -> str:
+    """The YAML block that the hub reads."""
+    data, model = settings["data"], settings["model"]
+    hub_data = _hub_id(data["path"])
+    hub_base = _hub_id(model["path"])
+    more: dict[str, Any] = {"base_model_relation": relation} if hub_base else {}
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=hub_data or "other",
+            dataset_name=_dataset(data),
+            dataset_split=settings["eval"]["split"],
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+        if value is not None
+    ]
+    card = ModelCardData(
+        base_model=hub_base,
+        datasets=[hub_data] if hub_data else None,
+        eval_results=results or None,
+        library_name="transformers" if relation == "finetune" else None,
+        license=model["license"],
+        metrics=list(metrics),
+        model_name=_title(settings),
+        pipeline_tag="text-classification",
+        tags=["sift", "sparse-fine-tuning"],
+        **more,
+    )
+    return f"---\n{card.to_yaml()}\n---\n"
+
+
+def _ending(settings: Mapping[str, Any], labels: list[str] | None) -> str:
+    """Labels, licence and recipe: the same on both cards."""
+    said = "a number" if labels is None else ", ".join(f"`{label}`" for label in labels)
+    recipe = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))])
+    license = settings["model"]["license"]
+    told = "not stated" if license == "unknown" else license
+    return f"""It predicts {said}.
+
+Licence: {told}; that of the base, `{_base(settings)}`, holds too.
+
+## The recipe, every value resolved
+
+{fence}yaml
+{recipe}
+{fence}
+"""
+
+
+def _title(settings: Mapping[str, Any]) -> str:
+    return f"{_dataset(settings['data'])} on {_base(settings)}"
+
+
+def _dataset(data: Mapping[str, Any]) -> str:
+    return _name(data["path"]) if data["task"] == "custom" else str(data["task"])
+
+
+def _base(settings: Mapping[str, Any]) -> str:
+    path: str = settings["model"]["path"]
+    return path if _hub_id(path) else _name(path)
+
+
+def _name(path: str) -> str:
+    """The last part of a local path: the rest means nothing elsewhere."""
+    return Path(path).name or path
+
+
+def _hub_id(path: str) -> str | None:
+    """The path, where it is the id of something on the hub."""
+    fits = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)
+    return path if fits and not Path(path).expanduser().exists() else None
+
+
+def _paired(settings: Mapping[str, Any]) -> bool:
+    data = settings["data"]
+    columns = data["text"] or TASKS[data["task"]].text
+    return len(columns) > 1
+
+
+def _shell_example(settings: Mapping[str, Any]) -> str:
+    return '"First text." --pair "Second text."' if _paired(settings) else '"A text."'

@@ -1,0 +1,73 @@
+"""Cards as the hub reads them: front matter, numbers, commands."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from sift_cli.delta import load_delta, merge
+from sift_cli.delta.cards import delta_card, model_card
+from sift_cli.recipe import load_recipe
+from sift_cli.training import train
+
+
+@pytest.fixture
+def run(recipe_file: Path, tmp_path: Path) -> Path:
+    train(load_recipe(recipe_file, ["model.license=mit"]), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_both_cards_hold_recipe_metrics_base_and_licence(run: Path, tmp_path: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    merge(run / "delta.safetensors", tmp_path / "merged", verify=False)
+    for folder in (run, tmp_path / "merged"):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.license == "mit"
+        assert card.data.pipeline_tag == "text-classification"
+        assert {"sift", "sparse-fine-tuning"} <= set(card.data.tags or [])
+        assert card.data.base_model is None  # a local folder is no one's on the hub
+        results = card.data.eval_results or []
+        assert {one.metric_type: one.metric_value for one in results} == summary["metrics"]
+        resolved = yaml.safe_load(card.text.partition("```yaml\n")[2].partition("```")[0])
+        assert resolved["selection"]["density"] == 0.05
+        assert "`negative`, `positive`" in card.text
+        assert "## How to use" in card.text
+        assert f"{summary['metrics']['accuracy']:.4f} |" in card.text
+    assert "sift merge delta.safetensors" in (run / "README.md").read_text()
+    assert 'pipeline("text-classification"' in (tmp_path / "merged/README.md").read_text()
+
+
+def test_a_turned_back_model_has_no_card(run: Path, tmp_path: Path) -> None:
+    merge(run / "delta.safetensors", tmp_path / "m", verify=False)
+    merge(run / "delta.safetensors", tmp_path / "back", base=str(tmp_path / "m"), undo=True)
+    assert not (tmp_path / "back/README.md").exists()
+
+
+def test_ids_of_the_hub_are_linked_and_pairs_shown(run: Path, recipe_file: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    hub = ["model.path=owner/base", "data.path=nyu-mll/glue", "data.task=rte"]
+    recipe = load_recipe(recipe_file, hub)
+    card = ModelCard(delta_card(recipe, summary))
+    assert card.data.base_model == "owner/base"
+    assert card.data.base_model_relation == "adapter"
+    assert card.data.datasets == ["nyu-mll/glue"]
+    assert card.data.license == "unknown"
+    assert "Licence: not stated" in card.text
+    assert "--pair" in card.text
+    about = load_delta(run / "delta.safetensors").about
+    about = {**about, "recipe": recipe.model_dump(mode="json")}
+    card = ModelCard(model_card(about))
+    assert card.data.base_model_relation == "finetune"
+    assert card.data.library_name == "transformers"
+    assert "text_pair" in card.text
+
+
+def test_a_regression_and_a_recipe_with_fences(run: Path, recipe_file: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text()) | {"labels": None}
+    ticks = "```\n# not a heading"
+    recipe = load_recipe(recipe_file, [f"data.label={json.dumps(ticks)}"])
+    card = delta_card(recipe, summary)
+    assert "It predicts a number." in card
+    assert "\n````yaml\n" in card
