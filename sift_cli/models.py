@@ -27,7 +27,8 @@ from transformers.utils import logging as transformers_logging
 from sift_cli.errors import ExitCode, SiftError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+WEIGHTS = "*.safetensors"
+MODEL_FILES = ["*.json", WEIGHTS, "*.txt", "*.model"]
 UNLOADABLE = (OSError, ValueError, StrictDataclassError)  # what transformers raises for bad folders
 TOKENIZER_FILES = ["tokenizer*", "vocab*", "*.model"]
 
@@ -41,8 +42,10 @@ class LoadedModel:
     new: tuple[str, ...]
 
 
-def model_folder(path: str, revision: str | None = None) -> Path:
+def model_folder(path: str, revision: str | None = None, weights: bool = True) -> Path:
     """The local folder behind a hub id (downloaded once), a local folder, or pkg:MODULE/SUBDIR.
+
+    Without `weights`, only what goes beside them is downloaded.
 
     Raises SiftError where there is none, or where it holds no configuration.
     """
@@ -63,7 +66,7 @@ def model_folder(path: str, revision: str | None = None) -> Path:
     if not folder.is_dir():
         if path.startswith("pkg:") or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
             raise SiftError(f"model.path: {path}: no such folder")
-        folder = _download(path, revision)
+        folder = _download(path, revision, weights)
     if not (folder / "config.json").is_file():
         raise SiftError(f"model.path: {path} holds no config.json")
     return folder
@@ -77,14 +80,15 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _download(path: str, revision: str | None) -> Path:
+def _download(path: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    files = [one for one in MODEL_FILES if weights or one != WEIGHTS]
     try:
         return Path(
             snapshot_download(
-                path, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"]
+                path, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]
             )
         )
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -9,13 +9,9 @@ from conftest import CONFIGS
 from transformers import AutoModelForSequenceClassification
 
 from sift_cli.analysis.memory import (
-    PARTS,
     Batch,
     Ledger,
     Plan,
-    hit,
-    likely_kernel,
-    ordinary,
     sparse,
 )
 from sift_cli.dropout import quicken_dropout

@@ -1,5 +1,6 @@
-"""What runs rest on, measured."""
+"""What runs rest on, measured and planned."""
 
+from sift_cli.analysis.plan import plan
 from sift_cli.analysis.probe import probe
 
-__all__ = ["probe"]
+__all__ = ["plan", "probe"]

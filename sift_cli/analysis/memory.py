@@ -8,10 +8,13 @@ device but no storage (torch's FakeTensorMode). A ledger notes when each storage
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sift_cli import dropout
 from sift_cli.attention import replace_sdpa
 from sift_cli.dropout import quicken_dropout
 from sift_cli.evaluation import autocast
@@ -50,7 +54,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.allocations: list[Allocation] = []
         self.phase = ""
         self._clock = 0
@@ -168,7 +172,7 @@ class Plan:
         `prepare` decides what of the model trains. `activations` are what the forward pass made,
         `transient` what the backward pass and the optimizer did and no part is named for.
         """
-        with FakeTensorMode():
+        with numberless():
             model, ledger = self._open()
             with ledger:
                 ledger.phase = "positions"
@@ -194,7 +198,7 @@ class Plan:
                 sums.setdefault(name, torch.zeros_like(scores))
 
         sums: dict[str, Tensor] = {}
-        with FakeTensorMode():
+        with numberless():
             model, ledger = self._open()
             named = dict(model.named_parameters())
             model.requires_grad_(False)
@@ -205,7 +209,7 @@ class Plan:
 
     def evaluation(self) -> dict[str, int]:
         """The same of a forward pass without gradients."""
-        with FakeTensorMode():
+        with numberless():
             model, ledger = self._open()
             model.eval()
             with ledger, torch.inference_mode(), autocast(torch.device("cpu"), self.bf16):
@@ -274,6 +278,19 @@ def _mask(**kwargs: Any) -> Tensor | None:
     return made
 
 
+@contextmanager
+def numberless() -> Iterator[None]:
+    """Within, new tensors have no data, and attention takes one part of its batch: all parts hold
+    the same, one after the other."""
+
+    def first(scores: Tensor) -> Iterator[slice]:
+        yield from islice(parts(scores), 1)
+
+    parts = dropout._parts
+    with FakeTensorMode(), patch.object(dropout, "_parts", first):
+        yield
+
+
 def on_host(model: nn.Module) -> None:
     """Turns a model on the meta device into one whose tensors say that they lie on a CPU."""
     made: dict[int, Any] = {}
@@ -296,7 +313,7 @@ def sparse(
     block: int = 1,
     gpu: bool = False,
 ) -> Prepare:
-    """As `sift train` prepares a model: `counts` entries of each weight train, and `dense` whole."""
+    """As `sift train` prepares a model: of each weight `counts` entries train, `dense` whole."""
 
     def prepare(model: Any) -> Ready:
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}

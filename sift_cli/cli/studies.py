@@ -13,10 +13,12 @@ from sift_cli.cli.options import (
     Json,
     Overrides,
     RecipeArg,
+    parse_size,
     print_json,
     stderr,
     stdout,
 )
+from sift_cli.cli.tables import show_plan
 
 
 def probe(
@@ -70,3 +72,41 @@ def probe(
     for sentence in found["says"]:
         stdout.print(sentence, highlight=False)
     stdout.print(f"Plots and probe.json: {folder}")
+
+
+def plan(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    device: Device = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Plan for a device with so much memory, such as 24GB.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the model and time three steps.")
+    ] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="List the values that are defaults as well.")
+    ] = False,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what a recipe will train and need; trains nothing, and needs no weights."""
+    from sift_cli.recipe import trace_recipe
+
+    resolved, origins = trace_recipe(shipped.find(recipe), overrides or [])
+    there = None if memory is None else parse_size(memory)
+    from sift_cli.analysis import plan as run
+
+    found = run(
+        resolved,
+        device=device,
+        memory=there,
+        measure=measure,
+        allow_code=allow_code,
+        console=stderr,
+    )
+    found = {"recipe": resolved.model_dump(mode="json"), "origins": origins, **found}
+    if as_json:
+        print_json(found)
+        return
+    show_plan(stdout, found, show_all)
