@@ -51,7 +51,11 @@ def env(as_json: Json = False) -> None:
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Train and use": {"train": runs.train, "eval": runs.evaluate, "predict": runs.predict},
     "Deltas": {"merge": deltas.merge},
-    "Measure and plan": {"plan": studies.plan, "probe": studies.probe},
+    "Measure and plan": {
+        "plan": studies.plan,
+        "compare": studies.compare,
+        "probe": studies.probe,
+    },
     "Help": {"env": env},
 }
 RECIPES: dict[str, Callable[..., None]] = {

@@ -137,6 +137,19 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def show_compare(console: Console, found: Mapping[str, Any]) -> None:
+    """Prints the table of `sift compare` and what is to be said of it."""
+    from sift_cli.analysis.compare import cells, headings
+
+    table = Table(*headings(found), title=found["task"])
+    for row in found["rows"]:
+        table.add_row(*cells(row, found["metric"]))
+    _right(table)
+    console.print(table)
+    for note in found["notes"]:
+        console.print(note, highlight=False)
+
+
 def _right(table: Table) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
