@@ -8,6 +8,7 @@ python -m sift_cli.analysis.adapted METHOD RECIPE OUT [DEVICE]
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -19,7 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import get_scheduler
 
-from sift_cli.analysis.methods import ADAPTERS, adapt, adapted_layers, rank_for, trained
+from sift_cli.analysis.methods import (
+    ADAPTERS,
+    adapt,
+    adapted_layers,
+    rank_for,
+    require_peft,
+    trained,
+)
+from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.selection.select import planned
@@ -47,6 +56,8 @@ def train_adapted(
         budget = sum(planned(session.model, chooser.sparse, chooser.rule).values())
         rank, _ = rank_for(session.model, layers, budget)
     prepare_model(session, settings.gradient_checkpointing)
+    dense = set(chooser.dense)
+    head = [weight for name, weight in session.model.named_parameters() if name in dense]
     model = adapt(session.model, method, layers, chooser.dense, rank or 0, settings.seed)
     session = replace(session, model=model)
     weights = trained(model)
@@ -81,13 +92,13 @@ def train_adapted(
             if best is None or recipe.eval.keep == "last" or metrics[first] > best[first]:
                 best, best_step = metrics, step
                 best_weights = {name: one.detach().cpu().clone() for name, one in weights.items()}
+    for name, value in best_weights.items():
+        weights[name].data.copy_(value)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(best_weights, out / WEIGHTS_FILE)
-    head = sum(
-        weight.numel()
-        for name, weight in weights.items()
-        if any(name.endswith(whole) for whole in chooser.dense)
-    )
+    save_file(to_save(model, method, weights, head), out / WEIGHTS_FILE)
+    (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    dense_entries = sum(weight.numel() for weight in head)
+    entries = sum(weight.numel() for weight in weights.values())
     summary = {
         "task": session.task.name,
         "policy": method,
@@ -95,8 +106,8 @@ def train_adapted(
         "seed": settings.seed,
         "metrics": best,
         "metrics_before": metrics_before,
-        "trained_entries": sum(weight.numel() for weight in weights.values()) - head,
-        "dense_entries": head,
+        "trained_entries": entries - dense_entries,
+        "dense_entries": dense_entries,
         "total_entries": total,
         "steps": batches.steps,
         "kept_step": best_step,
@@ -111,6 +122,18 @@ def train_adapted(
     }
     (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def to_save(
+    model: Any, method: str, weights: Mapping[str, Tensor], head: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """What one would keep of a run: what trained; of an adapter, what PEFT saves and the head."""
+    found = dict(weights)
+    if method in ADAPTERS:
+        own = {id(weight) for weight in head}
+        found = {name: weight for name, weight in weights.items() if id(weight) in own}
+        found |= require_peft().get_peft_model_state_dict(model)
+    return {name: weight.detach().cpu().contiguous() for name, weight in found.items()}
 
 
 def main(arguments: list[str]) -> None:

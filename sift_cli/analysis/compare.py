@@ -75,6 +75,11 @@ def compare(
             f"Learning rates: the best of {sweep}, a factor of {HALF_DECADE:.2f} apart, on the "
             f"evaluation split with seed {first}; so the scores of that seed are a little too good."
         )
+    else:
+        notes.append(
+            "Learning rates: those of the recipe (full: a twentieth of it) where --lr says nothing "
+            "else; none was tuned here, so a method may do better at another."
+        )
     jobs = [
         Job.of(job.recipe, job.method, job.density, job.rate, first + more)
         for more in range(seeds)
@@ -103,9 +108,8 @@ def compare_runs(folders: Sequence[Path], out: Path | None = None) -> dict[str, 
             raise SiftError(f"{folder}: no finished run; it holds no {SUMMARY_FILE}")
         summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
         recipe: dict[str, Any] = {}
-        for file in (folder / RECIPE_FILE, folder.with_name(f"{folder.name}.yaml")):
-            if file.is_file() and not recipe:
-                recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if (folder / RECIPE_FILE).is_file():
+            recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
         for key in ("out", "log"):
             recipe.pop(key, None)
         rate = recipe.get("train", {}).get("learning_rate")
@@ -251,15 +255,10 @@ def write(out: Path, found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-HEADINGS = (
-    "method",
-    "trained entries",
-    "learning rate",
-    "metric",
-    "difference from sift",
-    "step, ms",
-    "peak memory, MB",
-    "file, kB",
+HEADINGS = ("method", "entries", "rate", "metric", "to sift", "p", "ms", "MB", "kB")
+LEGEND = (
+    "entries: trained, without the head; to sift: mean difference from it; ms: median step; MB: "
+    "peak memory of the process (on a GPU: of the device); kB: the file with what was trained."
 )
 
 
@@ -267,11 +266,11 @@ def cells(row: Mapping[str, Any], metric: str) -> list[str]:
     """The cells of one row under HEADINGS."""
     found, against = row["metrics"][metric], row["against_sift"]
     spread = "" if found["std"] is None else f" ± {found['std']:.4f}"
-    rank = "" if row["rank"] is None else f", rank {row['rank']}"
-    difference = ""
+    rank = "" if row["rank"] is None else f", r {row['rank']}"
+    difference = p = ""
     if against is not None:
-        p = "" if against["p"] is None else f" (p {against['p']:.2f})"
-        difference = f"{against['difference']:+.4f}{p}"
+        difference = f"{against['difference']:+.4f}"
+        p = "" if against["p"] is None else f"{against['p']:.2f}"
     rate = row["learning_rate"]
     return [
         label(row["method"], row["density"]) + rank,
@@ -279,6 +278,7 @@ def cells(row: Mapping[str, Any], metric: str) -> list[str]:
         "" if rate is None else f"{rate:g}",
         f"{found['mean']:.4f}{spread}",
         difference,
+        p,
         f"{row['step_time_ms']:,.0f}",
         f"{row['peak_memory_bytes'] / 1e6:,.0f}",
         f"{row['delta_bytes'] / 1e3:,.0f}",
@@ -289,8 +289,7 @@ def headings(found: Mapping[str, Any]) -> list[str]:
     """HEADINGS with the name of the metric and the number of seeds."""
     seeds = sorted({row["seeds"] for row in found["rows"]})
     counted = "-".join(str(count) for count in (seeds[0], seeds[-1])[: len(seeds)])
-    plural = "" if seeds[-1] == 1 else "s"
-    metric = f"{found['metric']}, {counted} seed{plural}"
+    metric = f"{found['metric']} (n={counted})"
     return [metric if one == "metric" else one for one in HEADINGS]
 
 
@@ -300,4 +299,4 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines.append("|" + " --- |" * len(HEADINGS))
     for row in found["rows"]:
         lines.append("| " + " | ".join(cells(row, found["metric"])) + " |")
-    return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"])]).rstrip() + "\n"
+    return "\n".join([*lines, "", LEGEND, "", *(f"- {note}" for note in found["notes"])]) + "\n"

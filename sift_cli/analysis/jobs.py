@@ -97,8 +97,9 @@ class Runner:
         folder = self.out / "runs" / job.name
         if not (folder / SUMMARY_FILE).is_file():
             shutil.rmtree(folder, ignore_errors=True)  # of a run that did not finish
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            recipe = folder.with_name(f"{folder.name}.yaml")
+            recipe = self.out / "recipes" / f"{job.name}.yaml"
+            for parent in (folder.parent, recipe.parent):
+                parent.mkdir(parents=True, exist_ok=True)
             recipe.write_text(job.recipe.to_yaml(), encoding="utf-8")
             done = subprocess.run(
                 self._command(job, recipe, folder),

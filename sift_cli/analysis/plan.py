@@ -32,6 +32,7 @@ from sift_cli.models import (
     task_config,
 )
 from sift_cli.recipe import Recipe
+from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import check, planned
 from sift_cli.selection.targets import choose_weights
 from sift_cli.session import autocasts, load_rows, open_session
@@ -62,41 +63,67 @@ def plan(
     """
     console = console or Console(stderr=True, quiet=True)
     where = pick_device(device)
-    rule = rule_of(recipe.selection, allow_code)
-    folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
-    rows = Rows.of(recipe, folder)
-    with quiet():
+    outline = Outline.of(recipe, allow_code)
+    found = outline.counted()
+    found |= memory_of(outline, where, console)
+    found["device"] = fits(found, where, memory)
+    if measure:
+        found["measured"] = measured(recipe, where, allow_code)
+    return found
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A recipe with its model on the meta device, and what of it trains: `counts` entries of each
+    weight that is targeted, and the parameters `dense` whole."""
+
+    recipe: Recipe
+    rows: Rows
+    build: Callable[[], Any]
+    model: Any
+    counts: dict[str, int]
+    dense: list[str]
+
+    @classmethod
+    def of(cls, recipe: Recipe, allow_code: bool = False) -> Outline:
+        """Reads the configuration, and the rows where they are there."""
+        rule, chosen = rule_of(recipe.selection, allow_code), recipe.selection
+        folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
+        rows = Rows.of(recipe, folder)
         config = task_config(folder, rows.labels)
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0
         build = builder(config, DTYPES[recipe.model.dtype])
         model = build()
-    chosen = recipe.selection
-    names, dense = choose_weights(
-        model, chosen.target, chosen.exclude, chosen.dense, head_of(model)
-    )
-    check(model, names, rule)
-    counts = planned(model, names, rule)
-    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
-    found = {
-        "model": recipe.model.path,
-        "architecture": type(model).__name__,
-        "policy": chosen.policy,
-        "trained_entries": sum(counts.values()),
-        "dense_entries": sum(sizes[name] for name in dense),
-        "total_entries": sum(sizes.values()),
-        "by_layer": grouped(counts, sizes, 0),
-        "by_kind": grouped(counts, sizes, 1),
-        "only_in_sum": rule.scope == "global",
-        "data": rows.about(recipe),
-        "delta_bytes": delta_bytes(counts, sizes, dense, recipe.model.dtype),
-        "published_accounting": accounting(model, sum(counts.values())),
-    }
-    found |= memory_of(recipe, build, model, counts, names, dense, rows, where, console)
-    found["device"] = fits(found, where, memory)
-    if measure:
-        found["measured"] = measured(recipe, where, allow_code)
-    return found
+        names, dense = choose_weights(
+            model, chosen.target, chosen.exclude, chosen.dense, head_of(model)
+        )
+        check(model, names, rule)
+        return cls(recipe, rows, build, model, planned(model, names, rule), dense)
+
+    @property
+    def entries(self) -> int:
+        """How many entries train beside the modules that train whole."""
+        return sum(self.counts.values())
+
+    def counted(self) -> dict[str, Any]:
+        """All that takes no step to know."""
+        recipe, counts = self.recipe, self.counts
+        sizes = {name: weight.numel() for name, weight in self.model.named_parameters()}
+        return {
+            "model": recipe.model.path,
+            "architecture": type(self.model).__name__,
+            "policy": recipe.selection.policy,
+            "trained_entries": self.entries,
+            "dense_entries": sum(sizes[name] for name in self.dense),
+            "total_entries": sum(sizes.values()),
+            "by_layer": grouped(counts, sizes, 0),
+            "by_kind": grouped(counts, sizes, 1),
+            "only_in_sum": recipe.selection.scope == "global",
+            "data": self.rows.about(recipe),
+            "delta_bytes": delta_bytes(counts, sizes, self.dense, recipe.model.dtype),
+            "published_accounting": accounting(self.model, self.entries),
+        }
 
 
 def builder(config: Any, dtype: torch.dtype) -> Callable[[], Any]:
@@ -190,44 +217,25 @@ class Rows:
         }
 
 
-def memory_of(
-    recipe: Recipe,
-    build: Callable[[], Any],
-    model: Any,
-    counts: Mapping[str, int],
-    names: Sequence[str],
-    dense: Sequence[str],
-    rows: Rows,
-    device: torch.device,
-    console: Console,
-) -> dict[str, Any]:
+def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[str, Any]:
     """Bytes at the peak by part: of the recipe's step, and of three methods with and without
     checkpointing; of the passes before and after training."""
-    shapes = rows.shapes(recipe)
-    tallest, longest = max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
-    gpu = device.type == "cuda"
+    recipe, rows, build = outline.recipe, outline.rows, outline.build
+    chosen, dense, gpu = recipe.selection, outline.dense, device.type == "cuda"
+    tallest, longest = max(rows.shapes(recipe), key=lambda shape: (shape[0] * shape[1], shape[1]))
     batch = Batch(tallest, longest, padded=True, regression=rows.labels is None)
-    wants = recipe.train.gradient_checkpointing
-    layers = adapted_layers(model, names)
-    chosen = recipe.selection
+    wants, bf16 = recipe.train.gradient_checkpointing, autocasts(recipe, device)
+    structure, block = chosen.structure or "entry", chosen.block_size or 1
 
-    def a_plan(make: Callable[[], Any], checkpointing: bool) -> Plan:
-        return Plan(make, batch, checkpointing, autocasts(recipe, device), gpu)
-
-    def adapted(method: str) -> Callable[[], Any]:
-        def make() -> Any:
-            rank = rank_for(model, layers, sum(counts.values()))[0] if method == "lora" else 0
-            return adapt(build(), method, layers, dense, rank)
-
-        return make
+    def lora() -> Any:
+        layers = adapted_layers(outline.model, list(outline.counts))
+        rank, _ = rank_for(outline.model, layers, outline.entries)
+        return adapt(build(), "lora", layers, dense, rank)
 
     prepare = {
-        "sift": (
-            build,
-            sparse(counts, dense, chosen.structure or "entry", chosen.block_size or 1, gpu),
-        ),
-        "lora": (adapted("lora"), ordinary),
-        "full": (adapted("full"), ordinary),
+        "sift": (build, sparse(outline.counts, dense, structure, block, gpu)),
+        "lora": (lora, ordinary),
+        "full": (lambda: adapt(build(), "full", [], dense), ordinary),
     }
     methods: dict[str, Any] = {}
     for method, (make, ready) in prepare.items():
@@ -235,20 +243,21 @@ def memory_of(
             key = f"{method}, checkpointing" if checkpointing else method
             with console.status(f"counting the memory of {key}"):
                 try:
-                    parts = a_plan(make, checkpointing).step(ready)
+                    parts = Plan(make, batch, checkpointing, bf16, gpu).step(ready)
                 except SiftError as error:  # no PEFT, or nothing that it adapts
                     methods[key] = {"missing": str(error)}
                     continue
             methods[key] = with_peak(parts, device)
+    passes = {}
     with console.status("counting the memory of selection and evaluation"):
-        first = a_plan(build, wants)
-        passes = {}
-        if rule_of(chosen, allow_code=True).score.needs_data:
-            passes["selection"] = with_peak(first.selection(names, chosen.batches), device)
+        if find_score(chosen.score or "gradient", allow_code=True).needs_data:
+            first = Plan(build, batch, wants, bf16, gpu)
+            parts = first.selection(outline.counts, chosen.batches)
+            passes["selection"] = with_peak(parts, device)
         evaluated = [length for one in rows.evaluation.values() for length in one.lengths]
         shape = Batch(recipe.eval.batch_size, max(evaluated, default=recipe.data.max_length))
-        evaluation = Plan(build, shape, bf16=first.bf16, gpu=gpu).evaluation()
-        passes["evaluation"] = with_peak(evaluation, device)
+        parts = Plan(build, shape, bf16=bf16, gpu=gpu).evaluation()
+        passes["evaluation"] = with_peak(parts, device)
     return {
         "batch": {"rows": tallest, "tokens": longest},
         "memory_bytes": methods["sift, checkpointing" if wants else "sift"],

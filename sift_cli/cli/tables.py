@@ -139,9 +139,10 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
 
 def show_compare(console: Console, found: Mapping[str, Any]) -> None:
     """Prints the table of `sift compare` and what is to be said of it."""
-    from sift_cli.analysis.compare import cells, headings
+    from sift_cli.analysis.compare import LEGEND, cells, headings
 
-    table = Table(*headings(found), title=found["task"])
+    table = Table(*headings(found), title=found["task"], caption=LEGEND)
+    table.columns[0].no_wrap = table.columns[3].no_wrap = True
     for row in found["rows"]:
         table.add_row(*cells(row, found["metric"]))
     _right(table)
