@@ -28,7 +28,8 @@ from transformers.utils import logging as transformers_logging
 from sift_cli.errors import ExitCode, SiftError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
+WEIGHTS = "*.safetensors"
+MODEL_FILES = ["*.json", WEIGHTS, "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
 INDEX_FILE = "model.safetensors.index.json"
 # What transformers raises for bad folders.
 UNLOADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, StrictDataclassError)
@@ -44,8 +45,10 @@ class LoadedModel:
     new: tuple[str, ...]
 
 
-def model_folder(path: str, revision: str | None = None) -> Path:
+def model_folder(path: str, revision: str | None = None, weights: bool = True) -> Path:
     """The local folder behind a hub id (downloaded once), a local folder, or pkg:MODULE/SUBDIR.
+
+    Without `weights`, only what goes beside them is downloaded.
 
     Raises SiftError where there is none, or where it holds no configuration.
     """
@@ -68,7 +71,7 @@ def model_folder(path: str, revision: str | None = None) -> Path:
     if not folder.is_dir():
         if path.startswith("pkg:") or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
             raise SiftError(f"model.path: {path}: no such folder")
-        folder = _download(path, revision)
+        folder = _download(path, revision, weights)
     if not (folder / "config.json").is_file():
         raise SiftError(f"model.path: {path} holds no config.json")
     return folder
@@ -106,14 +109,15 @@ def _indexed(index: Path) -> set[str]:
     return names
 
 
-def _download(path: str, revision: str | None) -> Path:
+def _download(path: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    files = [one for one in MODEL_FILES if weights or one != WEIGHTS]
     try:
         return Path(
             snapshot_download(
-                path, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"]
+                path, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]
             )
         )
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -438,6 +438,33 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
     """As `load_recipe`, from the text of a recipe; `source` names it in errors."""
+    return _parse(text, source, overrides)[0]
+
+
+def trace_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, str]]:
+    """As `load_recipe`, and where each value comes from: section.key -> origin.
+
+    An origin is a place in the file, an override, the policy's row, or `default`.
+    """
+    load_recipe(path, overrides)  # for its errors
+    recipe, given, places = _parse(path.read_text(encoding="utf-8"), str(path), overrides)
+    policy = recipe.selection.policy
+    by_policy = {f"selection.{key}" for key in (*AXES, *POLICIES[policy].defaults)}
+    origins = {}
+    for section, values in recipe.model_dump().items():
+        for key in values if isinstance(values, dict) else ():
+            name = f"{section}.{key}"
+            if given.get(section, {}).get(key) is not None:
+                origins[name] = places[section, key].removesuffix(":")
+            else:
+                origins[name] = f"policy {policy}" if name in by_policy else "default"
+    return recipe, origins
+
+
+def _parse(
+    text: str, source: str, overrides: Sequence[str]
+) -> tuple[Recipe, dict[str, Any], dict[Place, str]]:
+    """The recipe, what was given, and the place of every key of that."""
     problems: list[tuple[str, str]] = []
     values, places = _read(text, source, problems)
     for override in overrides:
@@ -449,7 +476,7 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
     if problems:
         lines = dict.fromkeys(f"{where} {what}" for where, what in problems)
         raise SiftError("\n".join(lines))
-    return recipe
+    return recipe, values, places
 
 
 def _read(

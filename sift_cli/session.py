@@ -76,6 +76,25 @@ class Session:
         return {name: rows.truncated for name, rows in splits.items()}
 
 
+def load_rows(recipe: Recipe, *, train: bool = True, split: str | None = None) -> Task:
+    """The recipe's task with its rows, checked."""
+    data = recipe.data
+    return load_task(
+        data.path,
+        data.task,
+        text=data.text,
+        label=data.label,
+        labels=data.labels,
+        metrics=data.metrics,
+        config=data.config,
+        split=split or recipe.eval.split,
+        holdout=data.holdout,
+        max_train_rows=data.max_train_rows,
+        seed=recipe.train.seed,
+        train=train,
+    )
+
+
 def open_session(
     recipe: Recipe,
     *,
@@ -91,20 +110,7 @@ def open_session(
     where = pick_device(device)
     data = recipe.data
     folder = None if tuned else model_folder(recipe.model.path, recipe.model.revision)
-    task = load_task(
-        data.path,
-        data.task,
-        text=data.text,
-        label=data.label,
-        labels=data.labels,
-        metrics=data.metrics,
-        config=data.config,
-        split=split or recipe.eval.split,
-        holdout=data.holdout,
-        max_train_rows=data.max_train_rows,
-        seed=recipe.train.seed,
-        train=train,
-    )
+    task = load_rows(recipe, train=train, split=split)
     if tuned is None:
         assert folder is not None
         torch.manual_seed(recipe.train.seed)
@@ -128,13 +134,13 @@ def open_session(
         train=None if task.train is None else encoded(task.train),
         evaluation={suffix: encoded(rows) for suffix, rows in task.evaluation.items()},
         device=where,
-        bf16=_autocasts(recipe, where),
+        bf16=autocasts(recipe, where),
         eval_batch_size=recipe.eval.batch_size,
         eval_max_tokens=recipe.eval.max_tokens,
     )
 
 
-def _autocasts(recipe: Recipe, device: torch.device) -> bool:
+def autocasts(recipe: Recipe, device: torch.device) -> bool:
     """Whether to run under bfloat16 autocast; a bfloat16 base computes in bfloat16 without it."""
     if recipe.train.precision != "auto":
         return recipe.train.precision == "bfloat16"

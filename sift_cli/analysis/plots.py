@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+MARKERS = "osD^vP*X"
+
 
 def plot_probe(found: dict[str, Any], out: Path) -> None:
     """Writes `curve.png`, `kept.png` and, where there are classes, `classes.png` into `out`."""
@@ -106,3 +108,31 @@ def _cell(weights: list[dict[str, Any]], key: str) -> float:
 
 def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def plot_compare(found: dict[str, Any], path: Path) -> None:
+    """The metric against the number of trained entries; whiskers are standard deviations."""
+    metric = found["metric"]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        lines.setdefault(row["method"], []).append(row)
+    figure = Figure(figsize=(7.5, 4.5))
+    axis = figure.subplots()
+    for number, (method, rows) in enumerate(lines.items()):
+        rows = sorted(rows, key=lambda row: row["trained_entries"])
+        rows = [row for row in rows if row["metrics"][metric]["mean"] is not None]
+        means = [row["metrics"][metric]["mean"] for row in rows]
+        spreads = [row["metrics"][metric]["std"] or 0.0 for row in rows]
+        entries = [row["trained_entries"] for row in rows]
+        if not rows:
+            continue
+        if not all(entries):  # the head alone: no place on a logarithmic axis
+            axis.axhline(means[0], label=method, color="grey", ls="--", lw=1)
+            continue
+        marker = MARKERS[number % len(MARKERS)]
+        axis.errorbar(entries, means, yerr=spreads, label=method, marker=marker, capsize=3, lw=1.3)
+    axis.set(xscale="log", xlabel="trained entries, without the head", ylabel=metric)
+    axis.set_title(found["task"])
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _save(figure, path)

@@ -61,7 +61,11 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "diff": deltas.diff,
         "export": deltas.export,
     },
-    "Measure and plan": {"probe": studies.probe},
+    "Measure and plan": {
+        "plan": studies.plan,
+        "compare": studies.compare,
+        "probe": studies.probe,
+    },
     "Show and share": {"report": sharing.report, "push": sharing.push},
     "Help": {"env": env},
 }

@@ -1,12 +1,15 @@
 """What commands share: options, consoles, the form of numbers."""
 
 import json
+import re
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import render
 from rich.table import Table
+
+from sift_cli.errors import SiftError
 
 stdout = Console(soft_wrap=True)
 stderr = Console(stderr=True)
@@ -57,3 +60,15 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 24GB or 512 MB, in powers of 1000; GiB and its kin in powers of 1024.
+
+    Raises SiftError for anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(I?)B?", text.strip().upper())
+    if found is None:
+        raise SiftError(f"--memory {text}: give a size such as 24GB or 80GiB")
+    base = 1024 if found[3] else 1000
+    return round(float(found[1]) * float(base) ** (1 + "KMGT".index(found[2])))

@@ -14,12 +14,15 @@ from sift_cli.cli.options import (
     Overrides,
     Quiet,
     RecipeArg,
+    parse_size,
     print_json,
     print_table,
     silent,
     stderr,
     stdout,
 )
+from sift_cli.cli.tables import show_compare, show_plan
+from sift_cli.errors import SiftError
 
 
 def probe(
@@ -77,3 +80,136 @@ def probe(
     for sentence in found["says"]:
         stdout.print(sentence, highlight=False)
     stdout.print(f"Plots and probe.json: {folder}")
+
+
+def plan(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    device: Device = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Plan for a device with so much memory, such as 24GB.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the model and time three steps.")
+    ] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="List the values that are defaults as well.")
+    ] = False,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what a recipe will train and need; trains nothing, and needs no weights."""
+    from sift_cli.recipe import trace_recipe
+
+    resolved, origins = trace_recipe(shipped.find(recipe), overrides or [])
+    there = None if memory is None else parse_size(memory)
+    from sift_cli.analysis import plan as run
+
+    found = run(
+        resolved,
+        device=device,
+        memory=there,
+        measure=measure,
+        allow_code=allow_code,
+        console=stderr,
+    )
+    found = {"recipe": resolved.model_dump(mode="json"), "origins": origins, **found}
+    if as_json:
+        print_json(found)
+        return
+    show_plan(stdout, found, show_all)
+
+
+def compare(
+    what: Annotated[
+        list[str], typer.Argument(help="A recipe, or folders of finished runs to tabulate.")
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(help="Policies, and lora, shira, full, head-only; with commas."),
+    ] = "sift,random,current-batch,lora,shira,full,head-only",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from train.seed up.")] = 3,
+    densities: Annotated[
+        str, typer.Option(help="Several budgets, with commas; the recipe's if not given.")
+    ] = "",
+    rates: Annotated[
+        list[str] | None,
+        typer.Option("--lr", metavar="METHOD=RATE", help="Learning rate of one method."),
+    ] = None,
+    sweep: Annotated[
+        int,
+        typer.Option("--lr-sweep", min=1, help="Try so many learning rates on the first seed."),
+    ] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for the runs, the table and the plot.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--jobs", min=1, help="Runs at a time; their times disturb each other.")
+    ] = 1,
+    overrides: Overrides = None,
+    device: Device = None,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
+    """Put methods side by side on your task: same rows, batches and budget."""
+    if all(Path(one).is_dir() for one in what):
+        from sift_cli.analysis import compare_runs
+
+        found = compare_runs([Path(one) for one in what], out)
+    elif len(what) > 1:
+        wrong = next(one for one in what if not Path(one).is_dir())
+        raise SiftError(f"{wrong}: no such run folder; give one recipe, or folders of runs")
+    else:
+        from sift_cli.recipe import load_recipe
+
+        path = shipped.find(what[0])
+        resolved = load_recipe(path, overrides or [])
+        shares = numbers("--densities", densities)
+        given = learning_rates(rates or [])
+        out = out or Path(f"runs/{path.stem}-compare")
+        from sift_cli.analysis import compare as run
+
+        found = run(
+            resolved,
+            out,
+            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            seeds=seeds,
+            densities=shares,
+            rates=given,
+            sweep=sweep,
+            workers=workers,
+            device=device,
+            allow_code=allow_code,
+            console=stderr,
+        )
+    if as_json:
+        print_json(found)
+        return
+    show_compare(stdout, found)
+    if out:
+        stdout.print(f"Table, plot and runs: {out}")
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """Shares between 0 and 1, with commas between."""
+    try:
+        found = [float(one) for one in text.split(",") if one.strip()]
+    except ValueError:
+        raise SiftError(f"{option} {text}: give numbers, with commas between") from None
+    if not all(0 < one <= 1 for one in found):
+        raise SiftError(f"{option} {text}: a density lies above 0 and up to 1")
+    return found
+
+
+def learning_rates(given: list[str]) -> dict[str, float]:
+    """`lora=1e-3` and the like, by method."""
+    found = {}
+    for one in given:
+        method, _, rate = one.partition("=")
+        try:
+            found[method.strip()] = float(rate)
+        except ValueError:
+            raise SiftError(f"--lr {one}: it reads METHOD=RATE, such as lora=1e-3") from None
+        if not 0 < found[method.strip()] < float("inf"):
+            raise SiftError(f"--lr {one}: a learning rate is above 0")
+    return found

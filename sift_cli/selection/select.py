@@ -61,6 +61,17 @@ def check(model: nn.Module, names: Sequence[str], rule: Rule) -> None:
     _chooser(rule, weights, units)
 
 
+def planned(model: nn.Module, names: Sequence[str], rule: Rule) -> dict[str, int]:
+    """The entries of each weight that `select` will choose, from shapes alone.
+
+    Under scope `global` only their sum is known; it is split by the sizes of the weights.
+    """
+    weights, _, units = _cut(model, names, rule)
+    chooser = _chooser(rule, weights, units)
+    counts = allot(chooser.budget, units) if isinstance(chooser, Global) else chooser.counts
+    return {name: count * units[name].size for name, count in counts.items()}
+
+
 def select(
     model: nn.Module,
     names: Sequence[str],

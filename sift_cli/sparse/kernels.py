@@ -51,15 +51,12 @@ def dense(support: Support) -> Kernel:
     return Kernel("dense", gradient)
 
 
-def product(support: Support) -> Kernel:
+def product(support: Support, axes: "tuple[Axis, Axis] | None" = None) -> Kernel:
     """A dense product of the rows and columns that hold anything, and a gather where it has gaps.
 
-    All there is to do for whole rows and whole columns.
+    All there is to do for whole rows and whole columns. `axes` are both of the support's.
     """
-    return _product(support, Axis.of(support, 0), Axis.of(support, 1))
-
-
-def _product(support: Support, rows: "Axis", columns: "Axis") -> Kernel:
+    rows, columns = axes or (Axis.of(support, 0), Axis.of(support, 1))
     within = None
     if rows.count * columns.count > len(support):
         within = rows.local * columns.count + columns.local
@@ -125,9 +122,8 @@ def _triton(support: Support, rows: "Axis", columns: "Axis") -> Kernel:
 
 def _row_starts(rows: "Axis") -> Tensor:
     """Where the entries of each row begin, and where the last ends: int32 [count + 1]."""
-    starts = torch.zeros(rows.count + 1, dtype=torch.int32, device=rows.local.device)
-    torch.cumsum(torch.bincount(rows.local, minlength=rows.count), 0, out=starts[1:])
-    return starts
+    ends = torch.arange(rows.count + 1, device=rows.local.device)
+    return torch.searchsorted(rows.local, ends, out_int32=True)
 
 
 def blocks(support: Support, size: int) -> Kernel:
@@ -166,13 +162,18 @@ def choose(support: Support, device: torch.device) -> Kernel:
     if support.positions is None:
         return dense(support)
     rows, columns = Axis.of(support, 0), Axis.of(support, 1)
-    area = rows.count * columns.count
+    few = samples(len(support), rows.count, columns.count, device)
+    if not few:
+        return product(support, (rows, columns))
+    return (_triton if device.type == "cuda" else _sampled)(support, rows, columns)
+
+
+def samples(entries: int, rows: int, columns: int, device: torch.device) -> bool:
+    """Whether so many entries in so many rows and columns are worth a sampled product."""
+    area = rows * columns
     if device.type == "cuda":
-        few = SAMPLED_ENTRY_GPU * len(support) < area and find_spec("triton") is not None
-        return (_triton if few else _product)(support, rows, columns)
-    transposed = TRANSPOSED * (rows.count + columns.count)
-    few = SAMPLED_ENTRY * len(support) + transposed < area
-    return (_sampled if few else _product)(support, rows, columns)
+        return SAMPLED_ENTRY_GPU * entries < area and find_spec("triton") is not None
+    return SAMPLED_ENTRY * entries + TRANSPOSED * (rows + columns) < area
 
 
 @dataclass(frozen=True, eq=False)

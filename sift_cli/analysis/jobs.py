@@ -1,0 +1,173 @@
+"""The runs of a comparison: which there are, each in a process of its own, finished ones kept."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sift_cli.analysis.methods import METHODS
+from sift_cli.errors import ExitCode, SiftError
+from sift_cli.metrics import shown
+from sift_cli.recipe import Recipe, parse_recipe
+from sift_cli.training.run import SUMMARY_FILE
+
+WITHOUT_BUDGET = ("full", "head-only")
+# What a method's rate is, in those of the recipe, where nothing else is said: all weights together
+# diverge at a rate at which 1 % of them learn.
+RATE_OF = {"full": 0.05}
+HALF_DECADE = 10**0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run: a method (a policy's name, or one of METHODS) with all that it is told."""
+
+    method: str
+    density: float | None
+    rate: float
+    seed: int
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, base: Recipe, method: str, density: float | None, rate: float, seed: int) -> "Job":
+        """The job with the recipe's data, batches and budget.
+
+        The recipe's own policy keeps the axes that the recipe gives; others are as their row says.
+        """
+        changes = [f"train.learning_rate={rate!r}", f"train.seed={seed}"]
+        if method not in METHODS and method != base.selection.policy:
+            changes.append(f"selection.policy={method}")
+        if method in WITHOUT_BUDGET:
+            changes.append("selection.density=0.01")  # it means nothing: one name for the run
+        elif density is not None:
+            changes.append(f"selection.density={density!r}")
+        recipe = parse_recipe(base.to_yaml(), f"--methods {method}", changes)
+        return cls(method, density, rate, seed, recipe)
+
+    @property
+    def name(self) -> str:
+        """The folder of the run: what a person looks for, and a hash of everything."""
+        told = {"method": self.method, **self.recipe.model_dump(exclude={"out", "log"})}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+        density = "" if self.density is None else f"-d{self.density:g}"
+        return f"{self.method}{density}-r{self.rate:g}-s{self.seed}-{digest}"
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Where runs go and how they run: `workers` at a time, each with its share of the cores."""
+
+    out: Path
+    workers: int
+    device: str | None
+    allow_code: bool
+    console: Console
+
+    def run(self, jobs: Sequence[Job], what: str) -> dict[Job, dict[str, Any] | None]:
+        """The summary of each job, from disk where it has finished; None where it diverged.
+
+        Raises SiftError where one fails for another reason; those that have finished stay.
+        """
+        unique = {job.name: job for job in jobs}
+        done: dict[str, dict[str, Any] | None] = {}
+        with self._progress(what, len(unique)) as say, ThreadPoolExecutor(self.workers) as pool:
+            waiting = {pool.submit(self._one, job): job for job in unique.values()}
+            try:
+                for future in as_completed(waiting):
+                    job = waiting[future]
+                    done[job.name] = future.result()
+                    say(job, done[job.name])
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                raise
+        return {job: done[job.name] for job in jobs}
+
+    def _one(self, job: Job) -> dict[str, Any] | None:
+        folder = self.out / "runs" / job.name
+        if not (folder / SUMMARY_FILE).is_file():
+            if job.method in METHODS:  # one of sift's own goes on where it was
+                shutil.rmtree(folder, ignore_errors=True)
+            recipe = self.out / "recipes" / f"{job.name}.yaml"
+            for parent in (folder.parent, recipe.parent):
+                parent.mkdir(parents=True, exist_ok=True)
+            recipe.write_text(job.recipe.to_yaml(), encoding="utf-8")
+            done = subprocess.run(
+                self._command(job, recipe, folder),
+                env=self._environment(),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode == ExitCode.NOT_FINITE:
+                return None
+            if done.returncode:
+                said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+                raise SiftError(f"{job.name}: {said}", _code(done.returncode))
+        found: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        return found
+
+    def _command(self, job: Job, recipe: Path, folder: Path) -> list[str]:
+        python = [sys.executable, "-m"]
+        if job.method in METHODS:
+            told = [job.method, str(recipe), str(folder), *filter(None, [self.device])]
+            return [*python, "sift_cli.analysis.adapted", *told]
+        more = ["--device", self.device] if self.device else []
+        more += ["--allow-code"] if self.allow_code else []
+        return [*python, "sift_cli", "train", str(recipe), "--out", str(folder), "--resume", *more]
+
+    def _environment(self) -> dict[str, str]:
+        if self.workers == 1:
+            return dict(os.environ)
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
+        return {**os.environ, "OMP_NUM_THREADS": str(threads)}
+
+    @contextmanager
+    def _progress(self, what: str, total: int) -> Iterator[Any]:
+        """A bar where someone watches; else a line for each run."""
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        watched = self.console.is_terminal
+        bar = Progress(
+            *columns, TimeElapsedColumn(), console=self.console, disable=not watched, transient=True
+        )
+        task = bar.add_task(what, total=total)
+        count = 0
+
+        def say(job: Job, summary: Mapping[str, Any] | None) -> None:
+            nonlocal count
+            count += 1
+            said = "diverged"
+            if summary is not None:
+                first, value = next(iter(summary["metrics"].items()))
+                said = f"{first} {shown(value)}"
+            name = job.name.rpartition("-")[0]
+            self.console.print(f"{what} {count}/{total}: {name}: {said}", highlight=False)
+            bar.advance(task)
+
+        with bar:
+            yield say
+
+
+def rates_of(base: float, method: str, given: Mapping[str, float], sweep: int) -> list[float]:
+    """The learning rates to try of a method: `sweep` of them, half a decade apart, around one."""
+    middle = given.get(method, base * RATE_OF.get(method, 1.0))
+    if sweep <= 1:
+        return [middle]
+    steps = [at - (sweep - 1) / 2 for at in range(sweep)]
+    return [float(f"{middle * HALF_DECADE**step:.2g}") for step in steps]
+
+
+def _code(returncode: int) -> ExitCode:
+    known = [code for code in ExitCode if code == returncode]
+    return known[0] if known else ExitCode.BUG

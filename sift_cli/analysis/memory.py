@@ -1,0 +1,341 @@
+"""What a training step holds in memory, counted on tensors without data.
+
+The model is built from its configuration alone and takes a step as it would in training: the same
+layers, the same backward pass, the same optimizer, on tensors that have a shape, a dtype and a
+device but no storage (torch's FakeTensorMode). A ledger notes when each storage comes and goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sift_cli import dropout
+from sift_cli.analysis.ledger import Ledger
+from sift_cli.attention import replace_sdpa
+from sift_cli.dropout import quicken_dropout
+from sift_cli.evaluation import autocast
+from sift_cli.models import recompute_activations
+from sift_cli.selection.observe import observed_gradients
+from sift_cli.sparse import SparseAdamW, Support, attach
+from sift_cli.sparse.kernels import CROWDED, Axis, Kernel, dense, product, samples, widen
+
+GPU_ATTENTION = "sift_plan"
+RATE, CLIP = 1e-3, 1.0  # of steps on numbers that are not there
+
+
+PARTS = (
+    "weights",
+    "positions",
+    "base_values",
+    "masters",
+    "gradients",
+    "moments",
+    "activations",
+    "transient",
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The shape of a batch: rows x tokens, whether a mask hides padding, what it predicts."""
+
+    rows: int
+    tokens: int
+    padded: bool = True
+    regression: bool = False
+
+    def make(self) -> dict[str, Tensor]:
+        """The tensors that the model is called with."""
+        ids = torch.ones(self.rows, self.tokens, dtype=torch.long)
+        labels = torch.zeros(self.rows, dtype=torch.float if self.regression else torch.long)
+        made = {"input_ids": ids, "labels": labels}
+        return made | ({"attention_mask": torch.ones_like(ids)} if self.padded else {})
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model about to train.
+
+    `update` clips, steps and clears gradients, `parts` names what is held from step to step, once a
+    step has been made.
+    """
+
+    model: nn.Module
+    update: Callable[[], object]
+    parts: Callable[[], Mapping[str, Iterable[Tensor]]]
+
+
+Prepare = Callable[[Any], Ready]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step to be counted: how the model is made, on the meta device, and what it is given.
+
+    `gpu` takes the attention, the masks and the kernels of a GPU instead of those of a CPU.
+    """
+
+    build: Callable[[], Any]
+    batch: Batch
+    checkpointing: bool = False
+    bf16: bool = False
+    gpu: bool = False
+
+    def step(self, prepare: Prepare) -> dict[str, int]:
+        """Bytes alive at the peak of a training step, by part; they sum to the peak.
+
+        `prepare` decides what of the model trains. `activations` are what the forward pass made,
+        `transient` what the backward pass and the optimizer did and no part is named for.
+        """
+        with numberless():
+            model, ledger = self._open()
+            with ledger:
+                ledger.phase = "positions"
+                ready = prepare(model)
+                ledger.phase = "transient"
+                ready.update()  # makes the moments
+                inputs = self.batch.make()
+                start = ledger.now()
+                self._pass(ready.model, inputs, ledger)
+                for part, tensors in ready.parts().items():
+                    ledger.name(part, tensors)
+                ready.update()
+        return self._parts(ledger, start)
+
+    def selection(self, names: Iterable[str], batches: int = 1) -> dict[str, int]:
+        """The same of the pass that ranks the gradients of the weights called `names`."""
+
+        def rank(name: str, gradient: Tensor) -> None:
+            scores = gradient.abs().reshape(-1)
+            if batches == 1:
+                scores.topk(max(1, len(scores) // 100))
+            else:
+                sums.setdefault(name, torch.zeros_like(scores))
+
+        sums: dict[str, Tensor] = {}
+        with numberless():
+            model, ledger = self._open()
+            named = dict(model.named_parameters())
+            model.requires_grad_(False)
+            with ledger, observed_gradients({name: named[name] for name in names}, rank):
+                for _ in range(min(2, batches)):
+                    self._pass(model, self.batch.make(), ledger)
+        return self._parts(ledger)
+
+    def evaluation(self) -> dict[str, int]:
+        """The same of a forward pass without gradients."""
+        with numberless():
+            model, ledger = self._open()
+            model.eval()
+            with ledger, torch.inference_mode(), autocast(torch.device("cpu"), self.bf16):
+                ledger.phase = "activations"
+                model(**self.batch.make())
+        return self._parts(ledger)
+
+    def _open(self) -> tuple[Any, Ledger]:
+        model = self.build()
+        on_host(model)
+        model.train()
+        if self.gpu:  # first: attention that is not torch's own stays as it is
+            replace_sdpa(model, GPU_ATTENTION, _gpu_attention, _mask)
+        quicken_dropout(model)
+        if self.checkpointing:
+            recompute_activations(model)
+        ledger = Ledger()
+        ledger.phase = "weights"
+        for tensor in (*model.parameters(), *model.buffers()):
+            ledger.note(tensor)
+        return model, ledger
+
+    def _pass(self, model: Any, inputs: dict[str, Tensor], ledger: Ledger) -> None:
+        ledger.phase = "activations"
+        with autocast(torch.device("cpu"), self.bf16):
+            loss = model(**inputs).loss
+        ledger.phase = "transient"
+        loss.backward()
+
+    @staticmethod
+    def _parts(ledger: Ledger, since: int = 0) -> dict[str, int]:
+        parts = dict.fromkeys(PARTS, 0)
+        for one in ledger.peak(since)[1]:
+            parts[one.phase] += one.nbytes
+        return parts
+
+
+def _gpu_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What torch's memory-efficient attention holds; it takes tensors without data as well."""
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = (one.repeat_interleave(repeats, dim=1) for one in (key, value))
+    bias = None
+    if attention_mask is not None:
+        bias = torch.zeros(attention_mask.shape, dtype=query.dtype)
+        bias = bias.expand(*query.shape[:-1], key.shape[-2])
+    out = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, dropout, attention_mask is None, scale=scaling
+    )[0]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask(**kwargs: Any) -> Tensor | None:
+    from transformers.masking_utils import sdpa_mask
+
+    made: Tensor | None = sdpa_mask(**kwargs)
+    return made
+
+
+@contextmanager
+def numberless() -> Iterator[None]:
+    """Within, new tensors have no data, and attention takes one part of its batch: all parts hold
+    the same, one after the other."""
+
+    def first(scores: Tensor) -> Iterator[slice]:
+        yield from islice(parts(scores), 1)
+
+    parts = dropout._parts
+    with FakeTensorMode(), patch.object(dropout, "_parts", first):
+        yield
+
+
+def on_host(model: nn.Module) -> None:
+    """Turns a model on the meta device into one whose tensors say that they lie on a CPU."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                if id(weight) not in made:
+                    fake = torch.empty(weight.shape, dtype=weight.dtype)
+                    made[id(weight)] = nn.Parameter(fake, weight.requires_grad)
+                module._parameters[name] = made[id(weight)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def sparse(
+    counts: Mapping[str, int],
+    dense: Iterable[str],
+    structure: str = "entry",
+    block: int = 1,
+    gpu: bool = False,
+) -> Prepare:
+    """As `sift train` prepares a model: of each weight `counts` entries train, `dense` whole."""
+
+    def prepare(model: Any) -> Ready:
+        shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        supports = {name: Support(shapes[name]) for name in dense}
+        for name, count in counts.items():
+            positions = torch.empty(count, dtype=torch.int32)
+            full = count == prod(shapes[name])
+            supports[name] = Support(shapes[name], None if full else positions)
+        parameters = attach(model, supports, likely_kernel(structure, block, gpu))
+        optimizer = SparseAdamW(parameters, RATE)
+
+        def update() -> None:
+            optimizer.clip(CLIP)
+            optimizer.step()
+
+        def parts() -> dict[str, list[Tensor]]:
+            return {
+                "base_values": [values for _, _, values in parameters.touched],
+                "masters": [parameters.flat],
+                "gradients": [parameters.grad],
+                "moments": list(optimizer.adamw.state[parameters.flat].values()),
+            }
+
+        return Ready(model, update, parts)
+
+    return prepare
+
+
+def ordinary(model: Any) -> Ready:
+    """Every weight that asks for a gradient trains with torch's own AdamW."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, RATE, fused=True)
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def parts() -> dict[str, list[Tensor]]:
+        return {
+            "weights": trained,
+            "gradients": [weight.grad for weight in trained if weight.grad is not None],
+            "moments": [one for state in optimizer.state.values() for one in state.values()],
+        }
+
+    return Ready(model, update, parts)
+
+
+def likely_kernel(
+    structure: str, block: int = 1, gpu: bool = False
+) -> Callable[[Support, torch.device], Kernel]:
+    """The kernel that `choose` would take, had the entries (or blocks) fallen anywhere."""
+    device = torch.device("cuda" if gpu else "cpu")
+
+    def kernel(support: Support, _: torch.device) -> Kernel:
+        if support.positions is None:
+            return dense(support)
+        entries, (high, wide) = len(support), support.shape
+        edge = {"entry": 1, "block": block}.get(structure)
+        if edge is not None:
+            units = entries // edge**2
+            rows, columns = (edge * hit(size // edge, units) for size in (high, wide))
+        else:
+            rows, columns = (
+                (entries // wide, wide) if structure == "row" else (high, entries // high)
+            )
+        axes = (_axis(entries, rows, high), _axis(entries, columns, wide))
+        if not samples(entries, axes[0].count, axes[1].count, device):
+            return product(support, axes)
+        return _sampled(entries, *axes)
+
+    return kernel
+
+
+def hit(places: int, throws: int) -> int:
+    """How many of `places` are hit at least once by so many random throws, on average."""
+    return round(places * (1 - (1 - 1 / places) ** throws)) if places > 1 else places
+
+
+def _axis(entries: int, count: int, size: int) -> Axis:
+    local = torch.empty(entries, dtype=torch.int64)
+    if count > CROWDED * size:
+        return Axis(None, local, size)
+    return Axis(torch.empty(count, dtype=torch.int64), local, count)
+
+
+def _sampled(entries: int, rows: Axis, columns: Axis) -> Kernel:
+    """Holds and makes what the kernel of that name does; sparse products take no fake tensors."""
+    tables = torch.empty(rows.count + 1 + entries, dtype=torch.int32)
+
+    def gradient(grad_out: Tensor, inputs: Tensor) -> Tensor:
+        left = widen(rows.take(grad_out)).t().contiguous()
+        right = widen(inputs).t().contiguous()
+        pattern = torch.zeros(entries, dtype=left.dtype)
+        del left, right, pattern
+        return torch.empty(len(tables) - rows.count - 1, dtype=torch.float32)
+
+    return Kernel("sampled", gradient, columns.used)

@@ -1,0 +1,382 @@
+"""What a recipe will train, and what it needs, before anything is trained or even loaded.
+
+The model is built on the meta device from its configuration: counts need no weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import lgamma, log
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from sift_cli.analysis.memory import Batch, Plan, ordinary, sparse
+from sift_cli.analysis.methods import adapt, adapted_layers, rank_for
+from sift_cli.data import TASKS
+from sift_cli.errors import SiftError
+from sift_cli.models import (
+    DTYPES,
+    load_tokenizer,
+    model_folder,
+    pick_device,
+    quiet,
+    task_config,
+)
+from sift_cli.recipe import Recipe
+from sift_cli.selection.scores import find_score
+from sift_cli.selection.select import check, planned
+from sift_cli.selection.targets import choose_weights
+from sift_cli.session import autocasts, load_rows, open_session
+from sift_cli.tokens import Encoded, encode
+from sift_cli.training.batches import Batches
+from sift_cli.training.choosing import Chooser, rule_of
+from sift_cli.training.gradient import add_gradient
+from sift_cli.training.loop import make_optimizer, prepare_model
+from sift_cli.training.run import Timing
+
+STEPS = 3  # measured, after one that warms up
+VALUE_BYTES = {"float32": 3.0, "bfloat16": 1.0}  # about what a delta takes for one changed value
+HEADER_BYTES = 20_000
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    device: str | None = None,
+    memory: int | None = None,
+    measure: bool = False,
+    allow_code: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Counts, memory by part, the delta's size, rows and steps; with `measure` the time as well.
+
+    `memory` stands in for that of the device, in bytes. Rows are looked at where they and the
+    tokenizer are on this machine. Raises SiftError for what the recipe gets wrong.
+    """
+    console = console or Console(stderr=True, quiet=True)
+    where = pick_device(device)
+    outline = Outline.of(recipe, allow_code)
+    found = outline.counted()
+    found |= memory_of(outline, where, console)
+    found["device"] = fits(found, where, memory)
+    if measure:
+        found["measured"] = measured(recipe, where, allow_code)
+    return found
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A recipe with its model on the meta device, and what of it trains: `counts` entries of each
+    weight that is targeted, and the parameters `dense` whole."""
+
+    recipe: Recipe
+    rows: Rows
+    build: Callable[[], Any]
+    model: Any
+    counts: dict[str, int]
+    dense: list[str]
+
+    @classmethod
+    def of(cls, recipe: Recipe, allow_code: bool = False) -> Outline:
+        """Reads the configuration, and the rows where they are there."""
+        rule, chosen = rule_of(recipe.selection, allow_code), recipe.selection
+        folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
+        rows = Rows.of(recipe, folder)
+        config = task_config(folder, rows.labels)
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = 0
+        build = builder(config, DTYPES[recipe.model.dtype])
+        model = build()
+        names, dense = choose_weights(
+            model, chosen.target, chosen.exclude, chosen.dense, head_of(model)
+        )
+        check(model, names, rule)
+        return cls(recipe, rows, build, model, planned(model, names, rule), dense)
+
+    @property
+    def entries(self) -> int:
+        """How many entries train beside the modules that train whole."""
+        return sum(self.counts.values())
+
+    def counted(self) -> dict[str, Any]:
+        """All that takes no step to know."""
+        recipe, counts = self.recipe, self.counts
+        sizes = {name: weight.numel() for name, weight in self.model.named_parameters()}
+        return {
+            "model": recipe.model.path,
+            "architecture": type(self.model).__name__,
+            "policy": recipe.selection.policy,
+            "trained_entries": self.entries,
+            "dense_entries": sum(sizes[name] for name in self.dense),
+            "total_entries": sum(sizes.values()),
+            "by_layer": grouped(counts, sizes, 0),
+            "by_kind": grouped(counts, sizes, 1),
+            "only_in_sum": recipe.selection.scope == "global",
+            "data": self.rows.about(recipe),
+            "delta_bytes": delta_bytes(counts, sizes, self.dense, recipe.model.dtype),
+            "published_accounting": accounting(self.model, self.entries),
+        }
+
+
+def builder(config: Any, dtype: torch.dtype) -> Callable[[], Any]:
+    """Makes the classification model of a configuration on the meta device, without weights."""
+
+    def build() -> Any:
+        with torch.device("meta"), quiet():
+            return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+
+    try:
+        build()
+    except ValueError as error:
+        raise SiftError(str(error).splitlines()[0]) from error
+    return build
+
+
+def head_of(model: Any) -> list[str]:
+    """Parameters beside the base model: those that a checkpoint of the base does not hold."""
+    prefix = f"{model.base_model_prefix}."
+    return [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokenised rows of a recipe, where they are there; `missing` says why not."""
+
+    labels: tuple[str, ...] | None
+    train: Encoded | None
+    evaluation: dict[str, Encoded]
+    missing: str | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, folder: Any) -> Rows:
+        """Reads and tokenises; without rows, the labels are those of the recipe or the task."""
+        data, spec = recipe.data, TASKS.get(recipe.data.task)
+        try:
+            task = load_rows(recipe)
+            tokenizer = load_tokenizer(folder)
+        except SiftError as error:
+            known = data.labels or (spec.labels if spec else ("0", "1"))
+            labels = None if known is None else tuple(known)
+            return cls(labels, None, {}, str(error).splitlines()[0])
+        assert task.train is not None
+        return cls(
+            task.labels,
+            encode(task.train, tokenizer, data.max_length),
+            {
+                key: encode(rows, tokenizer, data.max_length)
+                for key, rows in task.evaluation.items()
+            },
+            None,
+        )
+
+    def batches(self, recipe: Recipe) -> Batches | None:
+        """The batches of the run."""
+        if self.train is None:
+            return None
+        settings = recipe.train
+        return Batches.plan(
+            self.train.lengths,
+            batch_size=settings.batch_size,
+            accumulate=settings.accumulate,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            seed=settings.seed,
+        )
+
+    def shapes(self, recipe: Recipe) -> list[tuple[int, int]]:
+        """Rows and tokens of each batch of the first epoch, or of one that is full."""
+        batches = self.batches(recipe)
+        if batches is None or self.train is None:
+            return [(recipe.train.batch_size, recipe.data.max_length)]
+        lengths = self.train.lengths
+        steps = islice(batches.endless(), batches.steps_per_epoch)
+        return [(len(part), max(lengths[row] for row in part)) for rows in steps for part in rows]
+
+    def about(self, recipe: Recipe) -> dict[str, Any]:
+        """Rows, rows that are cut, steps."""
+        batches = self.batches(recipe)
+        if batches is None or self.train is None:
+            return {"missing": self.missing}
+        splits = {"train": self.train} | {
+            "evaluation" + suffix: rows for suffix, rows in self.evaluation.items()
+        }
+        return {
+            "rows": {name: len(rows) for name, rows in splits.items()},
+            "truncated": {name: rows.truncated for name, rows in splits.items()},
+            "max_length": recipe.data.max_length,
+            "steps": batches.steps,
+            "steps_per_epoch": batches.steps_per_epoch,
+        }
+
+
+def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[str, Any]:
+    """Bytes at the peak by part: of the recipe's step, and of three methods with and without
+    checkpointing; of the passes before and after training."""
+    recipe, rows, build = outline.recipe, outline.rows, outline.build
+    chosen, dense, gpu = recipe.selection, outline.dense, device.type == "cuda"
+    tallest, longest = max(rows.shapes(recipe), key=lambda shape: (shape[0] * shape[1], shape[1]))
+    batch = Batch(tallest, longest, padded=True, regression=rows.labels is None)
+    wants, bf16 = recipe.train.gradient_checkpointing, autocasts(recipe, device)
+    structure, block = chosen.structure or "entry", chosen.block_size or 1
+
+    def lora() -> Any:
+        layers = adapted_layers(outline.model, list(outline.counts))
+        rank, _ = rank_for(outline.model, layers, outline.entries)
+        return adapt(build(), "lora", layers, dense, rank)
+
+    prepare = {
+        "sift": (build, sparse(outline.counts, dense, structure, block, gpu)),
+        "lora": (lora, ordinary),
+        "full": (lambda: adapt(build(), "full", [], dense), ordinary),
+    }
+    methods: dict[str, Any] = {}
+    for method, (make, ready) in prepare.items():
+        for checkpointing in (False, True):
+            key = f"{method}, checkpointing" if checkpointing else method
+            with console.status(f"counting the memory of {key}"):
+                try:
+                    parts = Plan(make, batch, checkpointing, bf16, gpu).step(ready)
+                except SiftError as error:  # no PEFT, or nothing that it adapts
+                    methods[key] = {"missing": str(error)}
+                    continue
+            methods[key] = with_peak(parts, device)
+    passes = {}
+    with console.status("counting the memory of selection and evaluation"):
+        if find_score(chosen.score or "gradient", allow_code=True).needs_data:
+            first = Plan(build, batch, wants, bf16, gpu)
+            parts = first.selection(outline.counts, chosen.batches)
+            passes["selection"] = with_peak(parts, device)
+        evaluated = [length for one in rows.evaluation.values() for length in one.lengths]
+        shape = Batch(recipe.eval.batch_size, max(evaluated, default=recipe.data.max_length))
+        parts = Plan(build, shape, bf16=bf16, gpu=gpu).evaluation()
+        passes["evaluation"] = with_peak(parts, device)
+    return {
+        "batch": {"rows": tallest, "tokens": longest},
+        "memory_bytes": methods["sift, checkpointing" if wants else "sift"],
+        "memory_of_methods": methods,
+        "memory_of_passes": passes,
+    }
+
+
+def with_peak(parts: dict[str, int], device: torch.device) -> dict[str, int]:
+    """The parts that lie on the device, and their sum."""
+    if device.type != "cpu":
+        parts = {name: nbytes for name, nbytes in parts.items() if name != "base_values"}
+    return {**parts, "peak": sum(parts.values())}
+
+
+def grouped(
+    counts: Mapping[str, int], sizes: Mapping[str, int], by: int
+) -> dict[str, dict[str, int]]:
+    """Trained and all entries of the targeted weights, by layer (0) or by kind of module (1)."""
+    groups: dict[str, dict[str, int]] = {}
+    for name, count in counts.items():
+        group = groups.setdefault(layer_and_kind(name)[by], {"trained": 0, "of": 0})
+        group["trained"] += count
+        group["of"] += sizes[name]
+    return groups
+
+
+def layer_and_kind(name: str) -> tuple[str, str]:
+    """`a.layer.3.b.query.weight` -> (`layer 3`, `b.query`); what is in no layer is `outside`."""
+    inside = re.search(r"\.(\d+)\.(.+)\.(?:weight|bias)$", name)
+    if inside:
+        return f"layer {inside[1]}", inside[2]
+    return "outside", name.rpartition(".")[0]
+
+
+def delta_bytes(
+    counts: Mapping[str, int], sizes: Mapping[str, int], dense: Sequence[str], dtype: str
+) -> int:
+    """About what the delta will take: the entropy of the positions, the values, the head."""
+    bits = sum(log_choices(sizes[name], count) for name, count in counts.items()) / log(2)
+    values = VALUE_BYTES[dtype] * sum(counts.values())
+    head = DTYPES[dtype].itemsize * sum(sizes[name] for name in dense)
+    return round(bits / 8 + values + head + HEADER_BYTES)
+
+
+def log_choices(size: int, count: int) -> float:
+    """Natural logarithm of the number of ways to choose `count` of `size`."""
+    return lgamma(size + 1) - lgamma(count + 1) - lgamma(size - count + 1)
+
+
+def accounting(model: nn.Module, entries: int) -> dict[str, int]:
+    """Bytes as papers count them: the gradients of the trained entries in the dtype of the weights,
+    two fp32 moments for each, and no masters, positions or buffers (SIFT, arXiv 2312.11875, table
+    1, which counts in units of 2**30)."""
+    weights = list(model.parameters())
+    return {
+        "weights": sum(weight.numel() * weight.element_size() for weight in weights),
+        "gradients": entries * weights[0].element_size(),
+        "moments": entries * 2 * 4,
+    }
+
+
+def fits(found: Mapping[str, Any], device: torch.device, memory: int | None) -> dict[str, Any]:
+    """Whether the largest of the passes fits into the memory of the device."""
+    needs = {"training": found["memory_bytes"]["peak"]} | {
+        name: parts["peak"] for name, parts in found["memory_of_passes"].items()
+    }
+    worst = max(needs, key=lambda name: needs[name])
+    there = memory or device_memory(device)
+    return {
+        "name": str(device),
+        "memory_bytes": there,
+        "needs_bytes": needs[worst],
+        "needed_by": worst,
+        "fits": None if there is None else needs[worst] <= there,
+    }
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory of the device; those of the host for a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str, Any]:
+    """The time of three steps, and of an epoch by the tokens of its batches."""
+    session = open_session(recipe, device=str(device))
+    assert session.train is not None
+    lengths = session.train.lengths
+    chooser = Chooser.of(recipe, session, rule_of(recipe.selection, allow_code))
+    prepare_model(session, recipe.train.gradient_checkpointing)
+    optimizer, _ = make_optimizer(recipe, chooser.begin(), chooser.batches.steps)
+    timing, tokens = Timing(), []
+    for step, rows in enumerate(islice(chooser.batches.endless(), STEPS + 1), start=1):
+        with timing.step(session.device):
+            if chooser.due(step):
+                chooser.change(step, optimizer)
+            add_gradient(session, rows)
+            optimizer.clip(recipe.train.max_grad_norm)
+            optimizer.step()
+        tokens.append(padded_tokens(rows, lengths))
+    times = timing.step_ms[1:]
+    per_token = sum(times) / sum(tokens[1:])
+    epoch = islice(chooser.batches.endless(), chooser.batches.steps_per_epoch)
+    all_tokens = sum(padded_tokens(rows, lengths) for rows in epoch)
+    return {
+        "steps": len(times),
+        "step_time_ms": median(times),
+        "epoch_s": per_token * all_tokens / 1e3,
+        "tokens_per_second": 1e3 / per_token,
+    }
+
+
+def padded_tokens(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    """Tokens of a step's batches, each padded to its longest row."""
+    return sum(len(part) * max(lengths[row] for row in part) for part in rows)
