@@ -1,5 +1,6 @@
 """Every way to compute a selected gradient, against the dense one in float64."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sift_cli.sparse import Support, attach
 from sift_cli.sparse.kernels import (
+    Axis,
     Kernel,
     block_size,
     blocks,
@@ -55,6 +57,24 @@ def columns_of(shape: tuple[int, int], columns: list[int]) -> Support:
 def scattered(shape: tuple[int, int], count: int) -> Support:
     generator = torch.Generator().manual_seed(1)
     return Support.of(shape, torch.randperm(shape[0] * shape[1], generator=generator)[:count])
+
+
+def held(kernel: Kernel) -> int:
+    """Bytes of the tensors that a kernel keeps from step to step."""
+    cells = [cell.cell_contents for cell in kernel.gradient.__closure__ or ()]
+    for one in list(cells):
+        cells += [cell.cell_contents for cell in getattr(one, "__closure__", None) or ()]
+    found = {id(one): one.nbytes for one in [*cells, kernel.columns] if isinstance(one, Tensor)}
+    assert not any(isinstance(one, Axis) for one in cells)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("make", [product, sampled])
+def test_a_kernel_holds_four_bytes_an_entry(make: Callable[[Support], Kernel]) -> None:
+    rows, columns, count = 100, 300, 6000
+    for reach in (rows * columns, rows * columns // 2):  # all rows, and half of them
+        support = Support.of((rows, columns), torch.randperm(reach)[:count])
+        assert held(make(support)) <= 4 * count + 8 * (rows + columns)
 
 
 def by(kernel: Kernel, grad_out: Tensor, inputs: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from sift_cli.evaluation import autocast
 from sift_cli.models import recompute_activations
 from sift_cli.selection.observe import observed_gradients
 from sift_cli.sparse import SparseAdamW, Support, attach
-from sift_cli.sparse.kernels import CROWDED, Axis, Kernel, dense, product, samples, widen
+from sift_cli.sparse.kernels import CROWDED, Axis, Kernel, dense, product, samples, take, widen
 
 GPU_ATTENTION = "sift_plan"
 RATE, CLIP = 1e-3, 1.0  # of steps on numbers that are not there
@@ -329,13 +329,14 @@ def _axis(entries: int, count: int, size: int) -> Axis:
 
 def _sampled(entries: int, rows: Axis, columns: Axis) -> Kernel:
     """Holds and makes what the kernel of that name does; sparse products take no fake tensors."""
-    tables = torch.empty(rows.count + 1 + entries, dtype=torch.int32)
+    used, starts = rows.used, rows.count + 1
+    tables = torch.empty(starts + entries, dtype=torch.int32)
 
     def gradient(grad_out: Tensor, inputs: Tensor) -> Tensor:
-        left = widen(rows.take(grad_out)).t().contiguous()
+        left = widen(take(grad_out, used)).t().contiguous()
         right = widen(inputs).t().contiguous()
         pattern = torch.zeros(entries, dtype=left.dtype)
         del left, right, pattern
-        return torch.empty(len(tables) - rows.count - 1, dtype=torch.float32)
+        return torch.empty(len(tables) - starts, dtype=torch.float32)
 
     return Kernel("sampled", gradient, columns.used)

@@ -13,7 +13,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from sift_cli.sparse.support import Support
+from sift_cli.sparse.support import LARGEST_INT32, Support
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,12 +57,16 @@ def product(support: Support, axes: "tuple[Axis, Axis] | None" = None) -> Kernel
     All there is to do for whole rows and whole columns. `axes` are both of the support's.
     """
     rows, columns = axes or (Axis.of(support, 0), Axis.of(support, 1))
-    within = None
-    if rows.count * columns.count > len(support):
-        within = rows.local * columns.count + columns.local
+    used, within = rows.used, None
+    area = rows.count * columns.count
+    if area > len(support):
+        within = support.positions
+        if area < support.size:
+            within = rows.local * columns.count + columns.local
+            within = within.to(torch.int32 if area <= LARGEST_INT32 else torch.int64)
 
     def gradient(grad_out: Tensor, inputs: Tensor) -> Tensor:
-        grads = rows.take(grad_out).t() @ inputs
+        grads = take(grad_out, used).t() @ inputs
         return widen(grads.reshape(-1) if within is None else grads.reshape(-1)[within])
 
     return Kernel("product", gradient, columns.used)
@@ -74,12 +78,12 @@ def sampled(support: Support) -> Kernel:
 
 
 def _sampled(support: Support, rows: "Axis", columns: "Axis") -> Kernel:
-    row_starts = _row_starts(rows)
+    row_starts, used, count = _row_starts(rows), rows.used, columns.count
     column_of = columns.local.to(torch.int32)
 
     def pattern(dtype: torch.dtype) -> Tensor:
         zeros = torch.zeros(len(column_of), dtype=dtype, device=column_of.device)
-        size = (rows.count, columns.count)
+        size = (len(row_starts) - 1, count)
         return torch.sparse_csr_tensor(
             row_starts, column_of, zeros, size=size, check_invariants=False
         )
@@ -90,7 +94,7 @@ def _sampled(support: Support, rows: "Axis", columns: "Axis") -> Kernel:
 
     def gradient(grad_out: Tensor, inputs: Tensor) -> Tensor:
         # Transposed first: left to itself, the product does it at several times the cost.
-        left = widen(rows.take(grad_out)).t().contiguous()
+        left = widen(take(grad_out, used)).t().contiguous()
         right = widen(inputs).t().contiguous().t()
         values: Tensor = torch.sparse.sampled_addmm(
             pattern(left.dtype), left, right, beta=0.0
@@ -109,9 +113,10 @@ def _triton(support: Support, rows: "Axis", columns: "Axis") -> Kernel:
     from sift_cli.sparse.gpu import chunks, sampled_product
 
     pieces, column_of = chunks(_row_starts(rows)), columns.local.to(torch.int32)
+    used = rows.used
 
     def gradient(grad_out: Tensor, inputs: Tensor) -> Tensor:
-        left = rows.take(grad_out).t().contiguous()
+        left = take(grad_out, used).t().contiguous()
         wide = torch.promote_types(left.dtype, torch.float32)
         out = torch.empty(len(column_of), dtype=wide, device=left.device)
         sampled_product(left, inputs.t().contiguous(), column_of, pieces, out)
@@ -195,9 +200,10 @@ class Axis:
             return cls(None, indices, size)
         return cls(used, local, len(used))
 
-    def take(self, values: Tensor) -> Tensor:
-        """The used columns of `values`, [T, count]."""
-        return values if self.used is None else values.index_select(-1, self.used)
+
+def take(values: Tensor, used: Tensor | None) -> Tensor:
+    """The columns `used` (None: all) of `values`."""
+    return values if used is None else values.index_select(-1, used)
 
 
 def indices_of(support: Support) -> tuple[Tensor, Tensor]:
