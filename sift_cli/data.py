@@ -152,6 +152,7 @@ def _load_splits(path: str, task: str, config: str | None) -> DatasetDict:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come as exceptions
     files = _find_files(path, task)
     try:
         if files is not None:

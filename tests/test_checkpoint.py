@@ -151,9 +151,17 @@ def test_every_step_is_a_place_to_stop(dropping: Path, recipe_file: Path, tmp_pa
         assert delta(out) == delta(tmp_path / "calm")
 
 
+@pytest.fixture
+def hearing() -> Iterator[None]:
+    """SIGINT is heard; tests in the background of a shell are started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_with_130_and_handlers_come_back(
-    number: signal.Signals, recipe_file: Path, tmp_path: Path
+    number: signal.Signals, recipe_file: Path, tmp_path: Path, hearing: None
 ) -> None:
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     with at_call(2, signalled(number)), pytest.raises(SiftError) as caught:
@@ -188,7 +196,7 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_made_up_for(
     assert summary["resumed_at"] == [6]
 
 
-def test_a_second_signal_ends_at_once(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_second_signal_ends_at_once(recipe_file: Path, tmp_path: Path, hearing: None) -> None:
     with at_call(2, signalled(signal.SIGINT, signal.SIGINT)), pytest.raises(KeyboardInterrupt):
         train(load_recipe(recipe_file), tmp_path / "run")
 

@@ -9,7 +9,7 @@ from sift_cli.delta.file import load_delta
 from sift_cli.delta.identity import stored_kinds
 from sift_cli.errors import SiftError
 from sift_cli.models import DTYPES, LoadedModel, load_model, model_folder, task_config
-from sift_cli.recipe import Recipe, parse_recipe
+from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 
 DELTA_FILE = "delta.safetensors"
 RECIPE_FILE = "recipe.yaml"
@@ -28,8 +28,7 @@ def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe 
         raise SiftError(f"{path}: neither a run (no {DELTA_FILE}) nor a model (no config.json)")
     folder = model_folder(path)
     recipe = folder / RECIPE_FILE
-    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    return load_model(folder), parse_recipe(text, str(recipe)) if text else None
+    return load_model(folder), load_recipe(recipe) if recipe.is_file() else None
 
 
 def delta_file(path: str) -> Path:

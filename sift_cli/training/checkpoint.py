@@ -27,7 +27,7 @@ from sift_cli.delta.coding import decode_positions, encode_positions
 from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.files import sha256_of, sync
-from sift_cli.recipe import CheckpointSection, Recipe, parse_recipe
+from sift_cli.recipe import CheckpointSection, Recipe, load_recipe
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
 from sift_cli.training.facts import Facts, differences, recipe_changes
 from sift_cli.training.kept import Kept
@@ -257,8 +257,7 @@ class Checkpoints:
             raise SiftError(
                 f"{self.out} holds a finished run; choose another --out, or pass --overwrite"
             )
-        path = self.out / RECIPE_FILE
-        there = parse_recipe(path.read_text(encoding="utf-8"), str(path))
+        there = load_recipe(self.out / RECIPE_FILE)
         dumps = [one.model_dump(mode="json", exclude=NO_RESULT) for one in (there, recipe)]
         if changes := recipe_changes(*dumps):
             raise _other_run(self.out, changes, ExitCode.USAGE)
