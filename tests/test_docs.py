@@ -43,10 +43,12 @@ def commands(page: Path) -> list[list[str]]:
 def in_small(args: list[str], base: Path, data: Path, own: Container[str]) -> list[str]:
     """The command with a tiny model; and with tiny data, unless its recipe is the page's own."""
     if args[0] not in RECIPE_COMMANDS:
-        return args
+        return [str(base) if arg == "roberta-base" else arg for arg in args]
     changes = [f"model.path={base}", "data.max_length=16", "train.max_steps=6"]
     if args[1] not in own:
         changes += [f"data.path={data}", "data.task=sst2"]
+    if args[0] == "compare":  # a process for each run
+        args = [*args, "--methods", "sift,head-only", "--seeds", "1"]
     return [*args, *(part for change in changes for part in ("--set", change))]
 
 
@@ -62,6 +64,9 @@ def test_the_commands_of_a_page_run(
         (tmp_path / title).write_text(text)
     for table in (ROOT / "docs").glob("*.csv"):
         shutil.copy(table, tmp_path)
+    tuned = [at for at, args in enumerate(shown) if "my-tuned-model" in args]
+    if tuned:
+        shown.insert(tuned[0], ["merge", "runs/rte", "--out", "my-tuned-model"])
     if "runs/rte" in str(shown) and not any(args[0] == "train" for args in shown):
         shown.insert(0, ["train", "glue/rte", "--out", "runs/rte"])
     with hub(TOKEN) as server:

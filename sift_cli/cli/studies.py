@@ -98,7 +98,10 @@ def plan(
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Tell what a recipe will train and need; trains nothing, and needs no weights."""
+    """Tell what a recipe will train and need; trains nothing, and needs no weights.
+
+    Example: sift plan glue/rte
+    """
     from sift_cli.recipe import trace_recipe
 
     resolved, origins = trace_recipe(shipped.find(recipe), overrides or [])
@@ -151,7 +154,10 @@ def compare(
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Put methods side by side on your task: same rows, batches and budget."""
+    """Put methods side by side on your task: same rows, batches and budget.
+
+    Example: sift compare glue/rte --methods sift,random,lora --seeds 3
+    """
     if all(Path(one).is_dir() for one in what):
         from sift_cli.analysis import compare_runs
 
