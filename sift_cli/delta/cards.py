@@ -147,7 +147,7 @@ def _base(settings: Mapping[str, Any]) -> str:
 
 def _name(path: str) -> str:
     """The last part of a local path: the rest means nothing elsewhere."""
-    return Path(path).name or path
+    return path if path.startswith(("pkg:", "builtin:")) else Path(path).name or path
 
 
 def _hub_id(path: str) -> str | None:
