@@ -30,7 +30,7 @@ def delta_card(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     return f"""{_front(settings, metrics, "adapter")}
 # {_title(settings)}
 
-A sparse delta: {trained:,} of {total:,} entries of `{_base(settings)}` trained
+A sparse delta: {trained:,} entries of the {total:,} of `{_base(settings)}` trained
 ({trained / total:.2%}; policy `{summary["policy"]}`, {PAPER}), and
 {summary["dense_entries"]:,} in modules that train whole.
 `delta.safetensors` ({summary["delta_bytes"]:,} bytes) turns the base into the trained model bit for
