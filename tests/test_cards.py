@@ -64,6 +64,18 @@ def test_ids_of_the_hub_are_linked_and_pairs_shown(run: Path, recipe_file: Path)
     assert "text_pair" in card.text
 
 
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [("/home/me/bert", "bert"), ("pkg:mini/model", "pkg:mini/model"), ("me/bert", "me/bert")],
+)
+def test_a_base_goes_by_a_name_that_tells(
+    run: Path, recipe_file: Path, path: str, shown: str
+) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    recipe = load_recipe(recipe_file, [f"model.path={path}"])
+    assert f"# sst2 on {shown}\n" in delta_card(recipe, summary)
+
+
 def test_a_regression_and_a_recipe_with_fences(run: Path, recipe_file: Path) -> None:
     summary = json.loads((run / "summary.json").read_text()) | {"labels": None}
     ticks = "```\n# not a heading"

@@ -31,7 +31,7 @@ def delta_card(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     return f"""{_front(settings, metrics, "adapter")}
 # {_title(settings)}
 
-A sparse delta: {trained:,} of {total:,} entries of `{_base(settings)}` trained
+A sparse delta: {trained:,} entries of the {total:,} of `{_base(settings)}` trained
 ({trained / total:.2%}; policy `{summary["policy"]}`, {PAPER}), and
 {summary["dense_entries"]:,} in modules that train whole.
 `delta.safetensors` ({summary["delta_bytes"]:,} bytes) turns the base into the trained model bit for
@@ -148,7 +148,7 @@ def _base(settings: Mapping[str, Any]) -> str:
 
 def _name(path: str) -> str:
     """The last part of a local path: the rest means nothing elsewhere."""
-    return Path(path).name or path
+    return path if path.startswith(("pkg:", "builtin:")) else Path(path).name or path
 
 
 def _hub_id(path: str) -> str | None:
