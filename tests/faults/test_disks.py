@@ -6,6 +6,7 @@ A full and a read-only disk are a tmpfs, which takes a superuser to mount.
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -122,7 +123,8 @@ def test_a_disk_that_is_full_when_the_delta_is_written(
         patch.setattr(loop, "write_run", full)
         done = sift("train", recipe_file, "--out", out, "--set", "checkpoint.every=4")
     one_line(done, "no space is left on the disk")
-    assert {path.name for path in out.iterdir()} == {"checkpoint", "metrics.jsonl", "recipe.yaml"}
+    left = {"checkpoint", "metrics.jsonl", "predictions.jsonl", "recipe.yaml"}
+    assert {path.name for path in out.iterdir()} == left
     (folder / "filler").unlink()
     assert sift("train", recipe_file, "--out", out, "--resume").returncode == 0
     assert delta(out) == calm
@@ -157,7 +159,9 @@ def without_permission(folder: Path) -> Iterator[None]:
 
 
 def test_permissions_that_are_lacking_or_go(recipe_file: Path, tmp_path: Path, calm: bytes) -> None:
-    for parent in [tmp_path, *tmp_path.parents][:3]:
+    for parent in [tmp_path, *tmp_path.parents]:
+        if parent == Path(tempfile.gettempdir()):
+            break
         parent.chmod(0o755)
     closed = tmp_path / "closed"
     closed.mkdir()
