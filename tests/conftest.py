@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import signal
 from pathlib import Path
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
