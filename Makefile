@@ -22,7 +22,7 @@ quickstart: .venv/.quickstart  ## train, merge, evaluate and predict on an embed
 	$(BIN)/python scripts/quickstart.py
 
 test: setup  ## the tests that need no GPU, no network and no patience
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 faults: setup  ## runs killed, disks filled, files cut, many times (docs/reliability.md; minutes)
 	$(BIN)/pytest tests/faults -m slow -s

@@ -30,8 +30,8 @@ class Ready:
 Method = Callable[[Any, dict[str, Tensor], Sequence[str], float], Ready]
 
 
-def sift(structure: str, block: int = 1, quick: bool = True) -> Method:
-    """Entries chosen by the gradient of one batch, in the given structure.
+def sift(structure: str, block: int = 1, quick: bool = True, score: str = "gradient") -> Method:
+    """Entries chosen by a score, usually the gradient of one batch, in the given structure.
 
     `quick` is sift's own dropout, as in `sift train`; without it, torch's.
     """
@@ -42,7 +42,7 @@ def sift(structure: str, block: int = 1, quick: bool = True) -> Method:
         names, whole = choose_weights(model, "all-linear", [], [], head)
         names = [name for name in names if name.endswith("weight")]
         model.requires_grad_(False)  # selection asks for what it needs
-        rule = Rule(find_score("gradient"), structure=structure, density=density, block=block)
+        rule = Rule(find_score(score), structure=structure, density=density, block=block)
         supports = select(model, names, rule, backward=[lambda: model(**batch).loss.backward()])
         named = dict(model.named_parameters())
         supports |= {name: Support(tuple(named[name].shape)) for name in whole}
@@ -100,6 +100,7 @@ METHODS: dict[str, Method] = {
     "sift column": sift("column"),
     "sift block": sift("block", 16),
     "sift entry, torch's dropout": sift("entry", quick=False),
+    "sift entry, random mask": sift("entry", score="random"),
     "LoRA": lora,
     "LoRA, sift's dropout": quick_lora,
     "SHiRA": shira,
