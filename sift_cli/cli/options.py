@@ -51,6 +51,8 @@ def print_table(table: Table) -> None:
         typer.echo(table.title)
     for line in lines:
         typer.echo("\t".join(str(render(str(cell))) for cell in line))
+    if table.caption:
+        typer.echo(table.caption)
 
 
 def size(count: float) -> str:

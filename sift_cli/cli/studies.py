@@ -120,7 +120,7 @@ def plan(
     if as_json:
         print_json(found)
         return
-    show_plan(stdout, found, show_all)
+    show_plan(found, show_all)
 
 
 def compare(
@@ -191,7 +191,7 @@ def compare(
     if as_json:
         print_json(found)
         return
-    show_compare(stdout, found)
+    show_compare(found)
     if out:
         stdout.print(f"Table, plot and runs: {out}")
 

@@ -4,10 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from sift_cli.cli.options import size
+from sift_cli.cli.options import print_table, size, stdout
 
 PARTS = {
     "weights": "weights",
@@ -22,9 +21,9 @@ PARTS = {
 }
 
 
-def show_plan(console: Console, found: Mapping[str, Any], show_all: bool) -> None:
+def show_plan(found: Mapping[str, Any], show_all: bool) -> None:
     """Prints what `sift plan` found; `show_all` lists the values that are defaults as well."""
-    _show_recipe(console, found, show_all)
+    _show_recipe(found, show_all)
     for groups, title in (
         (found["by_kind"], "kind of module"),
         (together(found["by_layer"]), "layer"),
@@ -34,23 +33,23 @@ def show_plan(console: Console, found: Mapping[str, Any], show_all: bool) -> Non
             share = f"{group['trained'] / group['of']:.3%}"
             table.add_row(name, f"{group['trained']:,}", f"{group['of']:,}", share)
         _right(table)
-        console.print(table)
-    _show_memory(console, found)
+        print_table(table)
+    _show_memory(found)
     for sentence in sentences(found):
-        console.print(sentence, highlight=False)
+        stdout.print(sentence, highlight=False)
 
 
-def _show_recipe(console: Console, found: Mapping[str, Any], show_all: bool) -> None:
+def _show_recipe(found: Mapping[str, Any], show_all: bool) -> None:
     table = Table("key", "value", "from", title=f"{found['model']}, {found['architecture']}")
     table.columns[0].no_wrap = True
     for name, origin in found["origins"].items():
         if show_all or origin != "default":
             section, _, key = name.partition(".")
             table.add_row(name, str(found["recipe"][section][key]), _short(origin))
-    console.print(table)
+    print_table(table)
     defaults = sum(origin == "default" for origin in found["origins"].values())
     if not show_all:
-        console.print(f"{defaults} more at their defaults; --all shows them", highlight=False)
+        stdout.print(f"{defaults} more at their defaults; --all shows them", highlight=False)
 
 
 def together(layers: Mapping[str, dict[str, int]]) -> dict[str, dict[str, int]]:
@@ -74,7 +73,7 @@ def _short(origin: str) -> str:
     return re.sub(r"^.*?([^/]*:\d+):\d+$", r"\1", origin)
 
 
-def _show_memory(console: Console, found: Mapping[str, Any]) -> None:
+def _show_memory(found: Mapping[str, Any]) -> None:
     methods = {k: one for k, one in found["memory_of_methods"].items() if "missing" not in one}
     batch = found["batch"]
     title = f"memory of a step with {batch['rows']} rows of {batch['tokens']} tokens"
@@ -87,10 +86,10 @@ def _show_memory(console: Console, found: Mapping[str, Any]) -> None:
                 table.add_section()
             table.add_row(label, *(size(value) if value else "" for value in values))
     _right(table)
-    console.print(table)
+    print_table(table)
     for key, one in found["memory_of_methods"].items():
         if "missing" in one and "," not in key:
-            console.print(f"{key}: {one['missing']}", highlight=False)
+            stdout.print(f"{key}: {one['missing']}", highlight=False)
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
@@ -137,7 +136,7 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def show_compare(console: Console, found: Mapping[str, Any]) -> None:
+def show_compare(found: Mapping[str, Any]) -> None:
     """Prints the table of `sift compare` and what is to be said of it."""
     from sift_cli.analysis.compare import LEGEND, cells, headings
 
@@ -146,9 +145,9 @@ def show_compare(console: Console, found: Mapping[str, Any]) -> None:
     for row in found["rows"]:
         table.add_row(*cells(row, found["metric"]))
     _right(table)
-    console.print(table)
+    print_table(table)
     for note in found["notes"]:
-        console.print(note, highlight=False)
+        stdout.print(note, highlight=False)
 
 
 def _right(table: Table) -> None:
