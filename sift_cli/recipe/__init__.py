@@ -1,0 +1,21 @@
+"""The recipe: what it may hold, and how it is read. Imports no torch."""
+
+from sift_cli.recipe.reading import load_recipe, parse_recipe, trace_recipe
+from sift_cli.recipe.schema import (
+    AXES,
+    OPTIONS,
+    CheckpointSection,
+    Recipe,
+    SelectionSection,
+)
+
+__all__ = [
+    "AXES",
+    "OPTIONS",
+    "CheckpointSection",
+    "Recipe",
+    "SelectionSection",
+    "load_recipe",
+    "parse_recipe",
+    "trace_recipe",
+]

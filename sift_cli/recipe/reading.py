@@ -1,0 +1,280 @@
+"""Recipes read from files: YAML, overrides, and errors that say where. Imports no torch."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sift_cli.errors import SiftError
+from sift_cli.recipe.schema import AXES, OPTIONS, Recipe
+from sift_cli.selection.policies import POLICIES
+
+Place = tuple[str | int, ...]
+
+LARGEST = 1 << 16  # bytes of a recipe
+ALIASES = 20  # in one recipe; each can double what is read
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and few aliases: a short text cannot stand for a huge one."""
+
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            self.aliases += 1
+            if self.aliases > ALIASES:
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                raise yaml.composer.ComposerError(None, None, f"more than {ALIASES} aliases", mark)
+        return super().compose_node(parent, index)
+
+
+# Keys of the file that an override makes void: a resolved recipe holds what its policy filled in.
+REPLACES = {
+    "selection.policy": AXES,
+    **{
+        f"selection.{axis}": tuple(key for key, one in OPTIONS.items() if one.axis == axis)
+        for axis in AXES
+    },
+    "selection.budget": ("density",),
+    "selection.density": ("budget",),
+}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe file; each override is `a.b=value` and wins over the file.
+
+    Raises SiftError (exit code 2) with every mistake there is, one located line each.
+    """
+    if not path.is_file():
+        raise SiftError(f"{path}: no such recipe; `sift recipes ls` lists the shipped ones")
+    try:
+        if path.stat().st_size > LARGEST:
+            raise SiftError(f"{path}: larger than {LARGEST:,} bytes, so it is no recipe")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SiftError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise SiftError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_recipe(text, str(path), overrides)
+
+
+def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """As `load_recipe`, from the text of a recipe; `source` names it in errors."""
+    return _parse(text, source, overrides)[0]
+
+
+def trace_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, str]]:
+    """As `load_recipe`, and where each value comes from: section.key -> origin.
+
+    An origin is a place in the file, an override, the policy's row, or `default`.
+    """
+    load_recipe(path, overrides)  # for its errors
+    recipe, given, places = _parse(path.read_text(encoding="utf-8"), str(path), overrides)
+    policy = recipe.selection.policy
+    by_policy = {f"selection.{key}" for key in (*AXES, *POLICIES[policy].defaults)}
+    origins = {}
+    for section, values in recipe.model_dump().items():
+        for key in values if isinstance(values, dict) else ():
+            name = f"{section}.{key}"
+            if given.get(section, {}).get(key) is not None:
+                origins[name] = places[section, key].removesuffix(":")
+            else:
+                origins[name] = f"policy {policy}" if name in by_policy else "default"
+    return recipe, origins
+
+
+def _parse(
+    text: str, source: str, overrides: Sequence[str]
+) -> tuple[Recipe, dict[str, Any], dict[Place, str]]:
+    """The recipe, what was given, and the place of every key of that."""
+    problems: list[tuple[str, str]] = []
+    values, places = _read(text, source, problems)
+    for override in overrides:
+        _override(values, places, override, problems)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems += [_describe(one, places, source) for one in error.errors()]
+    if problems:
+        lines = dict.fromkeys(f"{where} {what}" for where, what in problems)
+        raise SiftError("\n".join(lines))
+    return recipe, values, places
+
+
+def _read(
+    text: str, source: str, problems: list[tuple[str, str]]
+) -> tuple[dict[str, Any], dict[Place, str]]:
+    """Values of the YAML text, and where each key stands as `source:line:column`."""
+    places: dict[Place, str] = {}
+    around: set[int] = set()  # nodes that hold the one that is read
+
+    def locate(mark: yaml.Mark) -> str:
+        return f"{source}:{mark.line + 1}:{mark.column + 1}"
+
+    def walk(node: yaml.Node, place: Place) -> Any:
+        places.setdefault(place, locate(node.start_mark))
+        if id(node) in around:
+            raise SiftError(
+                f"{locate(node.start_mark)} not valid YAML: an alias inside what it stands for"
+            )
+        around.add(id(node))
+        try:
+            return values_of(node, place)
+        finally:
+            around.discard(id(node))
+
+    def values_of(node: yaml.Node, place: Place) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            own = {id(key_node) for key_node, _ in node.value}
+            loader.flatten_mapping(node)  # merge keys come first and may be given again
+            found: dict[Any, Any] = {}
+            seen = set()
+            for key_node, value_node in node.value:
+                key = loader.construct_object(key_node, deep=True)
+                if not isinstance(key, str):
+                    problems.append((locate(key_node.start_mark), f"{key!r}: a key must be text"))
+                    continue
+                if key in seen:
+                    twice = f"{_dotted((*place, key))}: given twice"
+                    problems.append((locate(key_node.start_mark), twice))
+                if id(key_node) in own:
+                    seen.add(key)
+                places[(*place, key)] = locate(key_node.start_mark)
+                found[key] = walk(value_node, (*place, key))
+            return found
+        if isinstance(node, yaml.SequenceNode):
+            return [walk(child, (*place, index)) for index, child in enumerate(node.value)]
+        try:
+            return loader.construct_object(node)
+        except ValueError as error:  # a date that is none
+            raise SiftError(f"{locate(node.start_mark)} not valid YAML: {error}") from None
+
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        values = {} if node is None else walk(node, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = locate(mark) if mark else source
+        raise SiftError(f"{where} not valid YAML: {error.problem or error.context}") from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        column = error.position - (before.rfind("\n") + 1) + 1
+        where = f"{source}:{before.count(chr(10)) + 1}:{column}"
+        raise SiftError(f"{where} not valid YAML: a character that text has not") from None
+    except RecursionError:
+        where = locate(loader.get_mark())
+        raise SiftError(f"{where} not valid YAML: nested too deeply") from None
+    if not isinstance(values, dict):
+        raise SiftError(f"{source}:1:1 a recipe is a mapping with sections such as model and data")
+    return values, places
+
+
+def _override(
+    values: dict[str, Any],
+    places: dict[Place, str],
+    override: str,
+    problems: list[tuple[str, str]],
+) -> None:
+    """Sets one dotted key; its place becomes the override itself."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    where = f"--set {override}:"
+    if not equals or not all(keys):
+        problems.append((where, "an override reads section.key=value"))
+        return
+    try:
+        value = yaml.load(text, Loader=_Loader) if text else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        problems.append((where, "the value is not valid YAML"))
+        return
+    section: Any = values
+    for depth, key in enumerate(keys[:-1]):
+        places.setdefault(tuple(keys[: depth + 1]), where)
+        if not isinstance(section.get(key), dict):
+            section[key] = {}
+        section = section[key]
+    void = REPLACES.get(dotted.strip(), ()) if value is not None else ()
+    if dotted.strip() == "selection.policy":
+        void = (*void, *_filled_in(section))
+    for replaced in (keys[-1], *void):
+        inside = (*keys[:-1], replaced)
+        if not places.get(inside, "").startswith("--set"):  # two overrides can still disagree
+            section.pop(replaced, None)
+        for place in [p for p in places if p[: len(keys)] == inside]:
+            del places[place]
+    section[keys[-1]] = value
+    places[tuple(keys)] = where
+
+
+def _filled_in(section: Mapping[str, Any]) -> list[str]:
+    """The options of a selection that hold what its policy, or the default, gives them."""
+    row = POLICIES.get(str(section.get("policy", "sift")), POLICIES["sift"])
+    usual = {
+        "batches": 1,
+        **{key: option.default for key, option in OPTIONS.items()},
+        **row.defaults,
+    }
+    return [key for key, value in usual.items() if section.get(key) in (value, None)]
+
+
+def _describe(error: Any, places: dict[Place, str], source: str) -> tuple[str, str]:
+    """Where one validation error stands, and what it says in the recipe's own terms."""
+    kind, message = error["type"], str(error["msg"])
+    place = error["loc"]
+    if kind == "value_error":
+        message = message.removeprefix("Value error, ")
+        if _fields(place):  # raised for a whole section: the message begins with the key
+            key, _, message = message.partition(": ")
+            place = (*place, key)
+    elif kind == "extra_forbidden":
+        message = "unknown key" + _nearest_key(place)
+    elif kind == "missing":
+        message = "missing" + _hint(place)
+    elif kind == "model_type":
+        message = f"a section holds keys, got {error['input']!r}"
+    else:
+        message = f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
+    starts = (place[:length] for length in range(len(place), -1, -1))
+    where = next((places[start] for start in starts if start in places), f"{source}:1:1")
+    return where, f"{_dotted(place)}: {message}"
+
+
+def _dotted(place: Place) -> str:
+    return "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" if index else str(part)
+        for index, part in enumerate(place)
+    )
+
+
+def _fields(place: Place) -> dict[str, Any]:
+    """The fields of the section at `place`; none where it is no section."""
+    section: Any = Recipe
+    for key in place:
+        field = section.model_fields.get(key)
+        section = field.annotation if field else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return {}
+    return dict(section.model_fields)
+
+
+def _nearest_key(place: Place) -> str:
+    """The valid key nearest to an unknown one: among its siblings first, then anywhere."""
+    key, parent = str(place[-1]), place[:-1]
+    siblings = {_dotted((*parent, name)): name for name in _fields(parent)}
+    everywhere = {f"{top}.{name}": name for top in Recipe.model_fields for name in _fields((top,))}
+    for known in (siblings, everywhere):
+        near = difflib.get_close_matches(key, list(known.values()), n=1)
+        if near:
+            full = next(dotted for dotted, name in known.items() if name == near[0])
+            return f"; did you mean {full}?"
+    return f"; known here: {', '.join(siblings.values())}"
+
+
+def _hint(place: Place) -> str:
+    field = _fields(place[:-1]).get(str(place[-1]))
+    return f" ({field.description})" if field is not None and field.description else ""
