@@ -90,9 +90,9 @@ def test_a_plan_is_what_training_does(recipe_file: Path, tmp_path: Path) -> None
 def test_what_it_prints(recipe_file: Path) -> None:
     args = ["plan", recipe_file, "--set", "train.epochs=2", "--memory", "300kB", "--device", "cpu"]
     shown = " ".join(sift(*args).stdout.split())
-    assert "train.epochs │ 2.0 │ --set" in shown
-    assert "selection.density │ 0.05 │ tiny.yaml:9" in shown
-    assert "selection.score │ gradient │ policy sift" in shown
+    assert "train.epochs 2.0 --set" in shown
+    assert "selection.density 0.05 tiny.yaml:9" in shown
+    assert "selection.score gradient policy sift" in shown
     assert "checkpoint.every" not in shown
     assert "layer 0-1, each" in shown
     assert "It does not fit: " in shown
@@ -124,4 +124,4 @@ def test_small_parts() -> None:
         "layer 2": {"trained": 2, "of": 2},
     }
     million = delta_bytes({"w": 10_000}, {"w": 1_000_000}, [], "float32") - 20_000
-    assert million == pytest.approx(10_000 * (8.08 / 8 + 3), rel=0.01)  # entropy at 1 %
+    assert million == pytest.approx(10_000 * (8.08 / 8 + 3.25), rel=0.01)  # entropy at 1 %
