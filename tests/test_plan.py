@@ -8,7 +8,7 @@ import torch
 from test_cli import sift
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaConfig
 
-from sift_cli.analysis.plan import Outline, accounting, delta_bytes, layer_and_kind
+from sift_cli.analysis.plan import Outline, accounting, delta_bytes, layer_and_kind, plan
 from sift_cli.cli.options import parse_size
 from sift_cli.cli.tables import together
 from sift_cli.errors import SiftError
@@ -109,6 +109,21 @@ def test_every_value_has_an_origin(recipe_file: Path) -> None:
     assert origins["selection.history"] == origins["train.max_steps"] == "default"
     assert origins["model.path"] == f"{recipe_file}:2:3"
     assert origins["selection.policy"] == "--set selection.policy=drop-grow"
+
+
+def test_a_token_budget_bounds_the_batch_that_is_planned(recipe_file: Path) -> None:
+    whole, cut = (
+        plan(load_recipe(recipe_file, changes), device="cpu")
+        for changes in ([], ["train.max_tokens=30", "eval.max_tokens=30"])
+    )
+    assert whole["batch"]["rows"] * whole["batch"]["tokens"] > 30
+    assert cut["batch"]["rows"] * cut["batch"]["tokens"] <= 30
+    for key in ("step", "evaluation"):
+        passes = [
+            found["memory_bytes"] if key == "step" else found["memory_of_passes"][key]
+            for found in (whole, cut)
+        ]
+        assert passes[1]["activations"] < passes[0]["activations"]
 
 
 def test_small_parts() -> None:

@@ -31,14 +31,14 @@ from sift_cli.models import (
     quiet,
     task_config,
 )
-from sift_cli.recipe import Recipe
+from sift_cli.recipe import EvalSection, Recipe, TrainSection
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import check, planned
 from sift_cli.selection.targets import choose_weights
 from sift_cli.session import autocasts, load_rows, open_session
 from sift_cli.tokens import Encoded, encode
 from sift_cli.training.batches import Batches
-from sift_cli.training.choosing import Chooser, rule_of
+from sift_cli.training.choosing import Chooser, batches_of, rule_of
 from sift_cli.training.gradient import add_gradient
 from sift_cli.training.loop import make_optimizer, prepare_model
 from sift_cli.training.run import Timing
@@ -182,21 +182,13 @@ class Rows:
         """The batches of the run."""
         if self.train is None:
             return None
-        settings = recipe.train
-        return Batches.plan(
-            self.train.lengths,
-            batch_size=settings.batch_size,
-            accumulate=settings.accumulate,
-            epochs=settings.epochs,
-            max_steps=settings.max_steps,
-            seed=settings.seed,
-        )
+        return batches_of(recipe, self.train.lengths)
 
     def shapes(self, recipe: Recipe) -> list[tuple[int, int]]:
         """Rows and tokens of each batch of the first epoch, or of one that is full."""
         batches = self.batches(recipe)
         if batches is None or self.train is None:
-            return [(recipe.train.batch_size, recipe.data.max_length)]
+            return [full(recipe.train, recipe.data.max_length)]
         lengths = self.train.lengths
         steps = islice(batches.endless(), batches.steps_per_epoch)
         return [(len(part), max(lengths[row] for row in part)) for rows in steps for part in rows]
@@ -216,6 +208,14 @@ class Rows:
             "steps": batches.steps,
             "steps_per_epoch": batches.steps_per_epoch,
         }
+
+
+def full(settings: TrainSection | EvalSection, tokens: int) -> tuple[int, int]:
+    """Rows and tokens of the largest batch of rows of so many tokens."""
+    fit = settings.batch_size
+    if settings.max_tokens is not None:
+        fit = min(fit, max(1, settings.max_tokens // tokens))
+    return fit, tokens
 
 
 def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[
             parts = first.selection(outline.counts, chosen.batches)
             passes["selection"] = with_peak(parts, device)
         evaluated = [length for one in rows.evaluation.values() for length in one.lengths]
-        shape = Batch(recipe.eval.batch_size, max(evaluated, default=recipe.data.max_length))
+        shape = Batch(*full(recipe.eval, max(evaluated, default=recipe.data.max_length)))
         parts = Plan(build, shape, bf16=bf16, gpu=gpu).evaluation()
         passes["evaluation"] = with_peak(parts, device)
     return {

@@ -42,7 +42,7 @@ from sift_cli.delta.record import (
     side_files,
 )
 from sift_cli.delta.shards import header_text, write_file, write_index
-from sift_cli.delta.tuned import DELTA_FILE, RECIPE_FILE
+from sift_cli.delta.tuned import RECIPE_FILE, delta_file
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models import DTYPES, INDEX_FILE, load_tokenizer, model_folder, quiet, task_config
 from sift_cli.recipe import parse_recipe
@@ -82,7 +82,7 @@ def merge(
     be found or the deltas do not go together, 3 for a damaged delta or a wrong base, 5 where what
     was written differs.
     """
-    paths = [_delta_path(one) for one in ([deltas] if isinstance(deltas, Path) else deltas)]
+    paths = [delta_file(str(one)) for one in ([deltas] if isinstance(deltas, Path) else deltas)]
     mix = Mix(_weights(weights, paths), rule, scale, keep, seed)
     if undo and not mix.exact:
         raise SiftError(
@@ -97,7 +97,7 @@ def merge(
     loaded = [load_delta(path) for path in paths]
     if len(loaded) > 1:
         _check_one_base(paths, loaded)
-    owner = _head_owner(paths, loaded, _delta_path(head) if head else None)
+    owner = _head_owner(paths, loaded, delta_file(str(head)) if head else None)
     delta = loaded[owner]
     about = delta.about["base"]
     source = base or about["path"]
@@ -227,10 +227,6 @@ def _evaluate(folder: Path, change: Toggle | Composed, report: dict[str, Any]) -
     if whole:
         prove_metrics(report["metrics"], delta.about["metrics"])
         report["verified"].append("metrics")
-
-
-def _delta_path(path: Path) -> Path:
-    return path / DELTA_FILE if (path / DELTA_FILE).is_file() else path
 
 
 def _weights(weights: Sequence[float], paths: Sequence[Path]) -> tuple[float, ...]:

@@ -5,16 +5,20 @@ from sift_cli.recipe.schema import (
     AXES,
     OPTIONS,
     CheckpointSection,
+    EvalSection,
     Recipe,
     SelectionSection,
+    TrainSection,
 )
 
 __all__ = [
     "AXES",
     "OPTIONS",
     "CheckpointSection",
+    "EvalSection",
     "Recipe",
     "SelectionSection",
+    "TrainSection",
     "load_recipe",
     "parse_recipe",
     "trace_recipe",

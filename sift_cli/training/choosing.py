@@ -38,6 +38,20 @@ def rule_of(selection: SelectionSection, allow_code: bool = False) -> Rule:
     )
 
 
+def batches_of(recipe: Recipe, lengths: Sequence[int]) -> Batches:
+    """The batches of a run of the recipe over training rows of so many tokens each."""
+    settings = recipe.train
+    return Batches.plan(
+        lengths,
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        seed=settings.seed,
+        max_tokens=settings.max_tokens,
+    )
+
+
 @dataclass(frozen=True)
 class Chooser:
     """The recipe's selection over one run.
@@ -61,21 +75,13 @@ class Chooser:
 
         Raises SiftError where its patterns, densities, budgets or blocks do not fit the model.
         """
-        chosen, settings = recipe.selection, recipe.train
+        chosen = recipe.selection
         sparse, dense = choose_weights(
             session.model, chosen.target, chosen.exclude, chosen.dense, session.new
         )
         check(session.model, sparse, rule)
         assert session.train is not None
-        batches = Batches.plan(
-            session.train.lengths,
-            batch_size=settings.batch_size,
-            accumulate=settings.accumulate,
-            epochs=settings.epochs,
-            max_steps=settings.max_steps,
-            seed=settings.seed,
-            max_tokens=settings.max_tokens,
-        )
+        batches = batches_of(recipe, session.train.lengths)
         console = console or Console(stderr=True, quiet=True)
         return cls(recipe, session, batches, rule, sparse, dense, console)
 
