@@ -51,9 +51,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(given.rounds):
             began = time.perf_counter()
+            copy = Path(folder) / "copy"
+            copy.mkdir()
             for file in files:
-                shutil.copyfile(file, Path(folder) / "copy")
+                shutil.copyfile(file, copy / file.name)
             copies.append(time.perf_counter() - began)
+            shutil.rmtree(copy)
             for verify, found in merges.items():
                 out = Path(folder) / "out"
                 command = [sys.executable, "-c", CHILD, given.delta, given.base, out, verify]

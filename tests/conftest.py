@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -213,3 +214,20 @@ def recipe_file(tmp_path: Path, recipe_text: str) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(recipe_text)
     return path
+
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(recipe_file: Path, tmp_path: Path) -> Run:
+    """Trains three steps of the recipe with what is changed in it; gives the delta."""
+    from sift_cli.recipe import load_recipe
+    from sift_cli.training import train
+
+    def go(*changes: str, name: str = "run") -> Path:
+        short = ["train.max_steps=3", *changes]
+        train(load_recipe(recipe_file, short), tmp_path / name, overwrite=True)
+        return tmp_path / name / "delta.safetensors"
+
+    return go

@@ -1,12 +1,11 @@
 """Deltas as PEFT adapters: loaded by PEFT itself, with the trained model's logits."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_base
+from conftest import Run, save_base
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -21,22 +20,9 @@ from sift_cli.delta.export import choose_rank, export, shira_entries
 from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
-from sift_cli.recipe import load_recipe
 from sift_cli.sparse import Support
-from sift_cli.training import train
 
-Run = Callable[..., Path]
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-
-
-@pytest.fixture
-def run(recipe_file: Path, tmp_path: Path) -> Run:
-    def go(*changes: str, name: str = "run") -> Path:
-        short = ["train.max_steps=3", *changes]
-        train(load_recipe(recipe_file, short), tmp_path / name, overwrite=True)
-        return tmp_path / name / "delta.safetensors"
-
-    return go
 
 
 def fresh(base: Path, dtype: str = "float32", seed: int = 9) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZE, save_base, tiny_model, tiny_tokenizer
+from conftest import SIZE, Run, save_base, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -25,21 +25,7 @@ from sift_cli.delta.proof import reloaded_logits
 from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models import INDEX_FILE
-from sift_cli.recipe import load_recipe
 from sift_cli.sparse import Support
-from sift_cli.training import train
-
-Run = Callable[..., Path]
-
-
-@pytest.fixture
-def run(recipe_file: Path, tmp_path: Path) -> Run:
-    def go(*changes: str, name: str = "run") -> Path:
-        short = ["train.max_steps=3", *changes]
-        train(load_recipe(recipe_file, short), tmp_path / name, overwrite=True)
-        return tmp_path / name / "delta.safetensors"
-
-    return go
 
 
 def loads_clean(folder: Path) -> torch.nn.Module:
@@ -320,6 +306,19 @@ def test_a_wrong_base_is_refused_and_leaves_nothing(run: Run, tmp_path: Path) ->
     assert caught.value.code == ExitCode.WRONG_FILE
     with pytest.raises(SiftError, match="lacks"):
         merge(delta, tmp_path / "merged", base=str(save_base(tmp_path / "gpt", "gpt2")))
+
+
+def test_a_base_whose_tensors_were_renamed_on_disk(run: Run, base: Path, tmp_path: Path) -> None:
+    delta = run()
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    held = load_file(base / "model.safetensors")
+    renamed = {name.replace(".query.", ".q_proj."): one for name, one in held.items()}
+    save_file(renamed, other / "model.safetensors")
+    said = r"layer.0.attention.self.q_proj.weight for bert.\S*query.weight: rename them back"
+    with pytest.raises(SiftError, match=said) as caught:
+        merge(delta, tmp_path / "merged", base=str(other))
+    assert caught.value.code == ExitCode.WRONG_FILE
 
 
 def test_applying_twice_is_refused_and_undoing_the_base(

@@ -86,6 +86,23 @@ def test_a_thousand_random_swaps_leave_every_bit(architecture: str, dtype: torch
     assert same(bits(model), before)
 
 
+def test_swaps_under_deterministic_algorithms() -> None:
+    model = tiny_model("bert", torch.float32)
+    before = bits(model)
+    one, other = (random_delta(model, seed, HEAD) for seed in (1, 2))
+    torch.use_deterministic_algorithms(True)
+    try:
+        for delta in (one, other, one):
+            delta.swap_(model)
+        trained = bits(model)
+        one.undo_(model)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(bits(model), before)
+    one.apply_(model)
+    assert same(bits(model), trained)
+
+
 def test_swaps_read_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("bert", torch.float32)
     one, other = (random_delta(model, seed, HEAD) for seed in (1, 2))

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def advice(
     wide = {name: kind for name in wrong if (kind := _kind(name, kinds))}
     return (
         _tied(delta, marks, tied)
-        or _renamed(delta, marks, lacking)
+        or renamed(delta, marks, lacking)
         or _resized(delta, wide)
         or _in_another_dtype(delta, wide)
         or _changed_already(delta, marks, merged)
@@ -114,12 +115,13 @@ def _tied(delta: Delta, marks: Mapping[str, str], tied: Mapping[str, str]) -> st
     return ""
 
 
-def _renamed(delta: Delta, marks: Mapping[str, str], lacking: Collection[str]) -> str:
+def renamed(delta: Delta, marks: Mapping[str, str], lacking: Collection[str]) -> str:
+    """Under which other names the changed weights that are `lacking` are here; may be empty."""
     names = {mark: name for name, mark in marks.items()}
     found = {n: names[delta.weights[n].base] for n in lacking if delta.weights[n].base in names}
     if not found:
         return ""
-    old, new = next(iter(found.items()))
+    old, new = max(found.items(), key=lambda pair: prod(delta.weights[pair[0]].shape))
     version = delta.about.get("versions", {}).get("transformers")
     hint = f"; the delta was made with transformers {version}" if version else ""
     return (

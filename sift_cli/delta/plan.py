@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
-from sift_cli.delta.file import Delta
+from sift_cli.delta.file import Delta, fingerprint
+from sift_cli.delta.identity import renamed
 from sift_cli.delta.record import Record, dropped_places
 from sift_cli.delta.shards import Listing, Place, list_file, listed
 from sift_cli.errors import ExitCode, SiftError
@@ -158,11 +159,19 @@ def require_whole(plan: Plan, names: Mapping[str, str], delta: Delta, source: st
     """Raises SiftError (exit code 3) where the source lacks a tensor of the model."""
     held = {one.name for shard in plan.shards for one in shard.tensors.values()}
     lacking = sorted({*names.values()} - held - {*delta.dense})
-    if lacking:
-        raise SiftError(
-            f"{source} lacks {len(lacking)} tensors of the model, such as {lacking[0]}",
-            ExitCode.WRONG_FILE,
-        )
+    if not lacking:
+        return
+    shapes = {delta.weights[name].shape for name in lacking if name in delta.weights}
+    here = {
+        key: fingerprint(place.read().to(DTYPES[delta.about["base"]["dtype"]]))
+        for key, place in plan.dropped.items()
+        if place.shape in shapes
+    }
+    hint = renamed(delta, here, [name for name in lacking if name in delta.weights])
+    raise SiftError(
+        f"{source} lacks {len(lacking)} tensors of the model, such as {lacking[0]}\n{hint}".strip(),
+        ExitCode.WRONG_FILE,
+    )
 
 
 def _held(delta: Delta, name: str, stored: torch.dtype) -> torch.dtype:

@@ -3,10 +3,11 @@
 The first delta on a model reads the whole model: every tensor must have the fingerprint of the
 delta's base. From then on the model is watched: each tensor's address, dtype and PyTorch's own
 count of in-place writes are noted after every change. A later call compares those notes and reads
-only the tensors whose notes differ, so that a swap costs two writes of the changed entries.
+only the tensors whose notes differ, so that a swap costs two writes of the changed entries, both to
+one weight while it is at hand.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -34,13 +35,14 @@ class Entries:
     base: Tensor
     trained: Tensor
 
-    def write_(self, weight: Tensor, values: Tensor) -> None:
-        """Puts `values` ([K], one of the two) into the weight."""
-        flat = weight.detach().view(-1).view(values.dtype)
+    def write_(self, flat: Tensor, values: Tensor) -> None:
+        """Puts `values` ([K], one of the two) into a weight, flat and as integers of its width."""
         if self.positions is None:
             flat.copy_(values)
-        else:
+        elif torch.are_deterministic_algorithms_enabled():
             flat.index_copy_(0, self.positions, values)
+        else:  # the fastest, and as sure: no position occurs twice
+            flat.put_(self.positions, values)
 
 
 @dataclass
@@ -67,13 +69,14 @@ def apply_(model: nn.Module, delta: Delta) -> None:
     Raises SiftError (exit code 3) where the model is not the delta's base: another model, one that
     a delta is on already, or one that something else has changed since.
     """
-    watched = _watch(model, delta)
+    state = _state(model)
+    watched = _watch(model, state, delta)
     if watched.applied is not None:
         raise SiftError(
             f"a delta is on the model already ({_name(watched.applied)}); undo it first, or swap",
             ExitCode.WRONG_FILE,
         )
-    _exchange(model, watched, delta)
+    _exchange(model, state, watched, delta)
 
 
 def undo_(model: nn.Module, delta: Delta) -> None:
@@ -81,12 +84,13 @@ def undo_(model: nn.Module, delta: Delta) -> None:
 
     Raises SiftError (exit code 3) where `delta` is not what is on the model.
     """
-    watched = _watched.get(model)
-    watched = _watch_trained(model, delta) if watched is None else _watch(model, delta)
+    state = _state(model)
+    watch = _watch if model in _watched else _watch_trained
+    watched = watch(model, state, delta)
     if watched.applied is None or not _same(watched.applied, delta):
         there = "no delta is" if watched.applied is None else f"{_name(watched.applied)} is"
         raise SiftError(f"cannot undo {_name(delta)}: {there} on the model", ExitCode.WRONG_FILE)
-    _exchange(model, watched, None)
+    _exchange(model, state, watched, None)
 
 
 def swap_(model: nn.Module, delta: Delta) -> None:
@@ -94,44 +98,60 @@ def swap_(model: nn.Module, delta: Delta) -> None:
 
     Raises SiftError (exit code 3) as `apply_` does, and then leaves the model as it is.
     """
-    watched = _watch(model, delta)
+    state = _state(model)
+    watched = _watch(model, state, delta)
     if watched.applied is None or not _same(watched.applied, delta):
-        _exchange(model, watched, delta)
+        _exchange(model, state, watched, delta)
 
 
 @torch.no_grad()
-def _exchange(model: nn.Module, watched: Watched, delta: Delta | None) -> None:
+def _exchange(
+    model: nn.Module, state: dict[str, Tensor], watched: Watched, delta: Delta | None
+) -> None:
     """Takes off what is applied and puts `delta` on; after an interruption the model is unknown."""
-    named: dict[str, Tensor] = dict(model.named_parameters())
     if delta is not None:
-        _check_dense(named, delta)
+        _check_dense(state, delta)
     del _watched[model]
-    if watched.applied is not None:
-        for name, entries in watched.entries[watched.applied].items():
-            entries.write_(named[name], entries.base)
-        for name, head in watched.heads.items():
-            named[name].copy_(head)
-    watched.applied, watched.heads = None, {}
+    on = {} if watched.applied is None else watched.entries[watched.applied]
+    writes = {name: [(entries, entries.base)] for name, entries in on.items()}
     if delta is not None:
         if delta not in watched.entries:
-            watched.entries[delta] = _entries(named, delta)
+            _write_(state, writes)
+            writes = {}
+            watched.entries[delta] = _entries(state, delta)
         for name, entries in watched.entries[delta].items():
-            entries.write_(named[name], entries.trained)
-        watched.heads = {name: named[name].detach().clone() for name in delta.dense}
+            writes.setdefault(name, []).append((entries, entries.trained))
+    _write_(state, writes)
+    for name, head in watched.heads.items():
+        state[name].copy_(head)
+    written = {*on, *watched.heads}
+    watched.applied, watched.heads = delta, {}
+    if delta is not None:
+        watched.heads = {name: state[name].detach().clone() for name in delta.dense}
         for name, tensor in delta.dense.items():
-            named[name].copy_(tensor)
-        watched.applied = delta
-    watched.notes = _notes(model)
+            state[name].copy_(tensor)
+        written |= {*delta.weights, *delta.dense}
+    watched.notes |= {name: _note(state[name]) for name in written}
     _watched[model] = watched
 
 
+def _write_(
+    state: Mapping[str, Tensor], writes: Mapping[str, Sequence[tuple[Entries, Tensor]]]
+) -> None:
+    """Puts into each weight the values given for it, in order."""
+    for name, given in writes.items():
+        flat = state[name].detach().view(-1).view(given[0][1].dtype)
+        for entries, values in given:
+            entries.write_(flat, values)
+
+
 def _entries(
-    named: Mapping[str, Tensor], delta: Delta, trained: bool = False
+    state: Mapping[str, Tensor], delta: Delta, trained: bool = False
 ) -> dict[str, Entries]:
     """Positions and values, on the weights' devices; the weights hold the base's (or trained)."""
     found = {}
     for name, change in delta.weights.items():
-        weight = named[name]
+        weight = state[name]
         support = change.support.to(weight.device)
         signed = SIGNED[weight.element_size()]
         here = support.gather(weight).view(signed)
@@ -141,10 +161,10 @@ def _entries(
     return found
 
 
-def _check_dense(named: Mapping[str, Tensor], delta: Delta) -> None:
+def _check_dense(state: Mapping[str, Tensor], delta: Delta) -> None:
     """Raises SiftError where the model has no place for the tensors that the base lacks."""
     for name, tensor in delta.dense.items():
-        shape = tuple(named[name].shape) if name in named else None
+        shape = tuple(state[name].shape) if name in state else None
         if shape != tuple(tensor.shape):
             has = "lacks it" if shape is None else f"has shape {shape}"
             labels = delta.about.get("labels")
@@ -155,30 +175,30 @@ def _check_dense(named: Mapping[str, Tensor], delta: Delta) -> None:
             )
 
 
-def _watch(model: nn.Module, delta: Delta) -> Watched:
+def _watch(model: nn.Module, state: dict[str, Tensor], delta: Delta) -> Watched:
     """The model's record; the whole model is read where there is none, and what changed else."""
     watched = _watched.get(model)
     if watched is None:
         base = state_fingerprints(model, ())
         check_base(delta, _without(base, delta), SOURCE)
-        return _remember(model, Watched(base, _notes(model)))
-    notes = _notes(model)
+        return _remember(model, Watched(base, _notes(state)))
+    notes = _notes(state)
     if notes != watched.notes:
-        _read_again(model, watched, notes)
+        _read_again(state, watched, notes)
     if delta not in watched.entries:
         check_base(delta, _without(watched.base, delta), SOURCE)
     return watched
 
 
-def _watch_trained(model: nn.Module, delta: Delta) -> Watched:
+def _watch_trained(model: nn.Module, state: dict[str, Tensor], delta: Delta) -> Watched:
     """The record of a model that nobody watched and that should have `delta` on it."""
     base = state_fingerprints(model, ())
     for name, weight in delta.weights.items():
         if name in base:
             base[name] = weight.base if base[name] == weight.trained else NOT_TRAINED
     check_base(delta, _without(base, delta), SOURCE, merged=True)
-    watched = Watched(base, _notes(model), applied=delta)
-    watched.entries[delta] = _entries(dict(model.named_parameters()), delta, trained=True)
+    watched = Watched(base, _notes(state), applied=delta)
+    watched.entries[delta] = _entries(state, delta, trained=True)
     return _remember(model, watched)
 
 
@@ -187,9 +207,8 @@ def _remember(model: nn.Module, watched: Watched) -> Watched:
     return watched
 
 
-def _read_again(model: nn.Module, watched: Watched, notes: dict[str, Note]) -> None:
+def _read_again(state: Mapping[str, Tensor], watched: Watched, notes: dict[str, Note]) -> None:
     """Reads the tensors whose notes differ; raises SiftError (exit code 3) where one is another."""
-    state = _state(model)
     now = watched.base if watched.applied is None else _trained(watched.base, watched.applied)
     heads = {} if watched.applied is None else watched.applied.dense
     wrong = sorted(notes.keys() ^ watched.notes.keys())
@@ -237,20 +256,21 @@ def _without(marks: Mapping[str, str], delta: Delta) -> dict[str, str]:
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and saved buffer, tied ones once, as `state_fingerprints` counts them."""
-    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    first = {id(weight): name for name, weight in model.named_parameters()}
-    return {name: one for name, one in state.items() if first.get(id(one), name) == name}
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
 
 
-def _notes(model: nn.Module) -> dict[str, Note]:
+def _notes(state: Mapping[str, Tensor]) -> dict[str, Note]:
     """What shows that a tensor was written to or replaced, without reading it."""
-    return {name: _note(tensor) for name, tensor in _state(model).items()}
+    return {name: _note(tensor) for name, tensor in state.items()}
 
 
 def _note(tensor: Tensor) -> Note:
     # tensors made in inference mode count no writes: they are read each time
     writes = object() if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.device, writes
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.device, writes
 
 
 def _same(one: Delta, other: Delta) -> bool:
