@@ -1,7 +1,6 @@
 """A delta as an adapter folder that PEFT loads: its SHiRA layout, written without PEFT."""
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from sift_cli.delta.cards import CARD_FILE
 from sift_cli.delta.file import Delta, load_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
+from sift_cli.files import new_folder
 from sift_cli.models import DTYPES, LoadedModel, load_model, model_folder, task_config
 from sift_cli.sparse import Support
 
@@ -59,10 +59,7 @@ def export(
     if plan.refused and not partial:
         raise _refusal(plan.refused)
     tensors, inexact = _tensors(model, delta, plan)
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with new_folder(out) as aside:
         weights = aside / "adapter_model.safetensors"
         save_file(tensors, weights, metadata={"format": "pt"})
         weights.chmod(0o644)  # safetensors makes files private
@@ -85,9 +82,6 @@ def export(
         report["logits_difference"] = None
         if verify and find_spec("peft") is not None:
             report["logits_difference"] = _verify(aside, load(), delta, bool(plan.refused))
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return report
 
 

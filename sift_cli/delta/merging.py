@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from sift_cli.delta.record import (
 from sift_cli.delta.shards import header_text, write_file, write_index
 from sift_cli.delta.tuned import RECIPE_FILE, delta_file
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.files import new_folder
 from sift_cli.models import DTYPES, INDEX_FILE, load_tokenizer, model_folder, quiet, task_config
 from sift_cli.recipe import parse_recipe
 
@@ -117,7 +117,7 @@ def merge(
     change = Toggle(delta, undo) if mix.exact else Composed(loaded, owner, mix)
     report: dict[str, Any] = {"out": str(out), "base": source}
     lost: list[str] = []  # what undo does not give back
-    with _aside(out) as partial:
+    with new_folder(out) as partial:
         wanted = _write_weights(partial, plan, change, source, folder)
         copy_side_files(folder, partial)
         if record:
@@ -290,21 +290,6 @@ def _require_space(out: Path, plan: Plan, folder: Path) -> None:
             f"{out} needs {needed / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB free; make "
             "room or choose another --out"
         )
-
-
-@contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place once all is well, and goes otherwise."""
-    partial = out.absolute().with_name(out.absolute().name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()  # it is empty
-        partial.rename(out.absolute())
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _config(folder: Path, delta: Delta, undo: bool) -> PretrainedConfig:
