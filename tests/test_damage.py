@@ -21,6 +21,7 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.sparse import Support
 
 Header = dict[str, Any]
+FIELDS = ("shape", "dtype", "count", "positions", "bits", "base", "trained")
 KINDS = ("flip", "set", "cut", "end", "double", "move", "add", "digits")
 
 
@@ -138,9 +139,10 @@ def put(value: object, *keys: str) -> Callable[[Header, dict[str, Tensor]], obje
     """Sets header[keys] to `value`."""
 
     def change(header: Header, _: dict[str, Tensor]) -> None:
+        at: Any = header
         for key in keys[:-1]:
-            header = header[key]
-        header[keys[-1]] = value
+            at = at[key]
+        at[FIELDS.index(keys[-1]) if isinstance(at, list) else keys[-1]] = value
 
     return change
 
@@ -160,16 +162,21 @@ def stream(name: str, data: bytes) -> Callable[[Header, dict[str, Tensor]], obje
     return lambda _, tensors: tensors.update({name: torch.tensor(list(data), dtype=torch.uint8)})
 
 
-def positions(data: bytes) -> Callable[[Header, dict[str, Tensor]], object]:
-    """Puts `data` where a weight's positions are."""
+def replaced(which: int, data: bytes) -> Callable[[Header, dict[str, Tensor]], object]:
+    """Puts `data` where a.weight's positions (0) or bits (1), or b.bias's bits (3) are."""
 
     def change(header: Header, tensors: dict[str, Tensor]) -> None:
-        row = header["weights"]["a.weight"]
-        bits = tensors["a.weight"][row["positions"] :]
-        tensors["a.weight"] = torch.cat([torch.tensor(list(data), dtype=torch.uint8), bits])
-        row["positions"] = len(data)
+        rows = [header["weights"][name] for name in ("a.weight", "b.bias")]
+        parts = list(tensors["weights"].split([size for row in rows for size in row[3:5]]))
+        parts[which] = torch.tensor(list(data), dtype=torch.uint8)
+        tensors["weights"] = torch.cat(parts)
+        rows[which // 2][3 + which % 2] = len(data)
 
     return change
+
+
+def both(*changes: Callable[[Header, dict[str, Tensor]], object]) -> Any:
+    return lambda header, tensors: [change(header, tensors) for change in changes]
 
 
 A = ("weights", "a.weight")
@@ -181,8 +188,8 @@ LIES = {
     "a count of zero": put(0, *A, "count"),
     "a true count": put(True, *A, "count"),
     "a broken count": put(60.0, *A, "count"),
-    "a large shape and count": lambda header, _: header["weights"]["b.bias"].update(
-        shape=[2**40], count=2**40
+    "a large shape and count": both(
+        put([2**40], "weights", "b.bias", "shape"), put(2**40, "weights", "b.bias", "count")
     ),
     "a small shape": put([2, 40], *A, "shape"),
     "a negative shape": put([-12, -40], *A, "shape"),
@@ -194,12 +201,12 @@ LIES = {
     "a short fingerprint": put("0123", *A, "base"),
     "a fingerprint in words": put("g" * 16, *A, "trained"),
     "no fingerprint": put(None, *A, "base"),
-    "a row of nothing": put({}, *A),
+    "a row of nothing": put([], *A),
+    "a row with names": put({"shape": [12, 40]}, *A),
+    "a row too long": lambda header, _: header["weights"]["a.weight"].append(0),
     "weights in a list": put([], "weights"),
     "a weight without streams": put(
-        {"shape": [4], "dtype": "float32", "count": 4, "base": "0" * 16, "trained": "0" * 16},
-        "weights",
-        "c.weight",
+        [[4], "float32", 4, 0, 40, "0" * 16, "0" * 16], "weights", "c.weight"
     ),
     "no weights": lambda header, _: header.pop("weights"),
     "no base": lambda header, _: header.pop("base"),
@@ -224,21 +231,27 @@ LIES = {
     "a tensor of nobody": stream("extra", b"abc"),
     "positions of a full weight": put(9, "weights", "b.bias", "positions"),
     "no positions": put(0, *A, "positions"),
-    "positions to the end": lambda header, t: header["weights"]["a.weight"].update(
-        positions=len(t["a.weight"])
+    "positions to the end": lambda header, t: header["weights"]["a.weight"].__setitem__(
+        3, len(t["weights"])
     ),
     "positions beyond the end": put(2**40, *A, "positions"),
     "negative positions": put(-1, *A, "positions"),
     "another length": put(7, *A, "positions"),
-    "no stream": lambda _, tensors: tensors.pop("a.weight"),
-    "a stream of another kind": lambda _, t: t.update({"a.weight": torch.zeros(300)}),
-    "a stream in rows": lambda _, t: t.update({"a.weight": torch.zeros(2, 60, dtype=torch.uint8)}),
-    "an empty stream": stream("a.weight", b""),
-    "a plane without end": stream("b.bias", b"\xff" * 200),
-    "positions in no order": positions(b"\x07" + bytes(99)),
-    "positions without ones": positions(bytes(99)),
-    "a run without end": positions(b"\0\xff\xff\xff\xff" + bytes(99)),
-    "a parameter of 255": positions(b"\0\x01\0\0\0\xff" + bytes(999)),
+    "bits beyond the end": put(2**40, "weights", "b.bias", "bits"),
+    "negative bits": put(-1, *A, "bits"),
+    "fewer bits": put(7, "weights", "b.bias", "bits"),
+    "a byte too many": lambda _, t: t.update(
+        weights=torch.cat([t["weights"], torch.zeros(1, dtype=torch.uint8)])
+    ),
+    "no stream": lambda _, tensors: tensors.pop("weights"),
+    "a stream of another kind": lambda _, t: t.update(weights=torch.zeros(300)),
+    "a stream in rows": lambda _, t: t.update(weights=torch.zeros(2, 60, dtype=torch.uint8)),
+    "an empty stream": stream("weights", b""),
+    "a plane without end": replaced(3, b"\xff" * 200),
+    "positions in no order": replaced(0, b"\x07" + bytes(99)),
+    "positions without ones": replaced(0, bytes(99)),
+    "a run without end": replaced(0, b"\0\xff\xff\xff\xff" + bytes(99)),
+    "a parameter of 255": replaced(0, b"\0\x01\0\0\0\xff" + bytes(999)),
 }  # fmt: skip
 
 

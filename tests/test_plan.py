@@ -76,7 +76,7 @@ def test_a_plan_is_what_training_does(recipe_file: Path, tmp_path: Path) -> None
         assert found[key] == summary[key]
     assert found["data"]["steps"] == summary["steps"]
     assert found["data"]["truncated"] == summary["truncated"]
-    assert found["delta_bytes"] == pytest.approx(summary["delta_bytes"], rel=0.9)
+    assert found["delta_bytes"] == pytest.approx(summary["delta_bytes"], rel=0.5)
     assert found["measured"]["steps"] == 3
     assert found["measured"]["epoch_s"] > 0
     memory = found["memory_bytes"]
@@ -138,5 +138,5 @@ def test_small_parts() -> None:
         "layer 0-1, each": alike,
         "layer 2": {"trained": 2, "of": 2},
     }
-    million = delta_bytes({"w": 10_000}, {"w": 1_000_000}, [], "float32") - 20_000
+    million = delta_bytes({"w": 10_000}, {"w": 1_000_000}, [], "float32") - 2_130
     assert million == pytest.approx(10_000 * (8.08 / 8 + 3.25), rel=0.01)  # entropy at 1 %

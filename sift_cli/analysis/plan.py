@@ -45,7 +45,7 @@ from sift_cli.training.run import Timing
 
 STEPS = 3  # measured, after one that warms up
 VALUE_BYTES = {"float32": 3.25, "bfloat16": 1.24}  # measured of MiniLM (docs/benchmarks-delta.md)
-HEADER_BYTES = 20_000
+HEADER_BYTES, ROW_BYTES = 2_000, 130  # recipe and the like, and what each weight adds
 
 
 def plan(
@@ -301,7 +301,7 @@ def delta_bytes(
     bits = sum(log_choices(sizes[name], count) for name, count in counts.items()) / log(2)
     values = VALUE_BYTES[dtype] * sum(counts.values())
     head = DTYPES[dtype].itemsize * sum(sizes[name] for name in dense)
-    return round(bits / 8 + values + head + HEADER_BYTES)
+    return round(bits / 8 + values + head + HEADER_BYTES + ROW_BYTES * len(counts))
 
 
 def log_choices(size: int, count: int) -> float:

@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sift_cli.delta.coding import decode_positions, encode_positions
-from sift_cli.delta.header import Header, check_name
+from sift_cli.delta.header import Header, check_name, named_rows
 from sift_cli.delta.planes import decode_bits, encode_bits
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.files import replacing, sha256_of
 from sift_cli.sparse import Support
 
 FORMAT = 1
-CODING = "rice-planes"
+CODING = "rice-deflate"
+STREAMS = "weights"  # the tensor that holds all positions and bits
 BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -142,21 +143,21 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def save_delta(path: Path, delta: Delta) -> str:
     """Writes the file whole or not at all, the same delta to the same bytes; returns their hash."""
-    tensors: dict[str, Tensor] = {}
-    table = {}
-    for name, weight in delta.weights.items():
-        table[name] = {
-            "shape": list(weight.shape),
-            "dtype": _dtype_name(weight.dtype),
-            "count": weight.count,
-            "base": weight.base,
-            "trained": weight.trained,
-            "positions": 0 if weight.coded is None else len(weight.coded),
-        }
-        streams = [encode_bits(weight.bits, weight.dtype)]
-        if weight.coded is not None:
-            streams.insert(0, weight.coded)
-        tensors[name] = torch.cat(streams)
+    table, streams = {}, [torch.empty(0, dtype=torch.uint8)]
+    for name, weight in sorted(delta.weights.items()):
+        positions = streams[0] if weight.coded is None else weight.coded
+        bits = encode_bits(weight.bits, weight.dtype)
+        streams += [positions, bits]
+        table[name] = [
+            list(weight.shape),
+            _dtype_name(weight.dtype),
+            weight.count,
+            len(positions),
+            len(bits),
+            weight.base,
+            weight.trained,
+        ]
+    tensors = {STREAMS: torch.cat(streams)}
     for name, tensor in delta.dense.items():
         tensors[f"dense/{name}"] = tensor.detach().cpu().contiguous()
     header = {
@@ -215,26 +216,31 @@ def _read_header(path: Path, text: str | None) -> dict[str, Any]:
             f"{CODING}); read it with the sift that wrote it",
             ExitCode.WRONG_FILE,
         )
-    Header.model_validate(header)
+    Header.model_validate(header | {"weights": named_rows(header.get("weights"))})
     return header
 
 
 def _parse(header: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
+    streams, at = tensors.pop(STREAMS, None), 0
+    if streams is None or streams.dtype != torch.uint8 or streams.dim() != 1:
+        raise ValueError(f"there is no stream of bytes called {STREAMS}")
     weights = {}
-    for name, row in header.pop("weights").items():
+    for name, row in sorted(named_rows(header.pop("weights")).items()):
         shape, count, dtype = tuple(row["shape"]), row["count"], getattr(torch, row["dtype"])
-        stream, length = tensors.pop(name, None), row["positions"]
-        if stream is None or stream.dtype != torch.uint8 or stream.dim() != 1:
-            raise ValueError(f"{name} has no stream of bytes")
-        if (length == 0) != (count == prod(shape)) or length > len(stream):
-            raise ValueError(f"{name}: {length} bytes of positions for {count} of {list(shape)}")
-        coded, packed = stream[:length] if length else None, stream[length:]
+        middle = at + row["positions"]
+        end = middle + row["bits"]
+        if (middle == at) != (count == prod(shape)) or end > len(streams):
+            raise ValueError(f"{name}: {row['positions']} bytes for {count} of {list(shape)}")
+        coded = streams[at:middle].clone() if middle > at else None
+        packed, at = streams[middle:end], end
         bits = decode_bits(packed, count, dtype).view(BITS[dtype.itemsize])
         weights[name] = WeightDelta(shape, dtype, count, row["base"], row["trained"], coded, bits)
         try:
             _ = weights[name].support  # refuses a stream out of range
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+    if at != len(streams):
+        raise ValueError(f"{len(streams) - at} bytes belong to no weight")
     dense = {}
     for name, tensor in tensors.items():
         kind, _, owner = name.partition("/")

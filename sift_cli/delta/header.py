@@ -21,12 +21,13 @@ class _Strict(BaseModel):
 
 
 class Row(_Strict):
-    """One changed weight."""
+    """One changed weight; `positions` and `bits` are bytes of its streams."""
 
     shape: list[Count] = Field(max_length=8)
     dtype: Dtype
     count: int = Field(ge=1)
     positions: Count
+    bits: Count
     base: Fingerprint
     trained: Fingerprint
 
@@ -67,6 +68,17 @@ class Header(_Strict):
         for name in self.weights:
             check_name(name)
         return self
+
+
+def named_rows(table: object) -> dict[str, dict[str, Any]]:
+    """The table of changed weights, whose rows are lists in the file; ValueError for another."""
+    fields = list(Row.model_fields)
+    if not isinstance(table, dict):
+        raise ValueError("its weights are no object")
+    for name, row in table.items():
+        if not isinstance(row, list) or len(row) != len(fields):
+            raise ValueError(f"{name[:80]!r} has no row of {len(fields)}")
+    return {name: dict(zip(fields, row, strict=True)) for name, row in table.items()}
 
 
 def check_name(name: str) -> None:
