@@ -16,15 +16,20 @@ def rest_fingerprints(marks: Mapping[str, str], touched: Iterable[str]) -> str:
     return "".join(marks[name][:8] for name in left)
 
 
-def state_fingerprints(model: nn.Module, skip: Iterable[str]) -> dict[str, str]:
-    """The fingerprint of every parameter and saved buffer of `model` but those in `skip`.
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and saved buffer of `model`; tied weights once, under their first name."""
+    first: dict[int, str] = {}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not isinstance(tensor, nn.Parameter) or first.setdefault(id(tensor), name) == name
+    }
 
-    Tied weights count once, under the first of their names.
-    """
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied -= {name for name, _ in model.named_parameters()}
-    left_out = tied | set(skip)
-    state = model.state_dict(keep_vars=True)
+
+def state_fingerprints(model: nn.Module, skip: Iterable[str]) -> dict[str, str]:
+    """The fingerprint of each of `state_tensors` but those in `skip`."""
+    left_out = set(skip)
+    state = state_tensors(model)
     return {name: fingerprint(one) for name, one in state.items() if name not in left_out}
 
 

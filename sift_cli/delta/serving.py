@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sift_cli.delta.apply import check_base, state_fingerprints
+from sift_cli.delta.apply import check_base, state_fingerprints, state_tensors
 from sift_cli.delta.changes import NOT_TRAINED
 from sift_cli.delta.file import SIGNED, Delta, fingerprint
 from sift_cli.errors import ExitCode, SiftError
@@ -69,7 +69,7 @@ def apply_(model: nn.Module, delta: Delta) -> None:
     Raises SiftError (exit code 3) where the model is not the delta's base: another model, one that
     a delta is on already, or one that something else has changed since.
     """
-    state = _state(model)
+    state = state_tensors(model)
     watched = _watch(model, state, delta)
     if watched.applied is not None:
         raise SiftError(
@@ -84,7 +84,7 @@ def undo_(model: nn.Module, delta: Delta) -> None:
 
     Raises SiftError (exit code 3) where `delta` is not what is on the model.
     """
-    state = _state(model)
+    state = state_tensors(model)
     watch = _watch if model in _watched else _watch_trained
     watched = watch(model, state, delta)
     if watched.applied is None or not _same(watched.applied, delta):
@@ -98,7 +98,7 @@ def swap_(model: nn.Module, delta: Delta) -> None:
 
     Raises SiftError (exit code 3) as `apply_` does, and then leaves the model as it is.
     """
-    state = _state(model)
+    state = state_tensors(model)
     watched = _watch(model, state, delta)
     if watched.applied is None or not _same(watched.applied, delta):
         _exchange(model, state, watched, delta)
@@ -252,14 +252,6 @@ def _trained(base: Mapping[str, str], delta: Delta) -> dict[str, str]:
 def _without(marks: Mapping[str, str], delta: Delta) -> dict[str, str]:
     """Those of the tensors that the delta's base has."""
     return {name: mark for name, mark in marks.items() if name not in delta.dense}
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and saved buffer, tied ones once, as `state_fingerprints` counts them."""
-    first: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        first.setdefault(id(tensor), (name, tensor))
-    return dict(first.values())
 
 
 def _notes(state: Mapping[str, Tensor]) -> dict[str, Note]:
