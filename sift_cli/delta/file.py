@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sift_cli.delta.coding import decode_positions, encode_positions
-from sift_cli.delta.header import Header, check_name, named_rows
+from sift_cli.delta.header import Header, Row, check_name, named_rows
 from sift_cli.delta.planes import decode_bits, encode_bits
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.files import replacing, sha256_of
@@ -184,11 +184,11 @@ def load_delta(path: Path) -> Delta:
         raise SiftError(f"{path}: no such delta file")
     try:
         with safe_open(path, framework="pt") as file:
-            header = _read_header(path, (file.metadata() or {}).get("sift"))
+            header, rows = _read_header(path, (file.metadata() or {}).get("sift"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header.pop("digest") != _digest(header, tensors):
             raise ValueError("its contents do not match its digest")
-        return _parse(header, tensors)
+        return _parse(header, rows, tensors)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "header"
@@ -197,8 +197,8 @@ def load_delta(path: Path) -> Delta:
         raise _damaged(path, str(error)) from error
 
 
-def _read_header(path: Path, text: str | None) -> dict[str, Any]:
-    """The header, each of its claims of a kind and size that a delta can have."""
+def _read_header(path: Path, text: str | None) -> tuple[dict[str, Any], dict[str, Row]]:
+    """The header, each of its claims of a kind and size that a delta can have; its weights."""
     if text is None:
         raise SiftError(f"{path}: a safetensors file, but no sift delta", ExitCode.WRONG_FILE)
     header = json.loads(text)
@@ -216,25 +216,25 @@ def _read_header(path: Path, text: str | None) -> dict[str, Any]:
             f"{CODING}); read it with the sift that wrote it",
             ExitCode.WRONG_FILE,
         )
-    Header.model_validate(header | {"weights": named_rows(header.get("weights"))})
-    return header
+    checked = Header.model_validate(header | {"weights": named_rows(header.get("weights"))})
+    return header, checked.weights
 
 
-def _parse(header: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
+def _parse(header: dict[str, Any], rows: dict[str, Row], tensors: dict[str, Tensor]) -> Delta:
     streams, at = tensors.pop(STREAMS, None), 0
     if streams is None or streams.dtype != torch.uint8 or streams.dim() != 1:
         raise ValueError(f"there is no stream of bytes called {STREAMS}")
     weights = {}
-    for name, row in sorted(named_rows(header.pop("weights")).items()):
-        shape, count, dtype = tuple(row["shape"]), row["count"], getattr(torch, row["dtype"])
-        middle = at + row["positions"]
-        end = middle + row["bits"]
+    for name, row in sorted(rows.items()):
+        shape, count, dtype = tuple(row.shape), row.count, getattr(torch, row.dtype)
+        middle = at + row.positions
+        end = middle + row.bits
         if (middle == at) != (count == prod(shape)) or end > len(streams):
-            raise ValueError(f"{name}: {row['positions']} bytes for {count} of {list(shape)}")
+            raise ValueError(f"{name}: {row.positions} bytes for {count} of {list(shape)}")
         coded = streams[at:middle].clone() if middle > at else None
         packed, at = streams[middle:end], end
         bits = decode_bits(packed, count, dtype).view(BITS[dtype.itemsize])
-        weights[name] = WeightDelta(shape, dtype, count, row["base"], row["trained"], coded, bits)
+        weights[name] = WeightDelta(shape, dtype, count, row.base, row.trained, coded, bits)
         try:
             _ = weights[name].support  # refuses a stream out of range
         except ValueError as error:
@@ -248,6 +248,7 @@ def _parse(header: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
             raise ValueError(f"{name[:80]!r} belongs to no weight")
         check_name(owner)
         dense[owner] = tensor
+    del header["weights"]
     rest = header.pop("rest")
     return Delta(weights, dense, rest, header)
 
