@@ -161,13 +161,14 @@ def require_whole(plan: Plan, names: Mapping[str, str], delta: Delta, source: st
     lacking = sorted({*names.values()} - held - {*delta.dense})
     if not lacking:
         return
-    shapes = {delta.weights[name].shape for name in lacking if name in delta.weights}
+    changed = [name for name in lacking if name in delta.weights]
+    dtypes = {delta.weights[name].shape: delta.weights[name].dtype for name in changed}
     here = {
-        key: fingerprint(place.read().to(DTYPES[delta.about["base"]["dtype"]]))
+        key: fingerprint(place.read().to(dtypes[place.shape]))
         for key, place in plan.dropped.items()
-        if place.shape in shapes
+        if place.shape in dtypes
     }
-    hint = renamed(delta, here, [name for name in lacking if name in delta.weights])
+    hint = renamed(delta, here, changed)
     raise SiftError(
         f"{source} lacks {len(lacking)} tensors of the model, such as {lacking[0]}\n{hint}".strip(),
         ExitCode.WRONG_FILE,
