@@ -216,6 +216,20 @@ def recipe_file(tmp_path: Path, recipe_text: str) -> Path:
     return path
 
 
+def roberta_large(**more: object) -> RobertaConfig:
+    """The paper's model."""
+    return RobertaConfig(
+        vocab_size=50265,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        **more,
+    )
+
+
 Run = Callable[..., Path]
 
 

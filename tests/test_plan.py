@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import roberta_large
 from test_cli import sift
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from sift_cli.analysis.plan import Outline, accounting, delta_bytes, layer_and_kind, plan
 from sift_cli.cli.options import parse_size
@@ -21,16 +22,7 @@ GIB = 2**30
 
 
 def test_the_paper_s_entries_of_roberta_large(tmp_path: Path) -> None:
-    RobertaConfig(
-        vocab_size=50265,
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        architectures=["RobertaForMaskedLM"],
-    ).save_pretrained(tmp_path / "roberta-large")
+    roberta_large(architectures=["RobertaForMaskedLM"]).save_pretrained(tmp_path / "roberta-large")
     path = tmp_path / "mrpc.yaml"
     path.write_text(
         f"model: {{path: {tmp_path / 'roberta-large'}}}\n"

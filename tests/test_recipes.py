@@ -9,9 +9,9 @@ import jsonschema
 import pytest
 import torch
 import yaml
-from conftest import WORDS, save_base
+from conftest import WORDS, roberta_large, save_base
 from test_cli import sift
-from transformers import AutoModelForSequenceClassification, RobertaConfig
+from transformers import AutoModelForSequenceClassification
 
 from sift_cli.cli import shipped
 from sift_cli.cli.editing import SCHEMA_FILE, editable, json_schema
@@ -87,15 +87,7 @@ def test_the_paper_s_recipes_are_the_paper_s() -> None:
 
 def test_the_paper_s_recipes_train_as_many_entries_as_the_paper() -> None:
     recipe = load_recipe(shipped.find("paper/rte"))
-    config = RobertaConfig(
-        vocab_size=50265,
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-    )
+    config = roberta_large()
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     chosen = recipe.selection
