@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sift_cli.sparse.parameters import Move, SparseParameters
-from sift_cli.sparse.segments import Segment, find, positions_of
+from sift_cli.sparse.segments import Segment, find, merged, positions_of
 from sift_cli.sparse.support import Support
 
 HISTORIES = ("keep", "reset", "park")
@@ -161,9 +161,8 @@ class SparseAdamW:
         gone = columns[:, left].cpu()
         if segment.name in self._parked:
             held, kept = self._parked[segment.name]
-            positions, gone = torch.cat([held, positions]), torch.cat([kept, gone], dim=1)
-        order = positions.argsort()
-        self._parked[segment.name] = positions[order], gone[:, order]
+            positions, gone = merged(held, positions, kept, gone)
+        self._parked[segment.name] = positions, gone
 
     def _return(self, segment: Segment, came: Tensor, keep_masters: bool) -> None:
         if segment.name not in self._parked:

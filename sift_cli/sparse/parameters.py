@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from sift_cli.sparse.kernels import Kernel, choose
 from sift_cli.sparse.linear import selected_forward
-from sift_cli.sparse.segments import Segment, origin_of, positions_of, segments_of, writer
+from sift_cli.sparse.segments import (
+    Segment,
+    find,
+    merged,
+    origin_of,
+    positions_of,
+    segments_of,
+    writer,
+)
 from sift_cli.sparse.support import Support
 
 KernelFor = Callable[[Support, torch.device], Kernel]
@@ -38,11 +46,10 @@ class Touched:
             found[old.positions] = values
             self._held[name] = support, found
             return
-        fresh = ~torch.isin(support.positions, old.positions)
-        positions = torch.cat([old.positions, support.positions[fresh]])
-        order = positions.argsort()
-        union = Support.of(support.shape, positions)
-        self._held[name] = union, torch.cat([values, found[fresh]])[order]
+        fresh = find(support.positions, old.positions) < 0
+        positions, values = merged(old.positions, support.positions[fresh], values, found[fresh])
+        every = len(positions) == support.size
+        self._held[name] = Support(support.shape, None if every else positions), values
 
     def __iter__(self) -> Iterator[tuple[str, Support, Tensor]]:
         """Name, support and base values ([K], in the weight's dtype) of each weight."""

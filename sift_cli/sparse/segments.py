@@ -63,6 +63,22 @@ def find(positions: Tensor, among: Tensor) -> Tensor:
     return torch.where(among[place] == positions, place, -1)
 
 
+def merged(held: Tensor, came: Tensor, kept: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Two sorted rows of positions without a common one ([n], [k]) as one, and their columns.
+
+    `kept` ([..., n]) and `new` ([..., k]) follow the positions. Nothing is sorted again: the cost
+    is n + k log n.
+    """
+    size = len(held) + len(came)
+    at = torch.searchsorted(held, came.to(held.dtype)) + torch.arange(len(came), device=came.device)
+    stays = torch.ones(size, dtype=torch.bool, device=held.device)
+    stays[at] = False
+    positions, columns = held.new_empty(size), kept.new_empty((*kept.shape[:-1], size))
+    positions[stays], positions[at] = held, came
+    columns[..., stays], columns[..., at] = kept, new
+    return positions, columns
+
+
 def origin_of(old: Segment | None, new: Segment) -> Tensor:
     """Where each entry of a segment lay in the flat buffer before, -1 where it did not."""
     count, device = len(new.support), new.weight.device
