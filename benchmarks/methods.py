@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sift_cli.analysis.methods import adapt
 from sift_cli.dropout import quicken_dropout
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Rule, select
@@ -65,10 +66,8 @@ def full(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: flo
 
 def lora(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float) -> Ready:
     """PEFT's LoRA on every linear layer, of the smallest rank that has as many entries."""
-    from peft import LoraConfig
-
     rank = lora_rank(model, head, density)
-    return _adapted(model, head, LoraConfig(r=rank, lora_alpha=2 * rank, **_where(model, head)))
+    return _dense(adapt(model, "lora", layers_of(model, head), head, rank))
 
 
 def quick_lora(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float) -> Ready:
@@ -79,19 +78,21 @@ def quick_lora(model: Any, batch: dict[str, Tensor], head: Sequence[str], densit
 
 def shira(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float) -> Ready:
     """PEFT's SHiRA on every linear layer, with the entries of a LoRA of that rank."""
-    from peft import ShiraConfig
-
     rank = lora_rank(model, head, density)
-    return _adapted(model, head, ShiraConfig(r=rank, **_where(model, head)))
+    return _dense(adapt(model, "shira", layers_of(model, head), head, rank))
 
 
 def super_tuning(
     model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float
 ) -> Ready:
     """PEFT's Super-Tuning on every linear layer."""
-    from peft import SupertuningConfig
+    from peft import SupertuningConfig, get_peft_model
 
-    return _adapted(model, head, SupertuningConfig(sparsity=1 - density, **_where(model, head)))
+    whole = sorted({name.partition(".")[0] for name in head})
+    config = SupertuningConfig(
+        sparsity=1 - density, target_modules=layers_of(model, head), modules_to_save=whole
+    )
+    return _dense(get_peft_model(model, config))
 
 
 METHODS: dict[str, Method] = {
@@ -109,7 +110,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _targets(model: nn.Module, head: Sequence[str]) -> list[str]:
+def lora_rank(model: nn.Module, head: Sequence[str], density: float) -> int:
+    """The smallest rank at which a LoRA has that share of the entries of the linear layers."""
+    shapes = [model.get_submodule(name).weight.shape for name in layers_of(model, head)]
+    return ceil(density * sum(map(prod, shapes)) / sum(map(sum, shapes)))
+
+
+def layers_of(model: nn.Module, head: Sequence[str]) -> list[str]:
     """The linear layers beside the head."""
     heads = {name.rpartition(".")[0] for name in head}
     return [
@@ -117,26 +124,6 @@ def _targets(model: nn.Module, head: Sequence[str]) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in heads
     ]
-
-
-def _where(model: nn.Module, head: Sequence[str]) -> dict[str, Any]:
-    return {
-        "target_modules": _targets(model, head),
-        "modules_to_save": sorted({name.partition(".")[0] for name in head}),
-    }
-
-
-def lora_rank(model: nn.Module, head: Sequence[str], density: float) -> int:
-    """The smallest rank at which a LoRA has that share of the entries of the linear layers."""
-    layers = [model.get_submodule(name) for name in _targets(model, head)]
-    entries = sum(layer.weight.numel() for layer in layers)
-    return ceil(density * entries / sum(sum(layer.weight.shape) for layer in layers))
-
-
-def _adapted(model: Any, head: Sequence[str], config: Any) -> Ready:
-    from peft import get_peft_model
-
-    return _dense(get_peft_model(model, config))
 
 
 def _dense(model: Any) -> Ready:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from methods import METHODS, _where, lora_rank
+from methods import METHODS, layers_of, lora_rank
 from steps import Worker
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -24,6 +24,7 @@ from transformers import AutoModelForSequenceClassification
 from workloads import Workload
 
 from sift_cli.analysis.memory import Batch, Plan, ordinary, sparse
+from sift_cli.analysis.methods import adapt
 from sift_cli.analysis.plan import head_of
 from sift_cli.models import recompute_activations
 from sift_cli.selection.scores import find_score
@@ -108,15 +109,11 @@ def planned(workload: Workload, method: str, density: float, checkpointing: bool
         counts = entries_of(model, names, rule)
         ready = sparse(counts, head, structure, 16)
     elif method.startswith("LoRA"):
-        from peft import LoraConfig, get_peft_model
-
         rank = lora_rank(model, head, density)
 
         def make() -> Any:
             with torch.device("meta"):
-                return get_peft_model(
-                    build(), LoraConfig(r=rank, lora_alpha=2 * rank, **_where(model, head))
-                )
+                return adapt(build(), "lora", layers_of(model, head), head, rank)
 
     return Plan(make, batch, checkpointing).step(ready)
 
