@@ -1,13 +1,15 @@
 """Every policy on MiniLM: which way to choose entries is best, and why.
 
 usage: python benchmarks/selection.py MODEL DATA --out OUT [--tasks cola] [--densities .01]
-       [--rates 1e-3 2e-3 4e-3] [--seeds 42] [--policies sift random]
+       [--rates 1e-3 2e-3 4e-3] [--seeds 42] [--policies sift random] [--probe]
 
 MODEL is a model folder, DATA a folder with one folder of GLUE files per task. Every run is a
 `sift train` of its own, on one core, and is skipped where its summary is there already, so a study
-can be cut into many calls. Each call writes OUT/results.json with all runs that OUT holds, and
-prints the table of docs/selection.md: the rate with the best mean over seeds, mean and standard
-deviation.
+can be cut into many calls. With `--probe`, `sift probe` looks at the policies' masks, at the first
+rate and seed given. Each call writes OUT/results.json with all runs that OUT holds, and prints the
+tables of docs/selection.md, one for each density: the rate with the best mean over seeds, mean and
+standard deviation (and how many seeds, where some policy has more), and the share of the gradient's
+norm that the mask keeps; below, their rank correlation over the policies with a fixed mask.
 """
 
 import json
@@ -16,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
+from scipy.stats import spearmanr
 from trainings import arguments, run
 
 from sift_cli.selection.policies import POLICIES
@@ -36,6 +39,28 @@ NAME = re.compile(
 )
 
 
+class Setting(NamedTuple):
+    """What runs of one column share."""
+
+    task: str
+    density: float
+    rate: float
+    seed: int
+
+    def name(self, policy: str) -> str:
+        """The folder of a run, as NAME reads it."""
+        return f"{self.task}-{policy}-d{self.density:g}-r{self.rate:g}-s{self.seed}"
+
+    @property
+    def changes(self) -> list[str]:
+        """Values of the recipe."""
+        return [
+            f"train.learning_rate={self.rate}",
+            f"train.seed={self.seed}",
+            f"selection.density={self.density}",
+        ]
+
+
 def main() -> None:
     """Trains, gathers and prints."""
     parser = arguments(__doc__)
@@ -43,27 +68,32 @@ def main() -> None:
     parser.add_argument("--densities", nargs="+", type=float, default=[0.01, 0.001])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    parser.add_argument("--probe", action="store_true")
     given = parser.parse_args()
     with ThreadPoolExecutor(given.jobs) as pool:
         jobs: dict[str, Any] = {}
         for seed, task, density, rate, policy in product(
             given.seeds, given.tasks, given.densities, given.rates, given.policies
         ):
-            if policy == "full":
-                density = 1.0
-            changes = [f"train.learning_rate={rate}", f"train.seed={seed}"]
-            changes.append(f"selection.density={density}")
-            name = f"{task}-{policy}-d{density:g}-r{rate:g}-s{seed}"
+            at = Setting(task, 1.0 if policy == "full" else density, rate, seed)
+            name = at.name(policy)
             if name not in jobs:
-                out = given.out / name
+                changes = [*METHODS[policy], *at.changes]
                 jobs[name] = pool.submit(
-                    run, given.model, given.data, out, task, [*METHODS[policy], *changes]
+                    run, given.model, given.data, given.out / name, task, changes
                 )
+        for task, density in product(given.tasks, given.densities if given.probe else ()):
+            at = Setting(task, density, given.rates[0], given.seeds[0])
+            masks = ",".join(one for one in given.policies if one in POLICIES and one != "lottery")
+            command, out = ["probe", "--policies", masks], given.out / at.name("probe")
+            job = (given.model, given.data, out, task, at.changes, command, "probe.json")
+            jobs[out.name] = pool.submit(run, *job)
         for job in jobs.values():
             job.result()
-    rows = gather(given.out)
+    rows, kept = gather(given.out), masks_kept(given.out)
     (given.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    for density in sorted({row["density"] for row in rows}, reverse=True):
+        print(table([row for row in rows if row["density"] == density], kept), end="\n\n")
 
 
 def gather(out: Path) -> list[dict[str, Any]]:
@@ -100,27 +130,60 @@ def best(rows: list[dict[str, Any]]) -> dict[float, list[float]]:
     return {rate: by_rate[rate] for rate in order}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """One line per policy, one column per task and density, each at its best rate."""
-    groups: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
-    for row in rows:
-        cell = groups.setdefault((row["task"], row["density"]), {})
-        cell.setdefault(row["policy"], []).append(row)
-    columns = sorted(groups, key=lambda key: (-key[1], key[0]))
-    lines = ["| policy | " + " | ".join(f"{t}, {d:.4g}" for t, d in columns) + " |"]
-    lines.append("| --- |" + " --- |" * len(columns))
-    first = {p: mean(next(iter(best(r).values()))) for p, r in groups[columns[0]].items()}
-    policies = {policy for cell in groups.values() for policy in cell}
-    for policy in sorted(policies, key=lambda policy: -first.get(policy, -1.0)):
+def masks_kept(out: Path) -> dict[tuple[str, float], dict[str, float]]:
+    """Mean share of later gradients' norm that each policy's mask keeps, by task and density."""
+    found = {}
+    for file in sorted(out.glob("*/probe.json")):
+        name = NAME.fullmatch(file.parent.name)
+        if name is not None:
+            shares = json.loads(file.read_text())["kept_norm_share"]
+            kept = {policy: one["mean"] for policy, one in shares.items()}
+            found[name["task"], float(name["density"])] = kept
+    return found
+
+
+def table(rows: list[dict[str, Any]], kept: dict[tuple[str, float], dict[str, float]]) -> str:
+    """One line per policy; for each task its score at its best rate and what its mask keeps."""
+    groups: dict[str, dict[str, list[float]]] = {}
+    tasks = sorted({row["task"] for row in rows})
+    for task in tasks:
+        of_task = [row for row in rows if row["task"] == task]
+        for policy in {row["policy"] for row in of_task}:
+            own = [row for row in of_task if row["policy"] == policy]
+            groups.setdefault(policy, {})[task] = next(iter(best(own).values()))
+    density = rows[0]["density"]
+    most = max(len(scores) for cell in groups.values() for scores in cell.values())
+    heads = " | ".join(f"{task} | kept" for task in tasks)
+    lines = [f"| policy, {density:.4g} | {heads} |", "| --- |" + " --- |" * 2 * len(tasks)]
+    average = {
+        policy: mean(map(mean, cell.values())) - 9 * (len(tasks) - len(cell))
+        for policy, cell in groups.items()
+    }
+    for policy in sorted(groups, key=lambda policy: -average[policy]):
         cells = []
-        for column in columns:
-            found = groups[column].get(policy)
-            scores = next(iter(best(found).values())) if found else []
+        for task in tasks:
+            scores = groups[policy].get(task, [])
             spread = f" ± {stdev(scores):.3f}" if len(scores) > 1 else ""
-            seeds = f" ({len(scores)})" if scores else ""
+            seeds = f" ({len(scores)})" if len(scores) < most else ""
             cells.append(f"{mean(scores):.3f}{spread}{seeds}" if scores else "")
+            share = kept.get((task, density), {}).get(policy)
+            cells.append("" if share is None else f"{share:.2f}")
         lines.append(f"| {policy} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells = []
+    for task in tasks:
+        shares = kept.get((task, density), {})
+        fixed = [
+            policy
+            for policy, cell in groups.items()
+            if task in cell and policy in shares and POLICIES[policy].schedule == "first-batch"
+        ]
+        if len(fixed) > 2:
+            scores = [mean(groups[policy][task]) for policy in fixed]
+            found = spearmanr([shares[policy] for policy in fixed], scores)
+            cells.append(f"{found.statistic:.2f} (p {found.pvalue:.2f}, {len(fixed)} masks) |")
+        else:
+            cells.append("|")
+    return "\n".join([*lines, "| rank correlation | " + " | ".join(cells) + " |"])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""One `sift train` of a benchmark: run once, read from disk ever after."""
+"""One `sift` command of a benchmark: run once, read from disk ever after."""
 
 import argparse
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,29 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def run(model: str, data: str, out: Path, task: str, changes: list[str]) -> dict[str, Any]:
-    """The summary of one `sift train` on one core, from disk where it is there already."""
-    summary = out / "summary.json"
-    if not summary.is_file():
+def run(
+    model: str,
+    data: str,
+    out: Path,
+    task: str,
+    changes: list[str],
+    command: Sequence[str] = ("train",),
+    result: str = "summary.json",
+) -> dict[str, Any]:
+    """The JSON `result` of one `sift` command on one core, from disk where it is there already."""
+    if not (out / result).is_file():
         out.mkdir(parents=True, exist_ok=True)
         recipe = out.parent / f"{out.name}.yaml"
         recipe.write_text(
             f"model: {{path: {model}}}\ndata: {{path: {data}/{task}, task: {task}}}\n"
         )
-        command = [sys.executable, "-m", "sift_cli", "train", str(recipe), "--out", str(out)]
+        words = [sys.executable, "-m", "sift_cli", *command, str(recipe), "--out", str(out)]
         for change in [*SHARED, *TASKS[task], *changes]:
-            command += ["--set", change]
+            words += ["--set", change]
         print("running", out.name, flush=True)
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{out}: exit {done.returncode}\n{done.stderr}")
-    found: dict[str, Any] = json.loads(summary.read_text())
+    found: dict[str, Any] = json.loads((out / result).read_text())
     return found
