@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sift_cli.analysis.methods import adapt
+from sift_cli.analysis.methods import adapt, adapted_layers
 from sift_cli.dropout import quicken_dropout
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Rule, select
@@ -118,12 +118,7 @@ def lora_rank(model: nn.Module, head: Sequence[str], density: float) -> int:
 
 def layers_of(model: nn.Module, head: Sequence[str]) -> list[str]:
     """The linear layers beside the head."""
-    heads = {name.rpartition(".")[0] for name in head}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in heads
-    ]
+    return adapted_layers(model, choose_weights(model, "all-linear", [], [], head)[0])
 
 
 def _dense(model: Any) -> Ready:

@@ -148,18 +148,17 @@ def table(rows: list[dict[str, Any]], kept: dict[tuple[str, float], dict[str, fl
     tasks = sorted({row["task"] for row in rows})
     for task in tasks:
         of_task = [row for row in rows if row["task"] == task]
-        for policy in {row["policy"] for row in of_task}:
+        for policy in dict.fromkeys(row["policy"] for row in of_task):
             own = [row for row in of_task if row["policy"] == policy]
             groups.setdefault(policy, {})[task] = next(iter(best(own).values()))
     density = rows[0]["density"]
     most = max(len(scores) for cell in groups.values() for scores in cell.values())
     heads = " | ".join(f"{task} | kept" for task in tasks)
     lines = [f"| policy, {density:.4g} | {heads} |", "| --- |" + " --- |" * 2 * len(tasks)]
-    average = {
-        policy: mean(map(mean, cell.values())) - 9 * (len(tasks) - len(cell))
-        for policy, cell in groups.items()
-    }
-    for policy in sorted(groups, key=lambda policy: -average[policy]):
+    order = sorted(
+        groups, key=lambda one: (-len(groups[one]), -mean(map(mean, groups[one].values())))
+    )
+    for policy in order:
         cells = []
         for task in tasks:
             scores = groups[policy].get(task, [])
@@ -169,21 +168,24 @@ def table(rows: list[dict[str, Any]], kept: dict[tuple[str, float], dict[str, fl
             share = kept.get((task, density), {}).get(policy)
             cells.append("" if share is None else f"{share:.2f}")
         lines.append(f"| {policy} | " + " | ".join(cells) + " |")
-    cells = []
-    for task in tasks:
-        shares = kept.get((task, density), {})
-        fixed = [
-            policy
-            for policy, cell in groups.items()
-            if task in cell and policy in shares and POLICIES[policy].schedule == "first-batch"
-        ]
-        if len(fixed) > 2:
-            scores = [mean(groups[policy][task]) for policy in fixed]
-            found = spearmanr([shares[policy] for policy in fixed], scores)
-            cells.append(f"{found.statistic:.2f} (p {found.pvalue:.2f}, {len(fixed)} masks) |")
-        else:
-            cells.append("|")
-    return "\n".join([*lines, "| rank correlation | " + " | ".join(cells) + " |"])
+    found = [rank_correlation(groups, kept.get((task, density), {}), task) for task in tasks]
+    return "\n".join([*lines, f"| rank correlation | {' | | '.join(found)} | |"])
+
+
+def rank_correlation(
+    groups: dict[str, dict[str, list[float]]], shares: dict[str, float], task: str
+) -> str:
+    """Spearman's, of score and share kept, over the policies that choose once and were probed."""
+    fixed = [
+        policy
+        for policy, cell in groups.items()
+        if task in cell and policy in shares and POLICIES[policy].schedule == "first-batch"
+    ]
+    if len(fixed) < 3:
+        return ""
+    scores = [mean(groups[policy][task]) for policy in fixed]
+    found = spearmanr([shares[policy] for policy in fixed], scores)
+    return f"{found.statistic:.2f} (p {found.pvalue:.3f}, {len(fixed)} masks)"
 
 
 if __name__ == "__main__":
