@@ -31,10 +31,17 @@ class Ready:
 Method = Callable[[Any, dict[str, Tensor], Sequence[str], float], Ready]
 
 
-def sift(structure: str, block: int = 1, quick: bool = True, score: str = "gradient") -> Method:
+def sift(
+    structure: str,
+    block: int = 1,
+    quick: bool = True,
+    score: str = "gradient",
+    offload: bool = False,
+) -> Method:
     """Entries chosen by a score, usually the gradient of one batch, in the given structure.
 
-    `quick` is sift's own dropout, as in `sift train`; without it, torch's.
+    `quick` is sift's own dropout, as in `sift train`; without it, torch's. `offload` is
+    `train.offload_optimizer`; on a CPU it changes nothing.
     """
 
     def prepare(model: Any, batch: dict[str, Tensor], head: Sequence[str], density: float) -> Ready:
@@ -47,7 +54,7 @@ def sift(structure: str, block: int = 1, quick: bool = True, score: str = "gradi
         supports = select(model, names, rule, backward=[lambda: model(**batch).loss.backward()])
         named = dict(model.named_parameters())
         supports |= {name: Support(tuple(named[name].shape)) for name in whole}
-        parameters = attach(model, supports)
+        parameters = attach(model, supports, offload=offload)
         optimizer = SparseAdamW(parameters, RATE)
 
         def update() -> None:
@@ -108,6 +115,7 @@ METHODS: dict[str, Method] = {
     "Super-Tuning": super_tuning,
     "full": full,
 }
+ON_REQUEST: dict[str, Method] = {"sift entry, offloaded": sift("entry", offload=True)}
 
 
 def lora_rank(model: nn.Module, head: Sequence[str], density: float) -> int:

@@ -141,7 +141,7 @@ def work(settings: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     import torch
-    from methods import METHODS
+    from methods import METHODS, ON_REQUEST
     from workloads import Workload
 
     from sift_cli.evaluation import autocast
@@ -165,7 +165,9 @@ def work(settings: dict[str, Any]) -> None:
     if settings["checkpointing"]:
         recompute_activations(model)
     torch.manual_seed(0)
-    ready = METHODS[settings["method"]](model, batches[-1], head, settings["density"])
+    ready = (METHODS | ON_REQUEST)[settings["method"]](
+        model, batches[-1], head, settings["density"]
+    )
     answer({"entries": ready.entries})
     for batch in batches:
         if not sys.stdin.readline():

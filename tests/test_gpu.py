@@ -1,5 +1,6 @@
 """What only a GPU can show: the kernels as compiled, and a step for which the host never waits."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -79,3 +80,18 @@ def test_a_run_on_a_gpu_is_that_on_a_cpu(recipe_file: Path, tmp_path: Path) -> N
     assert there["trained_entries"] == here["trained_entries"]
     assert there["steps"] == here["steps"]
     assert there["step_time_ms"] > 0
+
+
+@pytest.mark.parametrize("policy", ["sift", "current-batch"])
+def test_offloading_changes_the_place_and_not_the_step(
+    recipe_file: Path, tmp_path: Path, policy: str
+) -> None:
+    changes = [f"selection.policy={policy}", "model.dtype=bfloat16", "train.precision=float32"]
+    runs = []
+    for offload in ("false", "true"):
+        recipe = load_recipe(recipe_file, [*changes, f"train.offload_optimizer={offload}"])
+        out = tmp_path / offload
+        train(recipe, out, device="cuda")
+        runs.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+    losses = [[line["loss"] for line in run if "loss" in line] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)

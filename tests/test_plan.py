@@ -6,14 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import roberta_large
+from rich.console import Console
 from test_cli import sift
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from sift_cli.analysis.plan import Outline, accounting, delta_bytes, layer_and_kind, plan
+from sift_cli.analysis.memory import Batch, Plan, sparse
+from sift_cli.analysis.plan import (
+    HOST_IF_OFFLOADED,
+    Outline,
+    accounting,
+    delta_bytes,
+    layer_and_kind,
+    memory_of,
+    plan,
+    with_peak,
+)
 from sift_cli.cli.options import parse_size
 from sift_cli.cli.tables import together
 from sift_cli.errors import SiftError
-from sift_cli.recipe import load_recipe, trace_recipe
+from sift_cli.recipe import load_recipe, parse_recipe, trace_recipe
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Rule, planned
 from sift_cli.training import train
@@ -59,6 +70,26 @@ def test_table_1_of_the_paper(tmp_path: Path) -> None:
     assert round(found["moments"] / GIB, 2) == 2.51
 
 
+def test_llama_7b_in_16_5_gb_with_offloaded_moments(tmp_path: Path) -> None:
+    """5 %, bf16, 1 x 2,048 tokens, checkpointing: all that lies on a GPU, as counted."""
+    LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32
+    ).save_pretrained(tmp_path)
+    recipe = parse_recipe(
+        f"model: {{path: {tmp_path}, dtype: bfloat16}}\n"
+        f"data: {{path: {tmp_path / 'none'}, task: rte, max_length: 2048}}\n"
+        "selection: {density: 0.05}\n",
+        "llama.yaml",
+    )
+    one = Outline.of(recipe)
+    step = Plan(one.build, Batch(1, 2048), checkpointing=True, gpu=True)
+    parts = step.step(sparse(one.counts, one.dense, gpu=True))
+    memory = with_peak(parts, torch.device("cuda"), HOST_IF_OFFLOADED)
+    assert memory["weights"] > 13.2e9
+    assert memory["positions"] >= 4 * one.entries
+    assert memory["peak"] < 16.5e9 < sum(parts.values())
+
+
 def test_a_plan_is_what_training_does(recipe_file: Path, tmp_path: Path) -> None:
     done = sift("plan", recipe_file, "--json", "--measure", "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -77,6 +108,15 @@ def test_a_plan_is_what_training_does(recipe_file: Path, tmp_path: Path) -> None
     assert found["memory_of_methods"]["full"]["moments"] > 7 * summary["total_entries"]
     assert {"sift", "lora", "full", "lora, checkpointing"} <= set(found["memory_of_methods"])
     assert found["device"]["fits"]
+
+
+def test_what_is_offloaded_is_not_counted_for_a_gpu(recipe_file: Path) -> None:
+    outline = Outline.of(load_recipe(recipe_file, ["train.offload_optimizer=true"]))
+    found = memory_of(outline, torch.device("cuda"), Console(quiet=True))["memory_of_methods"]
+    on_host = {"masters", "gradients", "moments", "base_values"}
+    assert on_host.isdisjoint(found["sift"])
+    assert on_host.isdisjoint(found["sift, checkpointing"])
+    assert {"gradients", "moments"} <= set(found["full"])
 
 
 def test_what_it_prints(recipe_file: Path) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -10,10 +12,12 @@ import torch
 from conftest import ARCHITECTURES, tiny_batch, tiny_model
 from hypothesis import given
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sift_cli.models import recompute_activations
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach, segments
 from sift_cli.sparse.kernels import dense, sampled
+from sift_cli.training.watch import Watch
 
 SETTINGS = {"lr": 3e-3, "weight_decay": 0.1}
 
@@ -246,6 +250,40 @@ def test_masters_keep_updates_that_a_bfloat16_weight_would_swallow() -> None:
     torch.testing.assert_close(parameters.flat.detach(), torch.full((2,), 0.99), atol=1e-5, rtol=0)
     wanted = torch.tensor([1.0, 0.99, 0.99, 1.0]).to(torch.bfloat16)
     assert torch.equal(layer.weight.data[0], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_masters_never_meet_a_tensor_of_the_device(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without data refuse to meet those of another device; `meta` stands in for a GPU."""
+    device = torch.device("meta")  # which knows no autocast
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    with FakeTensorMode():
+        kind = {"device": device, "dtype": dtype}
+        model = nn.Sequential(
+            nn.Embedding(7, 6, **kind), nn.Linear(6, 5, **kind), nn.LayerNorm(5, **kind)
+        )
+        supports = {
+            "0.weight": Support((7, 6), torch.arange(0, 42, 5)),
+            "1.weight": Support((5, 6), torch.arange(0, 30, 7)),
+            "2.bias": Support((5,)),
+        }
+        parameters = attach(model, supports, lambda support, _: dense(support), offload=True)
+        optimizer = SparseAdamW(parameters, **SETTINGS)
+        watch = Watch(SimpleNamespace(device=device))
+        for step in range(2):
+            loss = model(torch.zeros(3, dtype=torch.long, device=device)).sum()
+            loss.backward()
+            norm = optimizer.clip(1.0)
+            optimizer.step(skip=watch.broken(step, [], loss.detach(), norm))
+        held = [parameters.flat, parameters.grad, *optimizer.state().values()]
+        held += [values for _, values in parameters.state().values()]
+        assert {one.device.type for one in held} == {"cpu"}
+        assert {weight.device.type for weight in model.parameters()} == {"meta"}
+        parameters.load_state(parameters.state())
+        parameters.change(parameters.segments[0])
 
 
 def test_autocast_gradient_is_that_of_the_dense_layer() -> None:

@@ -238,6 +238,17 @@ def test_bfloat16_base_and_autocast(recipe_file: Path, tmp_path: Path) -> None:
     assert cast["bf16_autocast"]
 
 
+@pytest.mark.parametrize("policy", ["sift", "drop-grow"])
+def test_an_offloaded_optimizer_takes_the_same_steps(
+    recipe_file: Path, tmp_path: Path, policy: str
+) -> None:
+    for offload in ("false", "true"):
+        changes = [f"selection.policy={policy}", f"train.offload_optimizer={offload}"]
+        train(load_recipe(recipe_file, changes), tmp_path / offload)
+    found, wanted = weights_of(tmp_path / "true"), weights_of(tmp_path / "false")
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+
+
 def test_regression_and_pairs(tmp_path: Path, recipe_text: str) -> None:
     folder = tmp_path / "pairs"
     folder.mkdir()

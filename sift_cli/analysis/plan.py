@@ -45,6 +45,7 @@ from sift_cli.training.run import Timing
 
 STEPS = 3  # measured, after one that warms up
 VALUE_BYTES = {"float32": 3.25, "bfloat16": 1.24}  # measured of MiniLM (docs/benchmarks-delta.md)
+HOST_IF_OFFLOADED = ("masters", "gradients", "moments")
 HEADER_BYTES, ROW_BYTES = 2_000, 130  # recipe and the like, and what each weight adds
 
 
@@ -248,7 +249,8 @@ def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[
                 except SiftError as error:  # no PEFT, or nothing that it adapts
                     methods[key] = {"missing": str(error)}
                     continue
-            methods[key] = with_peak(parts, device)
+            moved = HOST_IF_OFFLOADED if method == "sift" and recipe.train.offload_optimizer else ()
+            methods[key] = with_peak(parts, device, moved)
     passes = {}
     with console.status("counting the memory of selection and evaluation"):
         if find_score(chosen.score or "gradient", allow_code=True).needs_data:
@@ -267,10 +269,13 @@ def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[
     }
 
 
-def with_peak(parts: dict[str, int], device: torch.device) -> dict[str, int]:
-    """The parts that lie on the device, and their sum."""
+def with_peak(
+    parts: dict[str, int], device: torch.device, moved: Sequence[str] = ()
+) -> dict[str, int]:
+    """The parts that lie on the device, and their sum; `moved` were offloaded to the host."""
     if device.type != "cpu":
-        parts = {name: nbytes for name, nbytes in parts.items() if name != "base_values"}
+        host = ("base_values", *moved)
+        parts = {name: nbytes for name, nbytes in parts.items() if name not in host}
     return {**parts, "peak": sum(parts.values())}
 
 

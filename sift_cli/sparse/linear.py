@@ -15,7 +15,8 @@ class _SelectedLinear(torch.autograd.Function):
     """y = x W^T + b, where W is frozen and `values` ([K]) stands for its selected entries.
 
     The entries live in W itself, so `values` takes no part in the product: it is the leaf at which
-    their gradient arrives. `held` gives back the columns of x that the kernel needs.
+    their gradient arrives, whatever device it lies on. `held` gives back the columns of x that the
+    kernel needs.
     """
 
     @staticmethod
@@ -30,7 +31,8 @@ class _SelectedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, *held.tensors)
         ctx.kernel, ctx.columns = kernel, held.columns
-        ctx.dtypes = (None if bias is None else bias.dtype, values.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.dtype, ctx.device = values.dtype, values.device
         kind = x.device.type
         with torch.autocast(kind, enabled=False):
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -39,16 +41,15 @@ class _SelectedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_out,) = grad_outputs
         weight, *held = ctx.saved_tensors
-        bias_dtype, values_dtype = ctx.dtypes
         grad_x = grad_bias = grad_values = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_out @ weight.to(grad_out.dtype)
         flat = grad_out.reshape(-1, grad_out.shape[-1])
         if ctx.needs_input_grad[2]:
-            grad_bias = flat.sum(0).to(bias_dtype)
+            grad_bias = flat.sum(0).to(ctx.bias_dtype)
         if ctx.needs_input_grad[3]:
             inputs = ctx.columns(*held).to(grad_out.dtype)
-            grad_values = ctx.kernel.gradient(flat, inputs).to(values_dtype)
+            grad_values = ctx.kernel.gradient(flat, inputs).to(ctx.device, ctx.dtype)
         return grad_x, None, grad_bias, grad_values, None, None
 
 

@@ -56,9 +56,11 @@ class SparseAdamW:
     def step(self, skip: Tensor | None = None) -> None:
         """One update from the gradient buffer, written into the weights; then clears the buffer.
 
-        Where `skip` ([], on the device of the entries) is not 0, nothing changes but the buffer,
-        and the host need not know.
+        Where `skip` ([]) is not 0, nothing changes but the buffer, and the host need not know
+        unless the masters lie there.
         """
+        if skip is not None:
+            skip = skip.to(self.parameters.flat.device)
         if self.ages is None:
             self.adamw.found_inf = skip  # type: ignore[attr-defined]
             self.adamw.step()

@@ -82,7 +82,8 @@ class SparseParameters:
     `flat` is one parameter of shape [K] in fp32 (fp64 for an fp64 model) whose `.grad` is a buffer
     of the same shape: every backward pass adds to it. `touched` remembers what trained entries were
     before. The model's weights hold the tuned values themselves; `write_back` rounds the masters
-    into them once.
+    into them once. Masters and gradients lie on the device of the first weight, or on the host
+    where they are offloaded.
     """
 
     def __init__(
@@ -91,17 +92,18 @@ class SparseParameters:
         supports: Mapping[str, Support],
         kernel_for: KernelFor,
         touched: Touched | None = None,
+        offload: bool = False,
     ) -> None:
         self.model, self._kernel_for = model, kernel_for
         self._undo: list[Callable[[], object]] = []
         self.touched = touched or Touched()
         self.segments = segments_of(model, supports)
-        self._write_flat = writer(self.segments)
         wide = torch.float32
         for segment in self.segments:
             wide = torch.promote_types(wide, segment.weight.dtype)
             self.touched.add(segment.name, segment.support, segment.weight)
-        device = self.segments[0].weight.device
+        device = torch.device("cpu") if offload else self.segments[0].weight.device
+        self._write_flat = writer(self.segments, device)
         self.flat = nn.Parameter(torch.empty(self.segments[-1].stop, dtype=wide, device=device))
         self._read()
         self.grad = torch.zeros_like(self.flat.data)
@@ -124,10 +126,13 @@ class SparseParameters:
         self.grad.zero_()
 
     def state(self) -> dict[str, tuple[Support, Tensor]]:
-        """The weights at every entry that ever trained: all that `load_state` needs."""
-        named = dict(self.model.named_parameters())
+        """The weights at every entry that ever trained: all that `load_state` needs.
+
+        They lie where the masters do.
+        """
+        named, device = dict(self.model.named_parameters()), self.flat.device
         return {
-            name: (support, support.to(named[name].device).gather(named[name]))
+            name: (support, support.to(named[name].device).gather(named[name]).to(device))
             for name, support, _ in self.touched
         }
 
@@ -160,7 +165,8 @@ class SparseParameters:
         before = self.segments
         after = segments_of(self.model, supports)
         old = {segment.name: segment for segment in before}
-        origin = torch.cat([origin_of(old.get(new.name), new) for new in after])
+        origins = [origin_of(old.get(new.name), new).to(self.flat.device) for new in after]
+        origin = torch.cat(origins)
         stays = origin >= 0
         left = torch.ones(len(self), dtype=torch.bool, device=origin.device)
         left[origin[stays]] = False
@@ -170,7 +176,7 @@ class SparseParameters:
             self.touched.add(segment.name, segment.support, segment.weight)
         kept = self.flat.data[origin[stays]]
         self.segments, self.flat.grad = after, None
-        self._write_flat = writer(after)
+        self._write_flat = writer(after, self.flat.device)
         self.flat.data = self.flat.data.new_empty(after[-1].stop)
         self._read()
         self.flat.data[stays] = kept
@@ -211,7 +217,7 @@ class SparseParameters:
     def _read(self) -> None:
         for segment in self.segments:
             values = segment.support.gather(segment.weight)
-            self.flat.data[segment.span] = values.to(self.flat.dtype)
+            self.flat.data[segment.span] = values.to(self.flat)
 
     def _send_home(self, segment: Segment, left: Tensor) -> None:
         if not bool(left.any()):
@@ -226,17 +232,20 @@ def attach(
     supports: Mapping[str, Support],
     kernel_for: KernelFor = choose,
     touched: Touched | None = None,
+    offload: bool = False,
 ) -> SparseParameters:
     """Makes the entries in `supports` (parameter name -> support) the only ones that train.
 
     Linear layers with a weight of their own compute only the selected gradient; every other weight
     (embeddings, norms, biases, Conv1D, tied weights) is gathered from its dense gradient, which
     lives no longer than one hook. `kernel_for` overrides the choice of kernel; `touched` carries
-    the base values of entries that trained earlier.
+    the base values of entries that trained earlier. With `offload`, masters and gradients lie
+    on the host, and so do the moments of an optimizer over them: each backward pass sends K numbers
+    there, and each step gets K back.
 
     Raises KeyError for a name that the model lacks, ValueError for a support of another shape.
     """
-    parameters = SparseParameters(model, supports, kernel_for, touched)
+    parameters = SparseParameters(model, supports, kernel_for, touched, offload)
     parameters.wire()
     return parameters
 
@@ -268,7 +277,7 @@ def _hook(segment: Segment, parameters: SparseParameters) -> None:
 
     def gather(weight: Tensor) -> None:
         assert weight.grad is not None
-        target.add_(segment.support.gather(weight.grad))
+        target.add_(segment.support.gather(weight.grad).to(target.device))
         weight.grad = None
 
     parameters._undo.append(segment.weight.register_post_accumulate_grad_hook(gather).remove)

@@ -52,7 +52,7 @@ def positions_of(support: Support, where: Tensor) -> Tensor:
     """The positions of those entries of a support that `where` ([K], bool) marks."""
     if support.positions is None:
         return where.nonzero().flatten()
-    return support.positions[where]
+    return support.positions[where.to(support.positions.device)]
 
 
 def find(positions: Tensor, among: Tensor) -> Tensor:
@@ -95,16 +95,16 @@ def origin_of(old: Segment | None, new: Segment) -> Tensor:
     return torch.where(place >= 0, place + old.start, -1)
 
 
-def writer(segments: Sequence[Segment]) -> Callable[[Tensor], None]:
-    """What writes a flat buffer into the weights: few calls, whatever the number of weights.
+def writer(segments: Sequence[Segment], device: torch.device) -> Callable[[Tensor], None]:
+    """What writes a flat buffer on `device` into the weights, in few calls where these are there.
 
     Modules that train whole are one foreach copy. Entries are one launch per dtype on a GPU; a CPU
-    has no launches to save.
+    has no launches to save, and from another device each weight's share is sent by itself.
     """
     whole = [segment for segment in segments if segment.support.positions is None]
     some = [segment for segment in segments if segment.support.positions is not None]
     launches = []
-    if writes_at_once(segments):
+    if writes_at_once(segments) and segments[0].weight.device == device:
         from sift_cli.sparse.gpu import Scatter
 
         for _, group in groupby(sorted(some, key=_kind), _kind):

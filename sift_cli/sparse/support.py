@@ -53,12 +53,12 @@ class Support:
         return flat.clone() if self.positions is None else flat[self.positions]
 
     def scatter_(self, weight: Tensor, values: Tensor) -> None:
-        """Writes `values` ([K]) into the selected entries of `weight`, rounded to its dtype."""
+        """Writes `values` ([K], on any device) into the selected entries of `weight`, rounded."""
         flat = weight.detach().view(-1)
         if self.positions is None:
             flat.copy_(values)
         else:
-            flat[self.positions] = values.to(flat.dtype)
+            flat[self.positions] = values.to(flat)
 
     def to(self, device: torch.device) -> "Support":
         """The same support with its positions on `device`."""

@@ -54,14 +54,14 @@ class Checkpoint:
         """The last step that is in it."""
         return int(self.about["step"])
 
-    def attach(self, model: nn.Module) -> SparseParameters:
+    def attach(self, model: nn.Module, offload: bool = False) -> SparseParameters:
         """The sparse parameters as they were, on a model that is the base."""
         table, named = self.about["supports"], dict(model.named_parameters())
         supports = {name: self._support("support", name) for name in table["support"]}
         touched = Touched()
         for name in table["touched"]:
             touched.add(name, self._support("touched", name), named[name])
-        parameters = attach(model, supports, touched=touched)
+        parameters = attach(model, supports, touched=touched, offload=offload)
         parameters.load_state(
             {
                 name: (self._support("touched", name), self.tensors[f"touched/{name}/values"])

@@ -87,10 +87,10 @@ class Chooser:
 
     def begin(self) -> SparseParameters:
         """Warms up where the schedule says so, chooses, and attaches what was chosen."""
-        if self.recipe.selection.schedule != "after-warmup":
-            return attach(self.session.model, self.supports(1))
-        touched, change = self._warm_up()
-        return attach(self.session.model, self.supports(1, change=change), touched=touched)
+        touched, change = None, None
+        if self.recipe.selection.schedule == "after-warmup":
+            touched, change = self._warm_up()
+        return self._attach(self.supports(1, change=change), touched)
 
     def due(self, step: int) -> bool:
         """Whether entries are chosen anew before this step."""
@@ -136,6 +136,12 @@ class Chooser:
             )
         return chosen | whole(model, self.dense)
 
+    def _attach(
+        self, supports: dict[str, Support], touched: Touched | None = None
+    ) -> SparseParameters:
+        offload = self.recipe.train.offload_optimizer
+        return attach(self.session.model, supports, touched=touched, offload=offload)
+
     def _warm_up(self) -> tuple[Touched | None, dict[str, Tensor] | None]:
         """Trains the head alone, or everything, on the first batches.
 
@@ -147,7 +153,7 @@ class Chooser:
         names = [*(self.sparse if everything else ()), *self.dense]
         if not names:
             raise SiftError("selection.warmup_trains: no module trains whole, so there is no head")
-        parameters = attach(model, whole(model, names))
+        parameters = self._attach(whole(model, names))
         usual = ALL_RATE if everything else settings.learning_rate
         optimizer = SparseAdamW(parameters, selection.warmup_learning_rate or usual)
         steps = selection.warmup_steps or 0

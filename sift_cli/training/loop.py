@@ -118,7 +118,8 @@ def begin(
     metrics_before = saved.about["metrics_before"] if saved else session.evaluate()
     tell_undefined(metrics_before, console)
     undo = prepare_model(session, recipe.train.gradient_checkpointing)
-    parameters = saved.attach(session.model) if saved else chooser.begin()
+    offload = recipe.train.offload_optimizer
+    parameters = saved.attach(session.model, offload) if saved else chooser.begin()
     optimizer, schedule = make_optimizer(recipe, parameters, chooser.batches.steps)
     kept = Kept(parameters, recipe.eval.keep, session.task.metrics[0])
     watch = Watch(session, parameters, recipe.train.skip_nonfinite)

@@ -38,7 +38,7 @@ class Watch:
 
     def broken(self, step: int, rows: Rows, loss: Tensor, norm: Tensor) -> Tensor:
         """Takes in a step; returns whether the weights are to stay as they are (0 or 1, [])."""
-        both = torch.stack([loss.float(), norm.float()])
+        both = torch.stack([loss.float(), norm.to(loss.device).float()])
         self._unread.append((step, rows, both))
         now = (~both.isfinite()).any().float()
         self._count = self._count + now
@@ -90,7 +90,7 @@ class Watch:
         def spoilt(some: Rows) -> bool:
             grad.zero_()
             loss = add_gradient(self.session, some)
-            return not bool(loss.isfinite() & grad.isfinite().all())
+            return not bool(loss.isfinite()) or not bool(grad.isfinite().all())
 
         with kept_randomness(self.session.device):
             guilty = [row for part in rows for row in part if spoilt([[row]])]
