@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sift_cli.sparse import Support, attach
+from sift_cli.sparse import Support, attach, kernels
 from sift_cli.sparse.kernels import (
     Axis,
     Kernel,
@@ -132,10 +132,18 @@ def test_the_cheapest_kernel_is_chosen() -> None:
     assert choose(block_support((400, 400), 16, [0, 1, 2]), CPU).name == "product"
 
 
-def test_on_a_gpu_few_entries_are_sampled_and_many_are_not() -> None:
+@pytest.mark.parametrize("there", [True, False])
+def test_on_a_gpu_few_entries_are_sampled_and_many_are_not(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if there and not TRITON:
+        pytest.skip("Triton is not installed")
+    monkeypatch.setattr(kernels, "find_spec", lambda name: there or None)
     cuda = torch.device("cuda")
     assert choose(scattered((400, 400), 1600), cuda).name == "product"
-    assert choose(scattered((2000, 2000), 10_000), cuda).name == ("triton" if TRITON else "product")
+    some, few = (scattered((2000, 2000), count) for count in (10_000, 4_000))
+    assert choose(some, cuda).name == ("triton" if there else "product")
+    assert choose(few, cuda).name == ("triton" if there else "sampled")
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])

@@ -22,9 +22,11 @@ Gradient = Callable[[Tensor, Tensor], Tensor]
 # of one row or column that a sampled product asks for.
 SAMPLED_ENTRY = 5
 TRANSPOSED = 80
-# The same on a GPU, for the kernel of `gpu.py`: by the bandwidth of an H200's cache and the rate of
-# its tensor cores. Not measured yet; benchmarks/products.py does.
-SAMPLED_ENTRY_GPU = 200
+# The same on a GPU, for the kernel of `gpu.py` and, where there is no Triton, for cuSPARSE's, which
+# reads fp32 alone: by the bandwidth of an H200's cache and the rate of its tensor cores in
+# bfloat16. Not measured yet; benchmarks/products.py does.
+TRITON_ENTRY = 200
+CUSPARSE_ENTRY = 500
 # Share of an axis above which leaving the rest out costs more than it saves.
 CROWDED = 0.8
 
@@ -73,7 +75,7 @@ def product(support: Support, axes: "tuple[Axis, Axis] | None" = None) -> Kernel
 
 
 def sampled(support: Support) -> Kernel:
-    """K dot products of length T. Takes fp32 and fp64 as they are and widens the rest."""
+    """K dot products of length T, by MKL or cuSPARSE; fp32 and fp64 as they are, wider the rest."""
     return _sampled(support, Axis.of(support, 0), Axis.of(support, 1))
 
 
@@ -170,15 +172,20 @@ def choose(support: Support, device: torch.device) -> Kernel:
     few = samples(len(support), rows.count, columns.count, device)
     if not few:
         return product(support, (rows, columns))
-    return (_triton if device.type == "cuda" else _sampled)(support, rows, columns)
+    return (_triton if takes_triton(device) else _sampled)(support, rows, columns)
 
 
 def samples(entries: int, rows: int, columns: int, device: torch.device) -> bool:
     """Whether so many entries in so many rows and columns are worth a sampled product."""
     area = rows * columns
     if device.type == "cuda":
-        return SAMPLED_ENTRY_GPU * entries < area and find_spec("triton") is not None
+        return (TRITON_ENTRY if takes_triton(device) else CUSPARSE_ENTRY) * entries < area
     return SAMPLED_ENTRY * entries + TRANSPOSED * (rows + columns) < area
+
+
+def takes_triton(device: torch.device) -> bool:
+    """Whether sampled products are Triton's: on a GPU, where it is installed."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 @dataclass(frozen=True, eq=False)
