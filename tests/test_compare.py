@@ -187,6 +187,10 @@ def test_finished_runs_side_by_side(recipe_file: Path, tmp_path: Path) -> None:
     done = sift("compare", *folders)
     assert done.returncode == 0, done.stderr
     assert "random at 0.05" in done.stdout
+    train_adapted(load_recipe(recipe_file, changes), "head-only", tmp_path / "head")
+    head = compare_runs([*folders, tmp_path / "head"])["rows"][-1]
+    assert (head["method"], head["density"]) == ("head-only", None)  # whatever the recipe says
+    assert head["against_sift"]["seeds"] == 1
     wrong = sift("compare", folders[0], tmp_path / "none")
     assert wrong.returncode == 2
     assert "no such run folder" in wrong.stderr

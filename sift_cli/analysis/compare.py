@@ -117,6 +117,8 @@ def compare_runs(folders: Sequence[Path], out: Path | None = None) -> dict[str, 
         rate = recipe.get("train", {}).get("learning_rate")
         recipe.get("train", {}).pop("seed", None)
         density = recipe.get("selection", {}).get("density")
+        if summary["policy"] in WITHOUT_BUDGET:
+            density = None
         settings = json.dumps([summary["policy"], recipe], sort_keys=True)
         name = names.setdefault(settings, folder.name)
         runs.append({**summary, "method": summary["policy"], "density": density, "rate": rate})
