@@ -280,7 +280,7 @@ def cells(row: Mapping[str, Any], metric: str) -> list[str]:
     difference = p = ""
     if against is not None:
         difference = f"{against['difference']:+.4f}"
-        p = "" if against["p"] is None else f"{against['p']:.2f}"
+        p = "" if against["p"] is None else f"{against['p']:.2g}"
     rate = row["learning_rate"]
     return [
         label(row["method"], row["density"]) + rank,
