@@ -184,7 +184,7 @@ def samples(entries: int, rows: int, columns: int, device: torch.device) -> bool
 
 
 def takes_triton(device: torch.device) -> bool:
-    """Whether sampled products are Triton's: on a GPU, where it is installed."""
+    """Whether Triton's kernels run there: on a GPU, where it is installed."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 

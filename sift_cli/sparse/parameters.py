@@ -94,16 +94,16 @@ class SparseParameters:
         touched: Touched | None = None,
         offload: bool = False,
     ) -> None:
-        self.model, self._kernel_for = model, kernel_for
+        self.model, self._kernel_for, self._offload = model, kernel_for, offload
         self._undo: list[Callable[[], object]] = []
         self.touched = touched or Touched()
-        self.segments = segments_of(model, supports)
+        self.segments = segments_of(model, supports, offload)
         wide = torch.float32
         for segment in self.segments:
             wide = torch.promote_types(wide, segment.weight.dtype)
             self.touched.add(segment.name, segment.support, segment.weight)
         device = torch.device("cpu") if offload else self.segments[0].weight.device
-        self._write_flat = writer(self.segments, device)
+        self._write_flat = writer(self.segments, offload)
         self.flat = nn.Parameter(torch.empty(self.segments[-1].stop, dtype=wide, device=device))
         self._read()
         self.grad = torch.zeros_like(self.flat.data)
@@ -163,7 +163,7 @@ class SparseParameters:
         """
         self.detach()
         before = self.segments
-        after = segments_of(self.model, supports)
+        after = segments_of(self.model, supports, self._offload)
         old = {segment.name: segment for segment in before}
         origins = [origin_of(old.get(new.name), new).to(self.flat.device) for new in after]
         origin = torch.cat(origins)
@@ -176,7 +176,7 @@ class SparseParameters:
             self.touched.add(segment.name, segment.support, segment.weight)
         kept = self.flat.data[origin[stays]]
         self.segments, self.flat.grad = after, None
-        self._write_flat = writer(after, self.flat.device)
+        self._write_flat = writer(after, self._offload)
         self.flat.data = self.flat.data.new_empty(after[-1].stop)
         self._read()
         self.flat.data[stays] = kept

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from sift_cli.sparse.kernels import takes_triton
 from sift_cli.sparse.support import Support
 
 
@@ -27,8 +27,13 @@ class Segment:
         return slice(self.start, self.stop)
 
 
-def segments_of(model: nn.Module, supports: Mapping[str, Support]) -> list[Segment]:
-    """The supports that hold anything, in the order of the model's parameters."""
+def segments_of(
+    model: nn.Module, supports: Mapping[str, Support], offload: bool = False
+) -> list[Segment]:
+    """The supports that hold anything, in the order of the model's parameters.
+
+    With `offload` they are for a flat buffer on the host.
+    """
     named = dict(model.named_parameters())
     unknown = [name for name in supports if name not in named]
     if unknown:
@@ -45,7 +50,9 @@ def segments_of(model: nn.Module, supports: Mapping[str, Support]) -> list[Segme
         start += len(support)
     if not segments:
         raise ValueError("no entry is selected")
-    return _one_tensor_of_positions(segments) if writes_at_once(segments) else segments
+    if offload or not writes_at_once(segments):
+        return segments
+    return _one_tensor_of_positions(segments)
 
 
 def positions_of(support: Support, where: Tensor) -> Tensor:
@@ -95,16 +102,16 @@ def origin_of(old: Segment | None, new: Segment) -> Tensor:
     return torch.where(place >= 0, place + old.start, -1)
 
 
-def writer(segments: Sequence[Segment], device: torch.device) -> Callable[[Tensor], None]:
-    """What writes a flat buffer on `device` into the weights, in few calls where these are there.
+def writer(segments: Sequence[Segment], offload: bool = False) -> Callable[[Tensor], None]:
+    """What writes a flat buffer into the weights: few calls, whatever the number of weights.
 
     Modules that train whole are one foreach copy. Entries are one launch per dtype on a GPU; a CPU
-    has no launches to save, and from another device each weight's share is sent by itself.
+    has no launches to save, and from the host (`offload`) each weight's share is sent by itself.
     """
     whole = [segment for segment in segments if segment.support.positions is None]
     some = [segment for segment in segments if segment.support.positions is not None]
     launches = []
-    if writes_at_once(segments) and segments[0].weight.device == device:
+    if not offload and writes_at_once(segments):
         from sift_cli.sparse.gpu import Scatter
 
         for _, group in groupby(sorted(some, key=_kind), _kind):
@@ -130,8 +137,7 @@ def writer(segments: Sequence[Segment], device: torch.device) -> Callable[[Tenso
 def writes_at_once(segments: Sequence[Segment]) -> bool:
     """Whether all entries are written by Triton: on one GPU, where it is installed."""
     devices = {segment.weight.device for segment in segments}
-    on_gpu = len(devices) == 1 and devices.pop().type == "cuda"
-    return on_gpu and find_spec("triton") is not None
+    return len(devices) == 1 and takes_triton(devices.pop())
 
 
 def _one_tensor_of_positions(segments: Sequence[Segment]) -> list[Segment]:
