@@ -89,7 +89,7 @@ def _show_memory(found: Mapping[str, Any]) -> None:
     print_table(table)
     for key, one in found["memory_of_methods"].items():
         if "missing" in one and "," not in key:
-            stdout.print(f"{key}: {one['missing']}", highlight=False)
+            stdout.print(f"{key}: {one['missing']}", highlight=False, markup=False)
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
