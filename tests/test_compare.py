@@ -2,20 +2,21 @@
 
 import json
 import subprocess
+import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
 from safetensors.torch import load_file
 from scipy import stats
-from test_cli import sift
+from test_cli import ENV, sift
 
-from sift_cli.analysis import jobs
 from sift_cli.analysis.adapted import WEIGHTS_FILE, main, train_adapted
 from sift_cli.analysis.compare import compare, compare_runs, tabulated
-from sift_cli.analysis.jobs import Job, rates_of
+from sift_cli.analysis.jobs import Job, Runner, rates_of
 from sift_cli.analysis.methods import adapted_layers, rank_for
 from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import SiftError
@@ -28,7 +29,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs the processes of a comparison in this one; the names of those that ran."""
     ran: list[str] = []
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def run(_: Runner, command: list[str]) -> tuple[int, str]:
         _, _, module, *args = command
         ran.append(Path(args[-1] if module != "sift_cli" else args[3]).name)
         code, said = 0, ""
@@ -40,9 +41,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 main(args)
             except SystemExit as end:
                 code = int(end.code or 0)
-        return subprocess.CompletedProcess(command, code, "", said)
+        return code, said
 
-    monkeypatch.setattr(jobs.subprocess, "run", run)
+    monkeypatch.setattr(Runner, "_process", run)
     return ran
 
 
@@ -230,3 +231,21 @@ def test_the_command_with_processes(recipe_file: Path, tmp_path: Path) -> None:
     assert [row["method"] for row in found["rows"]] == ["lora", "sift"]
     assert "run 2/2: " in done.stderr
     assert any("One seed" in note for note in found["notes"])
+
+
+def test_sigterm_ends_what_runs_and_keeps_it(recipe_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sift_cli", "compare", str(recipe_file), "--methods", "sift"]
+    command += ["--seeds", "1", "--out", str(tmp_path), "--set", "train.epochs=100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENV) as comparison:
+        deadline = time.monotonic() + 120
+        while not written(tmp_path.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        comparison.terminate()
+        _, said = comparison.communicate(timeout=60)
+    assert comparison.returncode == 130
+    assert said == "interrupted; the same command goes on from here\n"
+    assert written(tmp_path.glob("runs/*/checkpoint/step-*"))
+
+
+def written(paths: Iterable[Path]) -> bool:
+    return any(path.stat().st_size for path in paths)

@@ -4,13 +4,16 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -73,25 +76,34 @@ class Runner:
     device: str | None
     allow_code: bool
     console: Console
+    processes: set[subprocess.Popen[str]] = field(default_factory=set)
 
     def run(self, jobs: Sequence[Job], what: str) -> dict[Job, dict[str, Any] | None]:
         """The summary of each job, from disk where it has finished; None where it diverged.
 
-        Raises SiftError where one fails for another reason; those that have finished stay.
+        Raises SiftError where one fails for another reason; those that have finished stay. SIGTERM
+        ends what runs too, and then this as Ctrl-C would, which reaches the processes by itself.
         """
         unique = {job.name: job for job in jobs}
         done: dict[str, dict[str, Any] | None] = {}
-        with self._progress(what, len(unique)) as say, ThreadPoolExecutor(self.workers) as pool:
+        with (
+            self._progress(what, len(unique)) as say,
+            self._passing_on(),
+            ThreadPoolExecutor(self.workers) as pool,
+        ):
             waiting = {pool.submit(self._one, job): job for job in unique.values()}
             try:
                 for future in as_completed(waiting):
                     job = waiting[future]
                     done[job.name] = future.result()
                     say(job, done[job.name])
-            except BaseException:
+            except KeyboardInterrupt:
+                raise SiftError(
+                    "interrupted; the same command goes on from here", ExitCode.INTERRUPTED
+                ) from None
+            finally:
                 for future in waiting:
                     future.cancel()
-                raise
         return {job: done[job.name] for job in jobs}
 
     def _one(self, job: Job) -> dict[str, Any] | None:
@@ -103,18 +115,12 @@ class Runner:
             for parent in (folder.parent, recipe.parent):
                 parent.mkdir(parents=True, exist_ok=True)
             recipe.write_text(job.recipe.to_yaml(), encoding="utf-8")
-            done = subprocess.run(
-                self._command(job, recipe, folder),
-                env=self._environment(),
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode == ExitCode.NOT_FINITE:
+            code, said = self._process(self._command(job, recipe, folder))
+            if code == ExitCode.NOT_FINITE:
                 return None
-            if done.returncode:
-                said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-                raise SiftError(f"{job.name}: {said}", _code(done.returncode))
+            if code:
+                last = (said.strip().splitlines() or ["it said nothing"])[-1]
+                raise SiftError(f"{job.name}: {last}", _code(code))
         found: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
         return found
 
@@ -126,6 +132,38 @@ class Runner:
         more = ["--device", self.device] if self.device else []
         more += ["--allow-code"] if self.allow_code else []
         return [*python, "sift_cli", "train", str(recipe), "--out", str(folder), "--resume", *more]
+
+    def _process(self, command: Sequence[str]) -> tuple[int, str]:
+        """The exit code of a process, and what it wrote to standard error."""
+        with subprocess.Popen(
+            command,
+            env=self._environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            self.processes.add(process)
+            _, said = process.communicate()
+            self.processes.discard(process)
+        return process.returncode, said
+
+    @contextmanager
+    def _passing_on(self) -> Iterator[None]:
+        """Within it, SIGTERM ends the processes that run, each after its step, and raises."""
+
+        def hear(number: int, frame: FrameType | None) -> None:
+            for process in list(self.processes):
+                process.terminate()
+            raise KeyboardInterrupt
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, hear)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def _environment(self) -> dict[str, str]:
         if self.workers == 1:
