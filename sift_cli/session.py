@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -146,3 +147,16 @@ def autocasts(recipe: Recipe, device: torch.device) -> bool:
         return recipe.train.precision == "bfloat16"
     fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return fits and recipe.model.dtype == "float32"
+
+
+def tell_emulated(recipe: Recipe, device: torch.device, console: Console) -> None:
+    """Says which key asks for bfloat16 where the CPU has no arithmetic for it.
+
+    Products then run on code that is not blocked, some 20 times slower than in float32.
+    """
+    key = "train.precision" if autocasts(recipe, device) else "model.dtype"
+    asked = key == "train.precision" or recipe.model.dtype == "bfloat16"
+    if not asked or device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        console.print(f"{key}: this CPU emulates bfloat16, many times slower than float32")

@@ -5,11 +5,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model
+from rich.console import Console
 from safetensors.torch import load_file
 from scipy import stats
 from test_cli import ENV, sift
@@ -155,6 +157,17 @@ def test_a_method_that_diverges_is_told(recipe_file: Path, tmp_path: Path, here:
     recipe = load_recipe(recipe_file, ["train.lr_schedule=constant", "train.warmup=0"])
     with pytest.raises(SiftError, match=r"sift diverged at a learning rate of .* with seed 3"):
         compare(recipe, tmp_path, methods=["sift"], seeds=1, rates={"sift": 1e30})
+
+
+def test_emulated_bfloat16_is_told(
+    recipe_file: Path, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    recipe = load_recipe(recipe_file, ["train.precision=bfloat16", "train.max_steps=1"])
+    said = StringIO()
+    console = Console(file=said, width=200)
+    compare(recipe, tmp_path, methods=["sift"], seeds=1, console=console)
+    assert said.getvalue().count("train.precision: this CPU emulates bfloat16") == 1
 
 
 def test_a_failing_run_is_named(recipe_file: Path, tmp_path: Path, here: list[str]) -> None:

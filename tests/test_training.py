@@ -2,6 +2,7 @@
 
 import json
 import math
+from io import StringIO
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +13,7 @@ import torch
 import yaml
 from conftest import save_base, write_rows
 from hypothesis import given
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -236,6 +238,21 @@ def test_bfloat16_base_and_autocast(recipe_file: Path, tmp_path: Path) -> None:
     assert not half["bf16_autocast"]
     cast = train(load_recipe(recipe_file, ["train.precision=bfloat16"]), tmp_path / "cast")
     assert cast["bf16_autocast"]
+
+
+@pytest.mark.parametrize("key", ["model.dtype", "train.precision"])
+@pytest.mark.parametrize("has_it", [True, False])
+def test_emulated_bfloat16_is_told(
+    key: str, has_it: bool, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_it)
+    said = StringIO()
+    console = Console(file=said, width=200)
+    for value in ("float32", "bfloat16"):
+        recipe = load_recipe(recipe_file, [f"{key}={value}", "train.max_steps=1"])
+        train(recipe, tmp_path / value, console=console)
+    told = f"{key}: this CPU emulates bfloat16"
+    assert said.getvalue().count(told) == (not has_it)
 
 
 @pytest.mark.parametrize("policy", ["sift", "drop-grow"])

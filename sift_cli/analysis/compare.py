@@ -16,8 +16,10 @@ from sift_cli.analysis.methods import ADAPTERS, METHODS, require_peft
 from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import SiftError
 from sift_cli.metrics import shown
+from sift_cli.models import pick_device
 from sift_cli.recipe import Recipe
 from sift_cli.selection.policies import POLICIES
+from sift_cli.session import tell_emulated
 from sift_cli.training.choosing import rule_of
 from sift_cli.training.run import SUMMARY_FILE
 
@@ -53,6 +55,7 @@ def compare(
     check_methods([*methods, *rates])
     if any(method in ADAPTERS for method in methods):
         require_peft()
+    tell_emulated(recipe, pick_device(device), console)
     runner = Runner(out, workers, device, allow_code, console)
     first = recipe.train.seed
     cells = [

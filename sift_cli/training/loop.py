@@ -18,7 +18,7 @@ from sift_cli.metrics import Metrics
 from sift_cli.models import recompute_activations
 from sift_cli.recipe import Recipe
 from sift_cli.selection.select import Rule
-from sift_cli.session import Session, open_session
+from sift_cli.session import Session, open_session, tell_emulated
 from sift_cli.sparse import SparseAdamW, SparseParameters
 from sift_cli.training.batches import Batches
 from sift_cli.training.checkpoint import Checkpoints, State, space_for
@@ -113,6 +113,7 @@ def begin(
     for split, cut in session.truncated().items():
         if cut:
             console.print(f"{split}: {cut:,} rows cut to {recipe.data.max_length} tokens")
+    tell_emulated(recipe, session.device, console)
     facts = Facts.of(recipe, session)
     saved = checkpoints.newest(facts) if resume else None
     metrics_before = saved.about["metrics_before"] if saved else session.evaluate()
