@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,13 @@ def sift(*args: object, cwd: Path | None = None) -> Done:
         except SystemExit as end:
             code = int(end.code or 0)
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Waits for it, two minutes at most."""
+    deadline = time.monotonic() + 120
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def process(*args: object) -> subprocess.CompletedProcess[str]:
@@ -306,9 +314,7 @@ def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as run:
         metrics = out / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: metrics.is_file() and metrics.stat().st_size > 0)
         second = sift("train", recipe_file, "--out", out, "--resume")
         run.send_signal(number)
         printed, said = run.communicate(timeout=60)

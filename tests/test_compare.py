@@ -1,12 +1,15 @@
 """`sift compare`: equal conditions, kept runs, an honest table."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from conftest import tiny_model
 from rich.console import Console
 from safetensors.torch import load_file
 from scipy import stats
-from test_cli import ENV, sift
+from test_cli import ENV, sift, until
 
 from sift_cli.analysis.adapted import WEIGHTS_FILE, main, train_adapted
 from sift_cli.analysis.compare import compare, compare_runs, tabulated
@@ -22,7 +25,7 @@ from sift_cli.analysis.jobs import Job, Runner, rates_of
 from sift_cli.analysis.methods import adapted_layers, rank_for
 from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import SiftError
-from sift_cli.recipe import load_recipe
+from sift_cli.recipe import load_recipe, parse_recipe
 from sift_cli.training import train
 
 
@@ -250,14 +253,47 @@ def test_sigterm_ends_what_runs_and_keeps_it(recipe_file: Path, tmp_path: Path) 
     command = [sys.executable, "-m", "sift_cli", "compare", str(recipe_file), "--methods", "sift"]
     command += ["--seeds", "1", "--out", str(tmp_path), "--set", "train.epochs=100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENV) as comparison:
-        deadline = time.monotonic() + 120
-        while not written(tmp_path.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(lambda: written(tmp_path.glob("runs/*/metrics.jsonl")))
         comparison.terminate()
         _, said = comparison.communicate(timeout=60)
     assert comparison.returncode == 130
     assert said == "interrupted; the same command goes on from here\n"
     assert written(tmp_path.glob("runs/*/checkpoint/step-*"))
+
+
+def test_sigterm_amid_the_start_of_a_process_ends_that_too(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    start = subprocess.Popen
+
+    def starting(*args: Any, **more: Any) -> subprocess.Popen[str]:
+        started.append(start(*args, **more))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)  # the signal is heard before the process is noted
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", starting)
+    slow = [sys.executable, "-c", "import time; time.sleep(30)"]
+    monkeypatch.setattr(Runner, "_command", lambda *of: slow)
+    runner = Runner(tmp_path, 1, None, False, Console(quiet=True))
+    base = parse_recipe(recipe_file.read_text(), "recipe")
+    with pytest.raises(SiftError, match="interrupted") as raised:
+        runner.run([Job.of(base, "sift", 0.1, 1e-3, seed) for seed in (1, 2)], "run")
+    assert raised.value.code == 130
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
+
+
+def test_a_comparison_started_deaf_to_sigterm_stays_so(tmp_path: Path) -> None:
+    runner = Runner(tmp_path, 1, None, False, Console(quiet=True))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with runner._passing_on():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not runner.ended.is_set()
 
 
 def written(paths: Iterable[Path]) -> bool:

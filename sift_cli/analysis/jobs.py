@@ -77,6 +77,9 @@ class Runner:
     allow_code: bool
     console: Console
     processes: set[subprocess.Popen[str]] = field(default_factory=set)
+    # A process is started and noted, or ended, never one amid the other; SIGTERM may come twice.
+    changing: threading.RLock = field(default_factory=threading.RLock)
+    ended: threading.Event = field(default_factory=threading.Event)
 
     def run(self, jobs: Sequence[Job], what: str) -> dict[Job, dict[str, Any] | None]:
         """The summary of each job, from disk where it has finished; None where it diverged.
@@ -98,9 +101,8 @@ class Runner:
                     done[job.name] = future.result()
                     say(job, done[job.name])
             except KeyboardInterrupt:
-                raise SiftError(
-                    "interrupted; the same command goes on from here", ExitCode.INTERRUPTED
-                ) from None
+                self.ended.set()
+                raise _interrupted() from None
             finally:
                 for future in waiting:
                     future.cancel()
@@ -135,28 +137,38 @@ class Runner:
 
     def _process(self, command: Sequence[str]) -> tuple[int, str]:
         """The exit code of a process, and what it wrote to standard error."""
-        with subprocess.Popen(
-            command,
-            env=self._environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
+        with self.changing:
+            if self.ended.is_set():
+                raise _interrupted()
+            process = subprocess.Popen(
+                command,
+                env=self._environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             self.processes.add(process)
+        with process:
             _, said = process.communicate()
             self.processes.discard(process)
         return process.returncode, said
 
     @contextmanager
     def _passing_on(self) -> Iterator[None]:
-        """Within it, SIGTERM ends the processes that run, each after its step, and raises."""
+        """Within it, SIGTERM ends the processes that run, each after its step, and raises.
+
+        It stays unheard where this process was started deaf to it, and outside the main thread.
+        """
 
         def hear(number: int, frame: FrameType | None) -> None:
-            for process in list(self.processes):
-                process.terminate()
+            with self.changing:
+                self.ended.set()
+                for process in list(self.processes):
+                    process.terminate()
             raise KeyboardInterrupt
 
-        if threading.current_thread() is not threading.main_thread():
+        main = threading.current_thread() is threading.main_thread()
+        if not main or signal.getsignal(signal.SIGTERM) in (signal.SIG_IGN, None):
             yield
             return
         before = signal.signal(signal.SIGTERM, hear)
@@ -204,6 +216,10 @@ def rates_of(base: float, method: str, given: Mapping[str, float], sweep: int) -
         return [middle]
     steps = [at - (sweep - 1) / 2 for at in range(sweep)]
     return [float(f"{middle * HALF_DECADE**step:.2g}") for step in steps]
+
+
+def _interrupted() -> SiftError:
+    return SiftError("interrupted; the same command goes on from here", ExitCode.INTERRUPTED)
 
 
 def _code(returncode: int) -> ExitCode:
