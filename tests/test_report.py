@@ -22,6 +22,7 @@ from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe
 from sift_cli.session import open_session
 from sift_cli.training import train
+from sift_cli.training.choosing import batches_of
 
 NASTY = '<script>alert("x")</script> & $5$ {{ 7 * 7 }} \u2028'
 
@@ -116,6 +117,49 @@ def test_recorded_weights_against_the_delta_and_the_base(run: Path, recipe_file:
             assert found[name]["half_in_inputs"] == pytest.approx(taken / weight.shape[1], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["selection.scope=global", "selection.structure=row", "train.accumulate=2", "log.every=5"],
+)
+def test_the_kept_gradient_against_a_dense_one(
+    recipe_file: Path, tmp_path: Path, change: str
+) -> None:
+    recipe = load_recipe(recipe_file, [change])
+    train(recipe, tmp_path / "run")
+    first = lines(tmp_path / "run/metrics.jsonl")[0]
+    session = open_session(recipe)
+    session.model.train()  # the tiny model has no dropout
+    assert session.train is not None
+    rows = next(batches_of(recipe, session.train.lengths).since(1))
+    for part in rows:
+        (session.model(**session.collate(session.train.take(part))).loss / len(rows)).backward()
+    delta = load_delta(tmp_path / "run/delta.safetensors")
+    named = dict(session.model.named_parameters())
+    sums = {"norm": 0.0, "kept": 0.0}
+    assert set(first["gradient"]) >= set(delta.weights)
+    for name, found in first["gradient"].items():
+        gradient = named[name].grad
+        assert gradient is not None
+        held = torch.zeros(0)
+        if name in delta.weights:
+            held = delta.weights[name].support.gather(gradient)
+        for key, values in (("norm", gradient), ("kept", held)):
+            assert found[key] == pytest.approx(float(values.norm()), rel=1e-4, abs=1e-7)
+            sums[key] += float(values.norm()) ** 2
+    share = (sums["kept"] / sums["norm"]) ** 0.5
+    assert f"hold {share:.0%} of the norm" in report(tmp_path / "run").read_text()
+
+
+def test_a_run_that_looked_at_no_gradient_says_so(recipe_file: Path, tmp_path: Path) -> None:
+    for policy in ("random", "fisher"):
+        recipe = load_recipe(recipe_file, [f"selection.policy={policy}"])
+        train(recipe, tmp_path / policy)
+        assert not any("gradient" in line for line in lines(tmp_path / policy / "metrics.jsonl"))
+        page = report(tmp_path / policy).read_text()
+        assert "Training computes no more of a gradient than it needs." in page
+        assert "gradient.png" not in {path.name for path in (tmp_path / policy / "plots").iterdir()}
+
+
 def test_the_same_run_records_the_same_bytes(run: Path, recipe_file: Path, tmp_path: Path) -> None:
     train(load_recipe(recipe_file, ["train.epochs=2", "log.every=1"]), tmp_path / "again")
     for name in ("predictions.jsonl", "weights.jsonl"):
@@ -146,7 +190,8 @@ def test_the_page_holds_what_the_run_came_to(run: Path) -> None:
     assert summary["delta_sha256"] in page
     assert "density: 0.05" in page
     assert f"sift probe {run}/recipe.yaml" in page
-    names = {"progress", "rate", "entries", "change", "inputs", "predictions-validation"}
+    names = {"progress", "rate", "entries", "change", "gradient", "inputs"}
+    names.add("predictions-validation")
     assert {path.stem for path in (run / "plots").iterdir()} == names
     assert page.count("<svg") == len(names)
     assert page.count('aria-label="') == len(names)
@@ -257,7 +302,8 @@ def test_a_run_of_an_older_version_has_a_shorter_report(run: Path) -> None:
         (run / name).unlink()
     page = report(run).read_text()
     assert "Loss and metrics" in page
-    assert "The trained entries" not in page
+    assert "<h2>The trained entries" not in page
+    assert "at random" not in page
 
 
 def test_train_writes_it_and_no_plot_costs_the_run(

@@ -67,6 +67,8 @@ def charts(
     if layered:
         drawn["entries"] = lambda: _entries(layered)
         drawn["change"] = lambda: _change(layered)
+        if any("gradient_share" in cell for cell in layered.values()):
+            drawn["gradient"] = lambda: _gradient(layered)
         if any("half_in_inputs" in cell for cell in layered.values()):
             drawn["inputs"] = lambda: _inputs(layered)
     if probe:
@@ -86,7 +88,10 @@ def charts(
 
 
 def by_layer(weights: Sequence[Record]) -> dict[tuple[str, str], dict[str, Any]]:
-    """The weights that lie in numbered layers, added up by layer and module."""
+    """The weights that lie in numbered layers, added up by layer and module.
+
+    A weight's `gradient` is the norm of the first batch's, and what its entries keep of it.
+    """
     cells: dict[tuple[str, str], list[Record]] = {}
     for weight in weights:
         place = re.match(r"(.*?)\.(\d+)\.(.*)\.\w+$", weight["name"])
@@ -101,13 +106,21 @@ def by_layer(weights: Sequence[Record]) -> dict[tuple[str, str], dict[str, Any]]
         sizes = [_product(one["shape"]) for one in some]
         row = layer if len(stacks) > 1 else layer.rpartition(" ")[2]
         crowded = [one["half_in_inputs"] for one in some if "half_in_inputs" in one]
+        known = gradient_share([one["gradient"] for one in some if "gradient" in one])
         found[row, module] = {
             "entries": sum(one["entries"] for one in some),
             "share": sum(one["entries"] for one in some) / sum(sizes),
             "rms": (squares / touched) ** 0.5,
             **({"half_in_inputs": crowded[0]} if crowded else {}),
+            **({} if known is None else {"gradient_share": known}),
         }
     return found
+
+
+def gradient_share(gradients: Sequence[Record]) -> float | None:
+    """The share of the norm of several weights' gradients that is kept; None of no gradient."""
+    whole = sum(one["norm"] ** 2 for one in gradients)
+    return (sum(one["kept"] ** 2 for one in gradients) / whole) ** 0.5 if whole else None
 
 
 def _progress(steps: Sequence[Record], scores: Sequence[Record], before: Metrics) -> Figure:
@@ -152,6 +165,14 @@ def _change(layered: Mapping[tuple[str, str], Record]) -> Figure:
     return _heat(
         layered, "rms", lambda cell: _small(cell["rms"]), "root mean square change", _small
     )
+
+
+def _gradient(layered: Mapping[tuple[str, str], Record]) -> Figure:
+    def said(cell: Record) -> str:
+        return f"{cell['gradient_share']:.0%}"
+
+    held = {place: cell for place, cell in layered.items() if "gradient_share" in cell}
+    return _heat(held, "gradient_share", said, "share of the gradient's norm", "{:.0%}".format)
 
 
 def _inputs(layered: Mapping[tuple[str, str], Record]) -> Figure:

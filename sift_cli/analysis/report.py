@@ -3,14 +3,15 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sift_cli import __version__
-from sift_cli.analysis.charts import by_layer, charts
+from sift_cli.analysis.charts import by_layer, charts, gradient_share
 from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import SiftError
 from sift_cli.metrics import shown
@@ -42,6 +43,10 @@ def report(
     lines, weights, predictions = (
         _lines(run / name) for name in ("metrics.jsonl", WEIGHTS_FILE, PREDICTIONS_FILE)
     )
+    gradient: dict[str, Any] = next((line["gradient"] for line in lines if "gradient" in line), {})
+    for weight in weights:
+        if weight["name"] in gradient:
+            weight["gradient"] = gradient[weight["name"]]
     probed = _read(probe / "probe.json", "what `sift probe` writes", json.loads) if probe else None
     folder = out or run
     plots = folder / PLOTS
@@ -61,6 +66,8 @@ def report(
         tiles=_tiles(summary),
         charts=drawn,
         rest=[one for one in weights if one["whole"] or not by_layer([one])] if layered else [],
+        kept=gradient_share(list(gradient.values())),
+        by_chance=_by_chance(weights, gradient),
         says=probed["says"] if probed else [],
         splits=Counter(line["split"] for line in predictions),
         mistakes=_worst(predictions, bool(labels)) if texts else [],
@@ -101,6 +108,19 @@ def _worst(predictions: list[dict[str, Any]], classes: bool) -> list[dict[str, A
 
     told = [one for one in predictions if "text" in one]
     return sorted(told, key=size, reverse=True)[:MISTAKES]
+
+
+def _by_chance(
+    weights: Sequence[Mapping[str, Any]], gradient: Mapping[str, Mapping[str, float]]
+) -> float | None:
+    """The share of the gradient's norm that as many random entries of each weight would keep.
+
+    None of a run that recorded no weights, or no gradient.
+    """
+    shares = {one["name"]: one["entries"] / prod(one["shape"]) for one in weights}
+    kept = {name: one["norm"] * shares.get(name, 0.0) ** 0.5 for name, one in gradient.items()}
+    pairs = [{"norm": one["norm"], "kept": kept[name]} for name, one in gradient.items()]
+    return gradient_share(pairs) if weights else None
 
 
 def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:

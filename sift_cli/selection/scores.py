@@ -51,6 +51,11 @@ class Score:
         """Whether batches must be seen."""
         return bool(self.needs & NEED_DATA)
 
+    @property
+    def folds(self) -> bool:
+        """Whether `gradient` is something else than the batches' gradient."""
+        return self.fold is not _itself
+
 
 def _gradient(gradient: Tensor) -> Tensor:
     return gradient.abs()

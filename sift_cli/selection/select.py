@@ -81,6 +81,7 @@ def select(
     backward: Sequence[Callable[[], object]] = (),
     change: Mapping[str, Tensor] | None = None,
     held: Mapping[str, Held] | None = None,
+    norms: dict[str, Tensor] | None = None,
 ) -> dict[str, Support]:
     """The entries to train of the model's parameters called `names`; supports on the host.
 
@@ -88,6 +89,7 @@ def select(
     gradient is scored and freed as it arrives, with several their sum gathers on the host. A weight
     that the loss does not depend on has no gradient to rank and is left out. `change` (dense, by
     name) is evidence for scores that ask for it; `held` says what of an earlier support stays.
+    `norms` takes the 2-norm of each weight's gradient ([], fp32), where the score looks at it.
     Raises SiftError where a score is not finite, a budget or a block does not fit, or a score needs
     batches and there are none.
     """
@@ -105,6 +107,8 @@ def select(
 
         def settle(name: str, gradient: Tensor | None) -> None:
             weight, cut = weights[name].detach(), units[name]
+            if norms is not None and gradient is not None and not score.folds:
+                norms[name] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
             evidence = {
                 "weight": cut.turned(weight),
                 "gradient": None if gradient is None else cut.turned(gradient),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -56,7 +56,8 @@ def batches_of(recipe: Recipe, lengths: Sequence[int]) -> Batches:
 class Chooser:
     """The recipe's selection over one run.
 
-    `sparse` names the weights of which entries are chosen, `dense` those that train whole.
+    `sparse` names the weights of which entries are chosen, `dense` those that train whole. `norms`
+    are those of the first batch's gradient by weight, once `begin` has looked at that batch alone.
     """
 
     recipe: Recipe
@@ -66,6 +67,7 @@ class Chooser:
     sparse: Sequence[str]
     dense: Sequence[str]
     console: Console
+    norms: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -90,7 +92,8 @@ class Chooser:
         touched, change = None, None
         if self.recipe.selection.schedule == "after-warmup":
             touched, change = self._warm_up()
-        return self._attach(self.supports(1, change=change), touched)
+        norms = self.norms if self.recipe.selection.batches == 1 else None
+        return self._attach(self.supports(1, change=change, norms=norms), touched)
 
     def due(self, step: int) -> bool:
         """Whether entries are chosen anew before this step."""
@@ -116,6 +119,7 @@ class Chooser:
         step: int,
         change: dict[str, Tensor] | None = None,
         held: dict[str, Held] | None = None,
+        norms: dict[str, Tensor] | None = None,
     ) -> dict[str, Support]:
         """The entries to train from `step` on, and the modules that train whole.
 
@@ -133,6 +137,7 @@ class Chooser:
                 backward=backward_passes(self.session, batches),
                 change=change,
                 held=held,
+                norms=norms,
             )
         return chosen | whole(model, self.dense)
 

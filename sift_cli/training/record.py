@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,22 @@ def _predictions(session: Session, suffix: str, logits: Tensor) -> list[dict[str
     return lines
 
 
+def gradient_kept(
+    parameters: SparseParameters, norms: Mapping[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    """Of each weight in `norms`, that 2-norm and that of what its trained entries have gathered.
+
+    Where both are of one batch's gradient, their ratio is the share that the mask keeps. Weights
+    whose norm is too large for fp32 are left out.
+    """
+    gathered = {segment.name: parameters.grad[segment.span] for segment in parameters}
+    found = {
+        name: {"norm": _short(float(norm)), "kept": _norm(gathered.get(name))}
+        for name, norm in norms.items()
+    }
+    return {name: one for name, one in found.items() if all(map(isfinite, one.values()))}
+
+
 def write_weights(
     out: Path, model: nn.Module, parameters: SparseParameters, whole: Collection[str]
 ) -> None:
@@ -113,6 +129,10 @@ def _half(places: Tensor, size: int) -> float:
     counts = torch.bincount(places.long().cpu(), minlength=size).sort(descending=True).values
     enough = counts.cumsum(0) >= len(places) / 2
     return (int(enough.int().argmax()) + 1) / size
+
+
+def _norm(values: Tensor | None) -> float:
+    return 0.0 if values is None else _short(float(torch.linalg.vector_norm(values)))
 
 
 def _rms(values: Tensor) -> float:
