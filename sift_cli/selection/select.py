@@ -89,7 +89,7 @@ def select(
     gradient is scored and freed as it arrives, with several their sum gathers on the host. A weight
     that the loss does not depend on has no gradient to rank and is left out. `change` (dense, by
     name) is evidence for scores that ask for it; `held` says what of an earlier support stays.
-    `norms` takes the 2-norm of each weight's gradient ([], fp32), where the score looks at it.
+    `norms` takes the 2-norm of each weight's gradient ([]), where the score looks at it.
     Raises SiftError where a score is not finite, a budget or a block does not fit, or a score needs
     batches and there are none.
     """
@@ -108,7 +108,8 @@ def select(
         def settle(name: str, gradient: Tensor | None) -> None:
             weight, cut = weights[name].detach(), units[name]
             if norms is not None and gradient is not None and not score.folds:
-                norms[name] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+                wide = torch.promote_types(gradient.dtype, torch.float32)
+                norms[name] = torch.linalg.vector_norm(gradient, dtype=wide)
             evidence = {
                 "weight": cut.turned(weight),
                 "gradient": None if gradient is None else cut.turned(gradient),
