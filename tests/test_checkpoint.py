@@ -131,6 +131,10 @@ def test_a_resumed_run_gives_the_same_delta(
 
     assert logged(out) == logged(tmp_path / "calm")
     assert len(logged(out)) == 12 + 4
+    known = tmp_path / "calm/gradient.jsonl"
+    assert (out / known.name).is_file() == known.is_file()
+    if known.is_file():
+        assert (out / known.name).read_bytes() == known.read_bytes()
 
 
 def test_every_step_is_a_place_to_stop(dropping: Path, recipe_file: Path, tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(
     assert second.returncode == 2
     assert f"process {run.pid} trains into it" in second.stderr
     left = {path.name for path in out.iterdir()} - {"predictions.jsonl"}  # of an evaluation, if any
-    assert left == {"checkpoint", "metrics.jsonl", "recipe.yaml"}
+    assert left == {"checkpoint", "gradient.jsonl", "metrics.jsonl", "recipe.yaml"}
 
 
 def test_an_interruption_before_the_first_step_leaves_nothing(

@@ -17,6 +17,7 @@ from sift_cli.errors import SiftError
 from sift_cli.metrics import shown
 from sift_cli.recipe import parse_recipe
 from sift_cli.training.record import (
+    GRADIENT_FILE,
     MISTAKES,
     PLOTS,
     PREDICTIONS_FILE,
@@ -43,7 +44,7 @@ def report(
     lines, weights, predictions = (
         _lines(run / name) for name in ("metrics.jsonl", WEIGHTS_FILE, PREDICTIONS_FILE)
     )
-    gradient: dict[str, Any] = next((line["gradient"] for line in lines if "gradient" in line), {})
+    gradient = {line["name"]: line for line in _lines(run / GRADIENT_FILE)}
     for weight in weights:
         if weight["name"] in gradient:
             weight["gradient"] = gradient[weight["name"]]

@@ -27,7 +27,7 @@ from sift_cli.training.facts import Facts
 from sift_cli.training.gradient import add_gradient
 from sift_cli.training.guard import guarded, require_space
 from sift_cli.training.kept import Kept
-from sift_cli.training.record import gradient_kept, write_predictions
+from sift_cli.training.record import write_gradient, write_predictions
 from sift_cli.training.run import Timing, open_run_folder, write_run
 from sift_cli.training.sinks import Sinks
 from sift_cli.training.stopping import Stop
@@ -145,8 +145,7 @@ def take_steps(run: Run, log: Sinks, stop: Stop) -> None:
                 run.chooser.change(step, optimizer)
             loss = add_gradient(session, rows)
             if step == 1 and run.chooser.norms:
-                known = gradient_kept(state.parameters, run.chooser.norms)
-                log.note({"step": 1, "gradient": known})
+                write_gradient(run.checkpoints.out, state.parameters, run.chooser.norms)
             norm = optimizer.clip(recipe.train.max_grad_norm)
             rate = float(state.schedule.get_last_lr()[0])
             optimizer.step(skip=watch.broken(step, rows, loss, norm))

@@ -1,4 +1,4 @@
-"""What a run keeps for its report: predictions, and what became of each weight."""
+"""What a run keeps for its report: predictions, what became of each weight, what its mask keeps."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping
@@ -16,6 +16,7 @@ from sift_cli.sparse import SparseParameters, Support
 
 PREDICTIONS_FILE = "predictions.jsonl"
 WEIGHTS_FILE = "weights.jsonl"
+GRADIENT_FILE = "gradient.jsonl"
 REPORT_FILE = "report.html"
 PLOTS = "plots"
 MISTAKES = 10  # so many rows of a split keep their text
@@ -67,20 +68,22 @@ def _predictions(session: Session, suffix: str, logits: Tensor) -> list[dict[str
     return lines
 
 
-def gradient_kept(
-    parameters: SparseParameters, norms: Mapping[str, Tensor]
-) -> dict[str, dict[str, float]]:
-    """Of each weight in `norms`, that 2-norm and that of what its trained entries have gathered.
+def write_gradient(out: Path, parameters: SparseParameters, norms: Mapping[str, Tensor]) -> None:
+    """Writes gradient.jsonl: a line for each weight in `norms`, of the first batch's gradient.
 
-    Where both are of one batch's gradient, their ratio is the share that the mask keeps. Weights
-    whose norm is too large for fp32 are left out.
+    `norm` is that 2-norm, `kept` the one of what the weight's trained entries have gathered.
+    Weights whose norm is too large for fp32 are left out.
     """
     gathered = {segment.name: parameters.grad[segment.span] for segment in parameters}
-    found = {
-        name: {"norm": _short(float(norm)), "kept": _norm(gathered.get(name))}
-        for name, norm in norms.items()
-    }
-    return {name: one for name, one in found.items() if all(map(isfinite, one.values()))}
+    pairs = ((name, float(norm), _norm(gathered.get(name))) for name, norm in norms.items())
+    _write_lines(
+        out / GRADIENT_FILE,
+        (
+            {"name": name, "norm": _short(norm), "kept": _short(kept)}
+            for name, norm, kept in pairs
+            if isfinite(norm) and isfinite(kept)
+        ),
+    )
 
 
 def write_weights(
@@ -132,7 +135,7 @@ def _half(places: Tensor, size: int) -> float:
 
 
 def _norm(values: Tensor | None) -> float:
-    return 0.0 if values is None else _short(float(torch.linalg.vector_norm(values)))
+    return 0.0 if values is None else float(torch.linalg.vector_norm(values))
 
 
 def _rms(values: Tensor) -> float:

@@ -25,7 +25,7 @@ from sift_cli.metrics import Metrics
 from sift_cli.recipe import Recipe
 from sift_cli.session import Session
 from sift_cli.sparse import SparseParameters
-from sift_cli.training.record import PLOTS, REPORT_FILE, write_weights
+from sift_cli.training.record import GRADIENT_FILE, PLOTS, REPORT_FILE, write_weights
 from sift_cli.training.sinks import Bar, JsonLines, Sink, Sinks, TensorBoard, WandB
 
 SUMMARY_FILE = "summary.json"
@@ -97,6 +97,8 @@ def open_run_folder(recipe: Recipe, out: Path, console: Console, after: int = 0)
         sinks.append(WandB(out, recipe.model_dump(mode="json"), after))
     for name in (SUMMARY_FILE, DELTA_FILE, REPORT_FILE):
         (out / name).unlink(missing_ok=True)
+    if not after:
+        (out / GRADIENT_FILE).unlink(missing_ok=True)
     shutil.rmtree(out / PLOTS, ignore_errors=True)
     write_text(out / RECIPE_FILE, recipe.to_yaml())
     return Sinks(JsonLines(out / METRICS_FILE, after), [*sinks, Bar(console)])

@@ -146,10 +146,6 @@ class Sinks:
         for sink in self._sinks:
             sink.log(record)
 
-    def note(self, record: Record) -> None:
-        """Hands what is no number of a step to metrics.jsonl alone."""
-        self._lines.log(record)
-
     def sync(self) -> None:
         """Waits until what metrics.jsonl holds is on the disk."""
         self._lines.sync()

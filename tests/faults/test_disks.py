@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_when_the_delta_is_written(
         patch.setattr(loop, "write_run", full)
         done = sift("train", recipe_file, "--out", out, "--set", "checkpoint.every=4")
     one_line(done, "no space is left on the disk")
-    left = {"checkpoint", "metrics.jsonl", "predictions.jsonl", "recipe.yaml"}
+    left = {"checkpoint", "gradient.jsonl", "metrics.jsonl", "predictions.jsonl", "recipe.yaml"}
     assert {path.name for path in out.iterdir()} == left
     (folder / "filler").unlink()
     assert sift("train", recipe_file, "--out", out, "--resume").returncode == 0
