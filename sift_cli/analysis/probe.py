@@ -370,7 +370,7 @@ def _sentences(found: dict[str, Any]) -> list[str]:
         f"The top 1 % of each weight's entries hold {shares[0]:.0%} of the first gradient's norm "
         f"and {shares[-1]:.0%} of the last one's ({shares[0] ** 2:.0%} and "
         f"{shares[-1] ** 2:.0%} of its energy).",
-        f"Over {found['steps'] - 1} later steps the first batch's mask keeps {first:.0%} of each "
+        f"Up to step {found['steps']} the first batch's mask keeps {first:.0%} of each later "
         f"gradient's norm, {first / max(current, 1e-12):.0%} of what the current batch's mask "
         f"keeps ({current:.0%}) and {how}.",
         f"A mask chosen anew for every batch replaces {replaced:.0%} of its entries at each step "
