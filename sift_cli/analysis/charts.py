@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,10 @@ def charts(
         drawn["entries"] = lambda: _entries(layered)
         drawn["change"] = lambda: _change(layered)
         if any("gradient_share" in cell for cell in layered.values()):
-            drawn["gradient"] = lambda: _gradient(layered)
+            title = "share of the gradient's norm"
+            drawn["gradient"] = lambda: _share(layered, "gradient_share", title)
         if any("half_in_inputs" in cell for cell in layered.values()):
-            drawn["inputs"] = lambda: _inputs(layered)
+            drawn["inputs"] = lambda: _share(layered, "half_in_inputs", "share of the inputs")
     if probe:
         drawn["kept"] = lambda: _kept(probe)
     for split in dict.fromkeys(line["split"] for line in predictions):
@@ -103,7 +105,7 @@ def by_layer(weights: Sequence[Record]) -> dict[tuple[str, str], dict[str, Any]]
     for (layer, module), some in cells.items():
         touched = sum(one["touched"] for one in some)
         squares = sum(one["touched"] * one["rms"] ** 2 for one in some)
-        sizes = [_product(one["shape"]) for one in some]
+        sizes = [prod(one["shape"]) for one in some]
         row = layer if len(stacks) > 1 else layer.rpartition(" ")[2]
         crowded = [one["half_in_inputs"] for one in some if "half_in_inputs" in one]
         known = gradient_share([one["gradient"] for one in some if "gradient" in one])
@@ -167,20 +169,10 @@ def _change(layered: Mapping[tuple[str, str], Record]) -> Figure:
     )
 
 
-def _gradient(layered: Mapping[tuple[str, str], Record]) -> Figure:
-    def said(cell: Record) -> str:
-        return f"{cell['gradient_share']:.0%}"
-
-    held = {place: cell for place, cell in layered.items() if "gradient_share" in cell}
-    return _heat(held, "gradient_share", said, "share of the gradient's norm", "{:.0%}".format)
-
-
-def _inputs(layered: Mapping[tuple[str, str], Record]) -> Figure:
-    def said(cell: Record) -> str:
-        return f"{cell['half_in_inputs']:.0%}"
-
-    held = {place: cell for place, cell in layered.items() if "half_in_inputs" in cell}
-    return _heat(held, "half_in_inputs", said, "share of the inputs", "{:.0%}".format)
+def _share(layered: Mapping[tuple[str, str], Record], key: str, title: str) -> Figure:
+    """The cells that hold `key`, in whole per cent."""
+    held = {place: cell for place, cell in layered.items() if key in cell}
+    return _heat(held, key, lambda cell: f"{cell[key]:.0%}", title, "{:.0%}".format)
 
 
 def _heat(
@@ -334,10 +326,3 @@ def _thousands(count: int) -> str:
 
 def _small(value: float) -> str:
     return f"{value:.1e}".replace("e-0", "e-")
-
-
-def _product(shape: Sequence[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size

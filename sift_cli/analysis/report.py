@@ -119,9 +119,11 @@ def _by_chance(
     None of a run that recorded no weights, or no gradient.
     """
     shares = {one["name"]: one["entries"] / prod(one["shape"]) for one in weights}
-    kept = {name: one["norm"] * shares.get(name, 0.0) ** 0.5 for name, one in gradient.items()}
-    pairs = [{"norm": one["norm"], "kept": kept[name]} for name, one in gradient.items()]
-    return gradient_share(pairs) if weights else None
+    by_chance = [
+        {"norm": one["norm"], "kept": one["norm"] * shares.get(name, 0.0) ** 0.5}
+        for name, one in gradient.items()
+    ]
+    return gradient_share(by_chance) if weights else None
 
 
 def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
