@@ -24,6 +24,7 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.metrics import shown
 from sift_cli.recipe import Recipe, parse_recipe
 from sift_cli.training.run import SUMMARY_FILE
+from sift_cli.training.stopping import hears
 
 WITHOUT_BUDGET = ("full", "head-only")
 # What a method's rate is, in those of the recipe, where nothing else is said: all weights together
@@ -155,10 +156,7 @@ class Runner:
 
     @contextmanager
     def _passing_on(self) -> Iterator[None]:
-        """Within it, SIGTERM ends the processes that run, each after its step, and raises.
-
-        It stays unheard where this process was started deaf to it, and outside the main thread.
-        """
+        """Within it, SIGTERM ends the processes that run, each after its step, and raises."""
 
         def hear(number: int, frame: FrameType | None) -> None:
             with self.changing:
@@ -167,8 +165,7 @@ class Runner:
                     process.terminate()
             raise KeyboardInterrupt
 
-        main = threading.current_thread() is threading.main_thread()
-        if not main or signal.getsignal(signal.SIGTERM) in (signal.SIG_IGN, None):
+        if not hears(signal.SIGTERM):
             yield
             return
         before = signal.signal(signal.SIGTERM, hear)

@@ -10,11 +10,20 @@ Found = TypeVar("Found")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def hears(number: signal.Signals) -> bool:
+    """Whether a handler that is set here would be called.
+
+    A signal that the process was started deaf to, as jobs in the background are to SIGINT, stays
+    unheard, and signals arrive in the main thread alone.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    return main and signal.getsignal(number) not in (signal.SIG_IGN, None)
+
+
 class Stop:
     """Within it, the first signal is noted in `asked`; a second one does what it always did.
 
-    A signal that the process was started deaf to, as jobs in the background are to SIGINT, stays
-    unheard. Outside the main thread nothing changes, since signals do not arrive there.
+    Where the process does not hear one (`hears`), nothing changes.
     """
 
     def __init__(self) -> None:
@@ -23,10 +32,8 @@ class Stop:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            for one in SIGNALS:
-                if signal.getsignal(one) not in (signal.SIG_IGN, None):
-                    self._before[one] = signal.signal(one, self._hear)
+        for one in filter(hears, SIGNALS):
+            self._before[one] = signal.signal(one, self._hear)
         return self
 
     def __exit__(
