@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import typer
-from hub import hub
 from huggingface_hub import constants
-from test_cli import sift
 
 from sift_cli.cli import app
+from tests.support.command import sift
+from tests.support.hub import hub
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_base
-from test_cli import sift
 
 from sift_cli.delta.file import load_delta, save_delta
 from sift_cli.errors import SiftError
 from sift_cli.models import model_folder
+from tests.support.command import sift
+from tests.support.models import save_base
 
 SOURCE = Path(__file__).parent.parent / "sift_cli"
 SECRET = "hf_thisIsNoOnesTokenAtAll"

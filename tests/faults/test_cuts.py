@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_checkpoint import delta, killed_at
-from test_cli import Done, sift
 
 from sift_cli.recipe import load_recipe
 from sift_cli.training import train
+from tests.support.command import Done, sift
+from tests.support.interruptions import delta, killed_at
 
 
 def spoil(path: Path, rng: random.Random, cut: bool = False) -> str:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import at_call, delta, killed_at
-from test_cli import Done, sift
 
 from sift_cli.recipe import load_recipe
 from sift_cli.training import train
+from tests.support.command import Done, sift
+from tests.support.interruptions import at_call, delta, killed_at
 
 NOBODY = 65534
 EVERY_STEP = ("--set", "checkpoint.every=1")

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_checkpoint import SELECTIONS
-from test_cli import ENV
+
+from tests.support.command import ENV
+from tests.support.interruptions import SELECTIONS
 
 NURSERY = Path(__file__).parent / "nursery.py"
 

@@ -5,8 +5,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from malformed import malformed_dataset, malformed_recipe
-from test_cli import Done, sift
+
+from tests.support.command import Done, sift
+from tests.support.malformed import malformed_dataset, malformed_recipe
 
 LONG = 500
 

@@ -1,0 +1,300 @@
+"""`sift compare`: equal conditions, kept runs, an honest table."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from scipy import stats
+
+from sift_cli.analysis.adapted import WEIGHTS_FILE, main, train_adapted
+from sift_cli.analysis.compare import compare, compare_runs, tabulated
+from sift_cli.analysis.jobs import Job, Runner, rates_of
+from sift_cli.analysis.methods import adapted_layers, rank_for
+from sift_cli.delta.tuned import load_tuned
+from sift_cli.errors import SiftError
+from sift_cli.recipe import load_recipe, parse_recipe
+from sift_cli.training import train
+from tests.support.command import ENV, sift, until
+from tests.support.models import tiny_model
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs the processes of a comparison in this one; the names of those that ran."""
+    ran: list[str] = []
+
+    def run(_: Runner, command: list[str]) -> tuple[int, str]:
+        _, _, module, *args = command
+        ran.append(Path(args[-1] if module != "sift_cli" else args[3]).name)
+        code, said = 0, ""
+        if module == "sift_cli":
+            done = sift(*args)
+            code, said = done.returncode, done.stderr
+        else:
+            try:
+                main(args)
+            except SystemExit as end:
+                code = int(end.code or 0)
+        return code, said
+
+    monkeypatch.setattr(Runner, "_process", run)
+    return ran
+
+
+def test_full_is_training_at_density_1(recipe_file: Path, tmp_path: Path) -> None:
+    changes = ["selection.density=1.0", "selection.target=all", "train.learning_rate=0.001"]
+    recipe = load_recipe(recipe_file, [*changes, "eval.keep=last"])
+    own = train(recipe, tmp_path / "own")
+    other = train_adapted(recipe, "full", tmp_path / "other")
+    model = load_tuned(str(tmp_path / "own"), None)[0].model
+    weights = load_file(tmp_path / "other" / WEIGHTS_FILE)
+    for name, weight in model.named_parameters():
+        if name.endswith("key.bias"):  # its gradient is 0, so Adam follows rounding errors
+            continue
+        assert torch.allclose(weight, weights[name], atol=1e-5), name
+    assert other["metrics"] == own["metrics"]
+    assert other["metrics_before"] == own["metrics_before"]
+    assert other["steps"] == own["steps"]
+    only = {"changed_entries", "truncated", "delta_sha256", "labels", "resumed_at", "skipped_steps"}
+    assert own.keys() - other.keys() <= only
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of SHiRA's sparse tensors
+@pytest.mark.parametrize("method", ["lora", "shira", "head-only"])
+def test_what_a_method_trains(method: str, recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, ["selection.density=0.3", "train.max_steps=2"])
+    own = train(recipe, tmp_path / "own")
+    found = train_adapted(recipe, method, tmp_path / method)
+    again = train_adapted(recipe, method, tmp_path / "again")
+    assert found["metrics"] == again["metrics"]
+    saved = load_file(tmp_path / method / WEIGHTS_FILE)
+    assert found["dense_entries"] == own["dense_entries"]
+    assert any(name.endswith("classifier.weight") for name in saved)
+    if method == "head-only":
+        assert found["trained_entries"] == 0
+    else:
+        across = 2 * (4 * (16 + 16) + 2 * (16 + 32)) + 16 + 16  # and the pooler
+        assert found["trained_entries"] == found["rank"] * across
+        assert abs(found["trained_entries"] - own["trained_entries"]) <= across / 2
+
+
+def test_the_rank_comes_nearest() -> None:
+    model = tiny_model("bert")
+    names = [name for name, weight in model.named_parameters() if "layer" in name]
+    layers = adapted_layers(model, names)
+    assert all(not layer.endswith("LayerNorm") for layer in layers)
+    per_rank = 2 * (4 * 32 + 2 * 48)
+    assert rank_for(model, layers, 3 * per_rank + 5) == (3, 3 * per_rank)
+    assert rank_for(model, layers, 1) == (1, per_rank)
+    with pytest.raises(SiftError, match="nothing to adapt"):
+        rank_for(model, [], 5)
+
+
+def test_a_comparison(recipe_file: Path, tmp_path: Path, here: list[str]) -> None:
+    recipe, out = load_recipe(recipe_file, ["train.max_steps=2"]), tmp_path / "out"
+    methods = ["sift", "random", "lora", "full"]
+    found = compare(recipe, out, methods=methods, seeds=2, densities=[0.02, 0.1])
+    assert len(here) == 2 * (3 * 2 + 1)
+    assert json.loads((out / "compare.json").read_text()) == found
+    assert (out / "compare.png").stat().st_size > 5000
+    table = (out / "compare.md").read_text()
+    assert all(f"| {method}" in table for method in ("sift at 0.1", "lora at 0.02", "full |"))
+    rows = {(row["method"], row["density"]): row for row in found["rows"]}
+    assert rows["full", None]["learning_rate"] == pytest.approx(recipe.train.learning_rate / 20)
+    other, own = rows["random", 0.1], rows["sift", 0.1]
+    assert other["trained_entries"] == own["trained_entries"]
+    scores = [row["metrics"]["accuracy"]["values"] for row in (other, own)]
+    against = other["against_sift"]
+    assert against["difference"] == pytest.approx(sum(scores[0]) / 2 - sum(scores[1]) / 2)
+    if against["p"] is not None:
+        assert against["p"] == pytest.approx(stats.ttest_rel(*scores).pvalue)
+    assert own["against_sift"] is None
+    alone = load_recipe(recipe_file, ["train.max_steps=2", "selection.density=0.1"])
+    single = train(alone, tmp_path / "single")
+    assert own["metrics"]["accuracy"]["values"][0] == single["metrics"]["accuracy"]
+    here.clear()
+    more = compare(recipe, out, methods=[*methods, "head-only"], seeds=2, densities=[0.02, 0.1])
+    assert len(here) == 2
+    assert more["rows"][:-1] == found["rows"]
+    unfinished = next((out / "runs").glob("random-*"))
+    (unfinished / "summary.json").unlink()
+    here.clear()
+    compare(recipe, out, methods=methods, seeds=2, densities=[0.02, 0.1])
+    assert here == [unfinished.name]
+
+
+def test_a_sweep_takes_the_best_rate(recipe_file: Path, tmp_path: Path, here: list[str]) -> None:
+    recipe = load_recipe(recipe_file, ["train.max_steps=3", "eval.every=1"])
+    found = compare(recipe, tmp_path, methods=["sift", "random"], seeds=2, sweep=3)
+    assert len(here) == 2 * 3 + 2
+    scores: dict[str, dict[float, float]] = {"sift": {}, "random": {}}
+    for summary in tmp_path.glob("runs/*-s3-*/summary.json"):
+        method, rate = summary.parent.name.split("-r")[0], summary.parent.name.split("-r")[-1]
+        value = json.loads(summary.read_text())["metrics"]["accuracy"]
+        scores[method][float(rate.rpartition("-s")[0])] = value
+    for row in found["rows"]:
+        own = scores[row["method"]]
+        assert own[row["learning_rate"]] == max(own.values())
+    assert any("evaluation split" in note for note in found["notes"])
+
+
+def test_rates_lie_around_the_given_one() -> None:
+    assert rates_of(1e-3, "sift", {}, 1) == [1e-3]
+    assert rates_of(1e-3, "sift", {}, 3) == [0.00032, 0.001, 0.0032]
+    assert rates_of(1e-3, "full", {}, 1) == [pytest.approx(5e-5)]
+    assert rates_of(1e-3, "full", {"full": 1e-4}, 1) == [1e-4]
+
+
+def test_a_method_that_diverges_is_told(recipe_file: Path, tmp_path: Path, here: list[str]) -> None:
+    recipe = load_recipe(recipe_file, ["train.lr_schedule=constant", "train.warmup=0"])
+    with pytest.raises(SiftError, match=r"sift diverged at a learning rate of .* with seed 3"):
+        compare(recipe, tmp_path, methods=["sift"], seeds=1, rates={"sift": 1e30})
+
+
+def test_emulated_bfloat16_is_told(
+    recipe_file: Path, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    recipe = load_recipe(recipe_file, ["train.precision=bfloat16", "train.max_steps=1"])
+    said = StringIO()
+    console = Console(file=said, width=200)
+    compare(recipe, tmp_path, methods=["sift"], seeds=1, console=console)
+    assert said.getvalue().count("train.precision: this CPU emulates bfloat16") == 1
+
+
+def test_a_failing_run_is_named(recipe_file: Path, tmp_path: Path, here: list[str]) -> None:
+    recipe = load_recipe(recipe_file, ["data.text=nope"])
+    with pytest.raises(SiftError, match=r"sift-r0.01-s3-\w+: .*no column 'nope'"):
+        compare(recipe, tmp_path, methods=["sift"], seeds=1)
+
+
+def test_a_job_is_its_recipe(recipe_file: Path) -> None:
+    base = load_recipe(recipe_file, ["selection.structure=row"])
+    own = Job.of(base, "sift", None, 1e-3, 4)
+    assert own.recipe.selection.structure == "row"
+    other = Job.of(base, "fisher", 0.2, 1e-3, 4)
+    assert (other.recipe.selection.scope, other.recipe.selection.structure) == ("global", "entry")
+    assert other.recipe.selection.density == 0.2
+    assert own.name != Job.of(base, "sift", None, 1e-3, 5).name
+    longer = load_recipe(recipe_file, ["selection.structure=row", "train.epochs=2"])
+    assert own.name != Job.of(longer, "sift", None, 1e-3, 4).name
+    full = [Job.of(base, "full", density, 1e-3, 4).name for density in (None, 0.1)]
+    assert full[0].rpartition("-")[2] == full[1].rpartition("-")[2]
+
+
+def test_finished_runs_side_by_side(recipe_file: Path, tmp_path: Path) -> None:
+    for policy in ("sift", "random"):
+        for seed in (1, 2):
+            changes = [f"selection.policy={policy}", f"train.seed={seed}", "train.max_steps=2"]
+            train(load_recipe(recipe_file, changes), tmp_path / f"{policy}-{seed}")
+    folders = [tmp_path / f"{policy}-{seed}" for policy in ("sift", "random") for seed in (1, 2)]
+    found = compare_runs(folders)
+    assert [(row["method"], row["seeds"]) for row in found["rows"]] == [("sift", 2), ("random", 2)]
+    done = sift("compare", *folders)
+    assert done.returncode == 0, done.stderr
+    assert "random at 0.05" in done.stdout
+    train_adapted(load_recipe(recipe_file, changes), "head-only", tmp_path / "head")
+    head = compare_runs([*folders, tmp_path / "head"])["rows"][-1]
+    assert (head["method"], head["density"]) == ("head-only", None)  # whatever the recipe says
+    assert head["against_sift"]["seeds"] == 1
+    wrong = sift("compare", folders[0], tmp_path / "none")
+    assert wrong.returncode == 2
+    assert "no such run folder" in wrong.stderr
+    (tmp_path / "empty").mkdir()
+    assert "no finished run" in sift("compare", tmp_path / "empty").stderr
+
+
+def test_runs_of_two_tasks_are_refused() -> None:
+    run = {"method": "sift", "density": 0.1, "rate": 1.0, "seed": 1}
+    runs = [{**run, "task": "rte", "metrics": {"accuracy": 1.0}}]
+    runs.append({**run, "task": "cola", "metrics": {"matthews": 1.0}})
+    with pytest.raises(SiftError, match="runs of rte, cola; compare one task at a time"):
+        tabulated(runs, [])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--methods", "sift,lorra"], "unknown: 'lorra'; did you mean lora?"),
+        (["--lr", "lora"], "it reads METHOD=RATE"),
+        (["--lr", "lora=-1"], "a learning rate is above 0"),
+        (["--densities", "0.1,x"], "give numbers"),
+        (["--densities", "2"], "above 0 and up to 1"),
+    ],
+)
+def test_mistakes(args: list[str], said: str, recipe_file: Path) -> None:
+    done = sift("compare", recipe_file, *args)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_the_command_with_processes(recipe_file: Path, tmp_path: Path) -> None:
+    done = sift("compare", recipe_file, "--methods", "lora,sift", "--seeds", "1", "--out",
+                tmp_path / "out", "--json", "--jobs", "2")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["method"] for row in found["rows"]] == ["lora", "sift"]
+    assert "run 2/2: " in done.stderr
+    assert any("One seed" in note for note in found["notes"])
+
+
+def test_sigterm_ends_what_runs_and_keeps_it(recipe_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sift_cli", "compare", str(recipe_file), "--methods", "sift"]
+    command += ["--seeds", "1", "--out", str(tmp_path), "--set", "train.epochs=100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENV) as comparison:
+        until(lambda: written(tmp_path.glob("runs/*/metrics.jsonl")))
+        comparison.terminate()
+        _, said = comparison.communicate(timeout=60)
+    assert comparison.returncode == 130
+    assert said == "interrupted; the same command goes on from here\n"
+    assert written(tmp_path.glob("runs/*/checkpoint/step-*"))
+
+
+def test_sigterm_amid_the_start_of_a_process_ends_that_too(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    start = subprocess.Popen
+
+    def starting(*args: Any, **more: Any) -> subprocess.Popen[str]:
+        started.append(start(*args, **more))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)  # the signal is heard before the process is noted
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", starting)
+    slow = [sys.executable, "-c", "import time; time.sleep(30)"]
+    monkeypatch.setattr(Runner, "_command", lambda *of: slow)
+    runner = Runner(tmp_path, 1, None, False, Console(quiet=True))
+    base = parse_recipe(recipe_file.read_text(), "recipe")
+    with pytest.raises(SiftError, match="interrupted") as raised:
+        runner.run([Job.of(base, "sift", 0.1, 1e-3, seed) for seed in (1, 2)], "run")
+    assert raised.value.code == 130
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
+
+
+def test_a_comparison_started_deaf_to_sigterm_stays_so(tmp_path: Path) -> None:
+    runner = Runner(tmp_path, 1, None, False, Console(quiet=True))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with runner._passing_on():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not runner.ended.is_set()
+
+
+def written(paths: Iterable[Path]) -> bool:
+    return any(path.stat().st_size for path in paths)

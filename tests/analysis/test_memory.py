@@ -1,0 +1,165 @@
+"""What a step holds, counted without data, against the same step on real numbers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification
+
+from sift_cli.analysis.ledger import Ledger
+from sift_cli.analysis.memory import PARTS, Batch, Plan, hit, ordinary, sparse
+from sift_cli.analysis.methods import adapt, adapted_layers, trained
+from sift_cli.dropout import quicken_dropout
+from sift_cli.models import recompute_activations
+from sift_cli.selection.budget import share
+from sift_cli.sparse import SparseAdamW, Support, attach
+from tests.support.models import CONFIGS
+
+BATCH = Batch(4, 24)
+
+
+def builder(architecture: str, device: str = "meta") -> Callable[[], Any]:
+    """A tiny model with dropout and transformers' own attention."""
+
+    def build() -> Any:
+        config = CONFIGS[architecture]()
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if hasattr(config, name):
+                setattr(config, name, 0.1)
+        with torch.device(device):
+            return AutoModelForSequenceClassification.from_config(config)
+
+    return build
+
+
+def chosen(model: Any, density: float) -> dict[str, int]:
+    return {
+        name: share(density, weight.numel())
+        for name, weight in model.named_parameters()
+        if "layer" in name and weight.dim() == 2
+    }
+
+
+def really(architecture: str, prepare: Callable[[Any], Any], checkpointing: bool = False) -> int:
+    """The peak of a second step with numbers, weights included, by the same ledger."""
+    model = builder(architecture, "cpu")()
+    model.train()
+    quicken_dropout(model)
+    if checkpointing:
+        recompute_activations(model)
+    ledger = Ledger()
+    for tensor in (*model.parameters(), *model.buffers()):
+        ledger.note(tensor)
+    with ledger:
+        model, update = prepare(model)
+        for _ in range(2):
+            start = ledger.now()
+            batch = BATCH.make()
+            batch["attention_mask"][0, -2:] = 0  # else transformers leaves the mask out
+            model(**batch).loss.backward()
+            update()
+    return ledger.peak(start)[0]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "llama"])
+@pytest.mark.parametrize("density", [0.05, 0.5])
+def test_a_sparse_step_holds_what_was_counted(architecture: str, density: float) -> None:
+    counts = chosen(builder(architecture)(), density)
+
+    def prepare(model: Any) -> Any:
+        shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        supports = {
+            name: Support.of(
+                shapes[name], torch.randperm(shapes[name][0] * shapes[name][1])[:count]
+            )
+            for name, count in counts.items()
+        }
+        optimizer = SparseAdamW(attach(model, supports), 1e-3)
+        return model, optimizer.step
+
+    found = Plan(builder(architecture), BATCH).step(sparse(counts, []))
+    assert sum(found.values()) == pytest.approx(really(architecture, prepare), rel=0.05)
+    assert found["masters"] == found["gradients"] == 4 * sum(counts.values())
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "head-only"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_other_methods_hold_what_was_counted(method: str, checkpointing: bool) -> None:
+    build = builder("bert")
+    head = [name for name, _ in build().named_parameters() if name.startswith("classifier")]
+    layers = adapted_layers(build(), list(chosen(build(), 0.1)))
+
+    def adapted(model: Any) -> Any:
+        return adapt(model, method, layers, head, rank=2)
+
+    def prepare(model: Any) -> Any:
+        model = adapted(model)
+        weights = list(trained(model).values())
+        optimizer = torch.optim.AdamW(weights, 1e-3, fused=True)
+
+        def update() -> None:
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return model, update
+
+    found = Plan(lambda: adapted(build()), BATCH, checkpointing).step(ordinary)
+    counted = really("bert", prepare, checkpointing)
+    assert sum(found.values()) == pytest.approx(counted, rel=0.05)
+    entries = sum(weight.numel() for weight in trained(adapted(build())).values())
+    assert found["moments"] == pytest.approx(8 * entries, rel=0.05)
+
+
+def test_checkpointing_and_a_gpu_s_attention_hold_less() -> None:
+    counts = chosen(builder("bert")(), 0.05)
+    batch = Batch(8, 128)
+    plain = Plan(builder("bert"), batch).step(sparse(counts, []))
+    again = Plan(builder("bert"), batch, checkpointing=True).step(sparse(counts, []))
+    assert again["activations"] < plain["activations"] / 2
+    gpu = Plan(builder("bert"), batch, gpu=True).step(sparse(counts, [], gpu=True))
+    probabilities = 2 * 8 * 2 * 128 * 128 * 4  # layers x rows x heads x tokens^2, fp32
+    assert plain["activations"] - gpu["activations"] > probabilities / 2
+    assert set(plain) == set(PARTS)
+
+
+def test_other_passes() -> None:
+    plan = Plan(builder("bert"), BATCH)
+    names = list(chosen(builder("bert")(), 0.05))
+    one, several = plan.selection(names), plan.selection(names, batches=3)
+    dense = sum(4 * builder("bert")().get_parameter(name).numel() for name in names)
+    assert sum(several.values()) - sum(one.values()) == pytest.approx(dense, rel=0.3)
+    assert sum(plan.evaluation().values()) < sum(one.values())
+
+
+def test_a_ledger_knows_what_is_alive_at_the_peak() -> None:
+    with Ledger() as ledger:
+        ledger.phase = "first"
+        held = torch.zeros(100)
+        ledger.phase = "second"
+        big = torch.zeros(1000) + 1  # two at a time
+        del big
+        nbytes, alive = ledger.peak()
+    assert nbytes == 4 * (100 + 2 * 1000)
+    assert sorted(one.nbytes for one in alive) == [400, 4000, 4000]
+    assert {one.phase for one in alive} == {"first", "second"}
+    assert held.shape == (100,)
+
+
+@given(st.integers(1, 200), st.integers(0, 400))
+def test_how_many_places_are_hit(places: int, throws: int) -> None:
+    found = hit(places, throws)
+    assert min(places, throws, 1) <= found <= min(places, max(throws, 1))
+    if places > 50 and throws > 50:
+        drawn = [
+            len(
+                torch.randint(
+                    places, (throws,), generator=torch.Generator().manual_seed(s)
+                ).unique()
+            )
+            for s in range(20)
+        ]
+        assert found == pytest.approx(sum(drawn) / 20, rel=0.1)

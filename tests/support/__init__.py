@@ -1,0 +1,1 @@
+"""What tests share: models, rows, commands, interruptions and stand-ins."""

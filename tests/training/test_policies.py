@@ -1,0 +1,358 @@
+"""One conformance table: every policy with every structure keeps the same invariants."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sift_cli.delta import load_delta
+from sift_cli.delta.tuned import load_tuned
+from sift_cli.errors import SiftError
+from sift_cli.recipe import Recipe, load_recipe
+from sift_cli.selection.policies import CHANGING, POLICIES, STRUCTURES
+from sift_cli.selection.structures import Units
+from sift_cli.session import Session, open_session
+from sift_cli.sparse import SparseAdamW, Support, attach
+from sift_cli.sparse.optimizer import HISTORIES
+from sift_cli.training import train
+from sift_cli.training.choosing import Chooser, rule_of
+from sift_cli.training.gradient import add_gradient
+from sift_cli.training.loop import make_optimizer
+from tests.support.models import tiny_batch, tiny_model
+
+CASES = [
+    (policy, structure)
+    for policy, row in POLICIES.items()
+    for structure in STRUCTURES
+    if not (row.scope == "neuron" and structure in ("row", "column"))
+]
+TARGET = "selection.target=[query.weight, output.dense.weight, intermediate.dense]"
+
+
+def resolved(path: Path, policy: str, structure: str, *more: str) -> Recipe:
+    row = POLICIES[policy]
+    changes = [
+        TARGET,
+        f"selection.policy={policy}",
+        f"selection.structure={structure}",
+        "selection.density=0.2",
+        "eval.keep=last",
+        "train.max_steps=5",
+        "train.warmup=0.0",
+    ]
+    if structure == "block":
+        changes.append("selection.block_size=4")
+    if row.score == "low-rank":
+        changes.append("selection.rank=3")
+    if row.schedule == "every-n-steps":
+        changes.append("selection.every=2")
+    if row.schedule == "after-warmup":
+        changes.append("selection.warmup_steps=2")
+    return load_recipe(path, [*changes, *more])
+
+
+def opened(recipe: Recipe) -> tuple[Session, Chooser]:
+    session = open_session(recipe)
+    session.model.double().train()
+    return session, Chooser.of(recipe, session, rule_of(recipe.selection))
+
+
+class Reference:
+    """Dense autograd and dense moments; what a mask says is all that moves."""
+
+    def __init__(self, model: nn.Module, base: nn.Module, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.weights = dict(model.named_parameters())
+        self.base = {name: weight.detach() for name, weight in base.named_parameters()}
+        self.first = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.second = copy.deepcopy(self.first)
+        self.age = copy.deepcopy(self.first)
+        self.mask = {
+            name: torch.zeros_like(w, dtype=torch.bool) for name, w in self.weights.items()
+        }
+
+    def take(self, masks: dict[str, Tensor], sparse: list[str]) -> None:
+        """A new mask; what it does to moments and weights."""
+        for name, mask in masks.items():
+            gone = self.mask[name] & ~mask
+            history = self.recipe.selection.history
+            lost = gone if history == "keep" else torch.zeros_like(gone)
+            if history == "reset" and name in sparse:
+                lost = torch.ones_like(gone)
+            for held in (self.first, self.second, self.age):
+                held[name][lost] = 0
+            if self.recipe.selection.revert:
+                self.weights[name].data[gone] = self.base[name][gone]
+            self.mask[name] = mask
+
+    def step(self, session: Session, rows: list[list[int]], rate: float) -> None:
+        batch = session.collate(session.train.take([row for part in rows for row in part]))  # type: ignore[union-attr]
+        self.model.zero_grad()
+        self.model(**batch).loss.backward()
+        for name, weight in self.weights.items():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            weight.grad *= self.mask[name]
+        nn.utils.clip_grad_norm_(self.weights.values(), self.recipe.train.max_grad_norm or 1e9)
+        for name, weight in self.weights.items():
+            mask, grad = self.mask[name], weight.grad
+            self.age[name] += mask
+            self.first[name] = torch.where(
+                mask, 0.9 * self.first[name] + 0.1 * grad, self.first[name]
+            )
+            self.second[name] = torch.where(
+                mask, 0.999 * self.second[name] + 0.001 * grad**2, self.second[name]
+            )
+            mean = self.first[name] / (1 - 0.9 ** self.age[name])
+            square = self.second[name] / (1 - 0.999 ** self.age[name])
+            moved = weight.data - rate * mean / (square.sqrt() + 1e-8)
+            weight.data = torch.where(mask, moved, weight.data)
+
+
+def masks_of(model: nn.Module, supports: dict[str, Support]) -> dict[str, Tensor]:
+    masks = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in model.named_parameters()}
+    for name, support in supports.items():
+        where = slice(None) if support.positions is None else support.positions.long()
+        masks[name].view(-1)[where] = True
+    return masks
+
+
+@pytest.mark.parametrize(("policy", "structure"), CASES)
+def test_every_step_equals_a_dense_optimizer_under_the_mask(
+    recipe_file: Path, policy: str, structure: str
+) -> None:
+    recipe = resolved(recipe_file, policy, structure)
+    session, chooser = opened(recipe)
+    base = copy.deepcopy(session.model)
+    alive: list[int] = []
+    for weight in session.model.parameters():
+        weight.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(w.grad is not None for w in session.model.parameters()))
+        )
+    parameters = chooser.begin()
+    if chooser.rule.score.needs_data:
+        assert max(alive) == 1  # one dense gradient at a time
+    optimizer, schedule = make_optimizer(recipe, parameters, 5)
+    reference = Reference(copy.deepcopy(base), base, recipe)
+    head = session.model.classifier.state_dict()  # a head-only warm-up may have moved it
+    reference.model.classifier.load_state_dict(head)
+    counts = set()
+    for step, rows in enumerate(chooser.batches, start=1):
+        if chooser.due(step):
+            chooser.change(step, optimizer)
+        supports = {segment.name: segment.support for segment in parameters}
+        counts.add(check_sizes(recipe, session.model, chooser.sparse, supports))
+        reference.take(masks_of(session.model, supports), list(chooser.sparse))
+        add_gradient(session, rows)
+        optimizer.clip(recipe.train.max_grad_norm)
+        reference.step(session, rows, float(schedule.get_last_lr()[0]))
+        optimizer.step()
+        schedule.step()
+        for name, weight in session.model.named_parameters():
+            torch.testing.assert_close(
+                weight, reference.weights[name], rtol=1e-7, atol=1e-9, msg=f"{name}, step {step}"
+            )
+    assert len(counts) == 1
+
+
+def check_sizes(
+    recipe: Recipe, model: nn.Module, names: list[str], supports: dict[str, Support]
+) -> int:
+    """Sorted, unique, in range, whole units, and as many as the density says."""
+    chosen, total, available = recipe.selection, 0, 0
+    for name in names:
+        weight = dict(model.named_parameters())[name]
+        units = Units.of(name, weight, str(chosen.structure), chosen.block_size or 1, False)
+        available += weight.numel()
+        if name not in supports:
+            assert chosen.scope == "global"
+            continue
+        support = supports[name]
+        positions = support.positions
+        if positions is None:
+            positions = torch.arange(support.size)
+        assert bool((positions[1:] > positions[:-1]).all())
+        assert 0 <= int(positions[0]) <= int(positions[-1]) < weight.numel()
+        _, filled = units.holding(positions.long()).unique(return_counts=True)
+        assert set(filled.tolist()) == {units.size}
+        if chosen.scope != "global":
+            assert len(filled) == -(-units.count // 5)
+        total += len(positions)
+    if chosen.scope == "global":
+        budget = -(-available // 5)
+        assert budget - 32 < total <= budget
+        if chosen.structure == "entry":
+            assert total == budget
+        return 0
+    return total
+
+
+@pytest.mark.parametrize(("policy", "structure"), CASES)
+def test_a_run_repeats_to_the_byte_and_its_delta_is_the_trained_model(
+    recipe_file: Path, tmp_path: Path, policy: str, structure: str
+) -> None:
+    recipe = resolved(recipe_file, policy, structure)
+    runs = [train(recipe, tmp_path / name) for name in "ab"]
+    assert runs[0]["delta_sha256"] == runs[1]["delta_sha256"]
+    delta = load_delta(tmp_path / "a/delta.safetensors")
+    assert delta.entries == runs[0]["changed_entries"] >= runs[0]["trained_entries"]
+    if recipe.selection.schedule not in CHANGING or recipe.selection.score in (
+        "random",
+        "magnitude",
+    ):
+        assert delta.entries == runs[0]["trained_entries"]
+    loaded, _ = load_tuned(str(tmp_path / "a"))  # checks the fingerprint of every trained weight
+    session = open_session(recipe, train=False, tuned=loaded)
+    assert session.evaluate() == runs[0]["metrics"]
+
+
+@pytest.mark.parametrize(
+    "policy", [name for name, row in POLICIES.items() if row.scope == "neuron"]
+)
+@pytest.mark.parametrize("structure", ["row", "column"])
+def test_a_neuron_has_no_rows_and_columns(recipe_file: Path, policy: str, structure: str) -> None:
+    with pytest.raises(SiftError, match=f"a {structure} is no part of one neuron"):
+        resolved(recipe_file, policy, structure)
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("policy", ["current-batch", "drop-grow"])
+def test_histories_against_dense_moments(recipe_file: Path, policy: str, history: str) -> None:
+    recipe = resolved(
+        recipe_file,
+        policy,
+        "entry",
+        f"selection.history={history}",
+        "train.max_steps=12",
+        "train.epochs=3",
+        "train.lr_schedule=constant",
+    )
+    session, chooser = opened(recipe)
+    base = copy.deepcopy(session.model)
+    parameters = chooser.begin()
+    optimizer, _ = make_optimizer(recipe, parameters, 12)
+    reference = Reference(copy.deepcopy(base), base, recipe)
+    replaced = []
+    for step, rows in enumerate(chooser.batches, start=1):
+        before = {segment.name: segment.support for segment in parameters}
+        if chooser.due(step):
+            chooser.change(step, optimizer)
+            now = masks_of(base, {segment.name: segment.support for segment in parameters})
+            then = masks_of(base, before)
+            replaced.append(sum(int((then[name] & ~now[name]).sum()) for name in now))
+        if chooser.due(step) or step == 1:
+            supports = {segment.name: segment.support for segment in parameters}
+            reference.take(masks_of(base, supports), list(chooser.sparse))
+        add_gradient(session, rows)
+        optimizer.clip(1.0)
+        reference.step(session, rows, 1e-2)
+        optimizer.step()
+    assert min(replaced) > 0
+    if history == "park":  # some entry came back with more than the steps since it came back
+        assert optimizer.ages is not None
+        assert len(set(optimizer.ages.tolist())) > 2
+    for name, weight in session.model.named_parameters():
+        torch.testing.assert_close(weight, reference.weights[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_every_batch_chooses_the_top_of_that_batch(recipe_file: Path) -> None:
+    recipe = resolved(recipe_file, "current-batch", "entry")
+    session, chooser = opened(recipe)
+    parameters = chooser.begin()
+    optimizer, _ = make_optimizer(recipe, parameters, 5)
+    for step, rows in enumerate(chooser.batches, start=1):
+        if chooser.due(step):
+            chooser.change(step, optimizer)
+        dense = copy.deepcopy(session.model)
+        for module in dense.modules():
+            vars(module).pop("forward", None)
+        dense.requires_grad_(True)
+        batch = session.collate(session.train.take([row for part in rows for row in part]))  # type: ignore[union-attr]
+        dense(**batch).loss.backward()
+        gradients = {name: weight.grad for name, weight in dense.named_parameters()}
+        for segment in parameters:
+            if segment.support.positions is not None:
+                top = gradients[segment.name].abs().flatten().topk(len(segment.support)).indices
+                assert torch.equal(top.sort().values, segment.support.positions.long())
+        add_gradient(session, rows)
+        optimizer.step()
+
+
+def test_a_warm_up_of_all_goes_back_and_one_of_the_head_stays(recipe_file: Path) -> None:
+    for trains, score in (("all", "change"), ("head", "gradient")):
+        recipe = resolved(
+            recipe_file,
+            "lottery",
+            "entry",
+            f"selection.warmup_trains={trains}",
+            f"selection.score={score}",
+        )
+        session, chooser = opened(recipe)
+        base = copy.deepcopy(session.model.state_dict())
+        chooser.begin().detach()
+        for name, weight in session.model.state_dict().items():
+            head = trains == "head" and name.startswith("classifier")
+            assert torch.equal(weight, base[name]) != head, name
+
+
+def test_the_lottery_takes_what_moved_most(recipe_file: Path) -> None:
+    recipe = resolved(recipe_file, "lottery", "entry", "selection.warmup_learning_rate=0.01")
+    session, chooser = opened(recipe)
+    dense = copy.deepcopy(session.model)
+    trained = {n: w for n, w in dense.named_parameters() if n in {*chooser.sparse, *chooser.dense}}
+    adamw = torch.optim.AdamW(trained.values(), lr=0.01, weight_decay=0.0)
+    for rows, _ in zip(chooser.batches, range(2), strict=False):
+        adamw.zero_grad()
+        dense(**session.collate(session.train.take(rows[0]))).loss.backward()  # type: ignore[union-attr]
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        adamw.step()
+    start = dict(session.model.named_parameters())
+    moved = torch.cat([(trained[n] - start[n]).abs().flatten() for n in chooser.sparse]).detach()
+    parameters = chooser.begin()
+    chosen = masks_of(session.model, {s.name: s.support for s in parameters})
+    flags = torch.cat([chosen[name].flatten() for name in chooser.sparse])
+    assert float(moved[flags].min()) >= float(moved[~flags].max()) * (1 - 1e-4)
+
+
+def test_parked_masters_come_back_with_what_rounding_hid() -> None:
+    layer = nn.Linear(4, 1, bias=False).to(torch.bfloat16)
+    layer.weight.data.fill_(1.0)
+    both = [Support.of((1, 4), torch.tensor([at, 3])) for at in (0, 1)]
+    for history, wanted in (("park", 1 - 2e-3), ("keep", 1 - 1e-3)):
+        model = copy.deepcopy(layer)
+        optimizer = SparseAdamW(attach(model, {"weight": both[0]}), lr=5e-4, history=history)
+        for number in (0, 0, 1, 1, 0, 0):
+            if optimizer.parameters.segments[0].support.positions[0] != number:  # type: ignore[index]
+                optimizer.move({"weight": both[number]})
+            model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+            optimizer.step()
+        found = float(optimizer.parameters.flat.detach()[0])
+        assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_touched_entries_can_all_be_brought_back() -> None:
+    model = tiny_model("bert")
+    base = copy.deepcopy(model.state_dict())
+    name = "bert.encoder.layer.0.output.dense.weight"
+    shape = tuple(base[name].shape)
+    generator = torch.Generator().manual_seed(0)
+    chosen = [Support.of(shape, torch.randperm(512, generator=generator)[:40]) for _ in range(4)]
+    parameters = attach(model, {name: chosen[0]})
+    optimizer = SparseAdamW(parameters, lr=1e-2)
+    for number, support in enumerate(chosen):
+        if number:
+            optimizer.move({name: support})
+        model(**tiny_batch(seed=number)).loss.backward()
+        optimizer.step()
+    union = {at for one in chosen for at in one.positions.tolist()}  # type: ignore[union-attr]
+    ((_, support, values),) = parameters.touched
+    assert support.positions.tolist() == sorted(union)  # type: ignore[union-attr]
+    assert torch.equal(values, support.gather(base[name]))
+    saved = parameters.state()
+    trained = copy.deepcopy(model.state_dict())
+    parameters.revert()
+    assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
+    parameters.load_state(saved)
+    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
