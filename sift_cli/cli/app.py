@@ -12,7 +12,7 @@ from rich.table import Table
 from sift_cli.cli import deltas, recipes, runs, sharing, studies
 from sift_cli.cli.options import Json, print_json, print_table
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.faults import fault_of
+from sift_cli.system.faults import fault_of
 
 app = typer.Typer(
     help="Sparse fine-tuning: adapt a model by changing 1 % of its entries, and ship the change.",
@@ -41,7 +41,7 @@ def env(as_json: Json = False) -> None:
 
     Example: sift env
     """
-    from sift_cli.environment import describe
+    from sift_cli.system.environment import describe
 
     found = describe()
     if as_json:

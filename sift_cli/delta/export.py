@@ -18,9 +18,9 @@ from sift_cli.delta.cards import CARD_FILE
 from sift_cli.delta.file import Delta, load_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.evaluation import probe_logits
-from sift_cli.files import new_folder
 from sift_cli.models import DTYPES, LoadedModel, load_model, model_folder, task_config
 from sift_cli.sparse import Support
+from sift_cli.system.files import new_folder
 
 HEADS = ("classifier", "score")  # what PEFT saves whole for SEQ_CLS, asked or not
 PREFIX = "base_model.model."

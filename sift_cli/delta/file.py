@@ -18,8 +18,8 @@ from sift_cli.delta.coding import decode_positions, encode_positions
 from sift_cli.delta.header import Header, Row, check_name, named_rows
 from sift_cli.delta.planes import decode_bits, encode_bits
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.files import replacing, sha256_of
 from sift_cli.sparse import Support
+from sift_cli.system.files import replacing, sha256_of
 
 FORMAT = 1
 CODING = "rice-deflate"

@@ -43,9 +43,9 @@ from sift_cli.delta.record import (
 from sift_cli.delta.shards import header_text, write_file, write_index
 from sift_cli.delta.tuned import RECIPE_FILE, delta_file
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.files import new_folder
 from sift_cli.models import DTYPES, INDEX_FILE, load_tokenizer, model_folder, quiet, task_config
 from sift_cli.recipe import parse_recipe
+from sift_cli.system.files import new_folder
 
 COMPOSED_FILE = "composed.safetensors"
 ASIDE = 0.05  # tensors that the model has not are kept for undo up to this share of its size

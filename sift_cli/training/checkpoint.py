@@ -26,9 +26,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from sift_cli.delta.coding import decode_positions, encode_positions
 from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.files import sha256_of, sync
 from sift_cli.recipe import CheckpointSection, Recipe, load_recipe
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
+from sift_cli.system.files import sha256_of, sync
 from sift_cli.training.facts import Facts, differences, recipe_changes
 from sift_cli.training.kept import Kept
 from sift_cli.training.run import NO_RESULT, Timing, read_summary

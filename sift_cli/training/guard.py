@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sift_cli.errors import SiftError
-from sift_cli.faults import FREE_SPACE, fault_of
+from sift_cli.system.faults import FREE_SPACE, fault_of
 
 LOCK_FILE = ".lock"
 

@@ -20,6 +20,7 @@ from sift_cli.recipe import Recipe
 from sift_cli.selection.select import Rule
 from sift_cli.session import Session, open_session, tell_emulated
 from sift_cli.sparse import SparseAdamW, SparseParameters
+from sift_cli.system.stopping import Stop
 from sift_cli.training.batches import Batches
 from sift_cli.training.checkpoint import Checkpoints, State, space_for
 from sift_cli.training.choosing import Chooser, rule_of
@@ -30,7 +31,6 @@ from sift_cli.training.kept import Kept
 from sift_cli.training.record import write_gradient, write_predictions
 from sift_cli.training.run import Timing, open_run_folder, write_run
 from sift_cli.training.sinks import Sinks
-from sift_cli.training.stopping import Stop
 from sift_cli.training.watch import Watch
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}

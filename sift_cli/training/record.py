@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sift_cli.files import write_text
 from sift_cli.selection.targets import linear_layers
 from sift_cli.session import Session
 from sift_cli.sparse import SparseParameters, Support
+from sift_cli.system.files import write_text
 
 PREDICTIONS_FILE = "predictions.jsonl"
 WEIGHTS_FILE = "weights.jsonl"

@@ -1,0 +1,1 @@
+"""What sift needs of the machine: files, faults, signals, versions."""
