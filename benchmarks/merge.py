@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from sift_cli.delta.shards import list_file
-from sift_cli.models import weight_files
+from sift_cli.models.loading import weight_files
+from sift_cli.models.tensors import list_file
 
 CHILD = """
 import json, re, sys, time

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sift_cli.analysis.methods import adapt, adapted_layers
-from sift_cli.dropout import quicken_dropout
+from sift_cli.models.dropout import quicken_dropout
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Rule, select
 from sift_cli.selection.targets import choose_weights

@@ -25,8 +25,8 @@ from workloads import Workload
 
 from sift_cli.analysis.memory import Batch, Plan, ordinary, sparse
 from sift_cli.analysis.methods import adapt
-from sift_cli.analysis.plan import head_of
-from sift_cli.models import recompute_activations
+from sift_cli.models.names import head_of
+from sift_cli.models.prepare import recompute_activations
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Rule
 from sift_cli.selection.select import planned as entries_of

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from steps import now
 
-from sift_cli.models import pick_device
+from sift_cli.models.devices import pick_device
 from sift_cli.sparse import Support
 from sift_cli.sparse.kernels import KERNELS, choose
 

@@ -144,8 +144,8 @@ def work(settings: dict[str, Any]) -> None:
     from methods import METHODS, ON_REQUEST
     from workloads import Workload
 
-    from sift_cli.evaluation import autocast
-    from sift_cli.models import pick_device, recompute_activations
+    from sift_cli.models.devices import autocast, pick_device
+    from sift_cli.models.prepare import recompute_activations
 
     def answer(what: dict[str, Any]) -> None:
         answers.write(json.dumps(what) + "\n")

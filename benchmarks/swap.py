@@ -18,9 +18,10 @@ from peft import ShiraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from sift_cli import Delta
-from sift_cli.delta.apply import rest_fingerprints, state_fingerprints
+from sift_cli.delta.apply import rest_fingerprints
 from sift_cli.delta.file import weight_delta
-from sift_cli.models import quiet
+from sift_cli.models.fingerprints import state_fingerprints
+from sift_cli.models.loading import quiet
 from sift_cli.sparse import Support
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -335,7 +335,7 @@ def tiny_models(folder: Path, base: str) -> None:
     import torch
     from transformers import AutoModel, AutoTokenizer, GPT2Config, LlamaConfig
 
-    from sift_cli import models
+    from sift_cli.models import loading as models
 
     find = getattr(models, "model_folder", None)
     if find is None:

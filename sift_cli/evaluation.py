@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,37 +10,13 @@ from torch import Tensor, nn
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.metrics import compute_metrics
+from sift_cli.models.devices import autocast, place
 from sift_cli.tokens import Encoded, cut
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    pass
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
-
-
-def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[Any]:
-    """bfloat16 autocast on `device`, or nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def place(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch on `device`; for a GPU in a way that the host need not wait for.
-
-    There, an attention mask that hides nothing is left out, since it is read here and now.
-    """
-    if device.type != "cuda":
-        return {key: value.to(device) for key, value in batch.items()}
-    return {
-        key: value.pin_memory().to(device, non_blocking=True)
-        for key, value in without_idle_mask(batch).items()
-    }
-
-
-def without_idle_mask(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch, without its attention mask where that hides nothing."""
-    mask = batch.get("attention_mask")
-    idle = mask is not None and bool(mask.all())
-    return {key: value for key, value in batch.items() if not (idle and key == "attention_mask")}
 
 
 @torch.inference_mode()
@@ -118,22 +93,3 @@ def score_splits(
         for name, value in compute_metrics(metrics, predicted.numpy(), labels.numpy()).items():
             found[name + suffix] = value
     return found
-
-
-@torch.no_grad()
-def probe_logits(model: nn.Module, config: PretrainedConfig) -> Tensor:
-    """Logits of four made-up inputs, fp32 [4, outputs]: the model's mark, and no one's data."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    text = config.get_text_config()
-    special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "sep")}
-    plain = [token for token in range(text.vocab_size) if token not in special]
-    spread = (torch.arange(4 * 16) * 7919 + 104729) % len(plain)
-    ids = torch.tensor(plain)[spread].view(4, 16)
-    if isinstance(text.eos_token_id, int):
-        ids[:, -1] = text.eos_token_id  # some heads read the state at the end-of-text token
-    inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
-    logits: Tensor = model(**inputs).logits.float().cpu()
-    model.train(training)
-    return logits

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sift_cli.models import LoadedModel
+from sift_cli.models.loading import LoadedModel
 
 
 @torch.no_grad()

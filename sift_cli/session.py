@@ -12,13 +12,13 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 from sift_cli.data import Task, load_task
 from sift_cli.errors import SiftError
 from sift_cli.evaluation import predict_splits, score_splits
-from sift_cli.models import (
+from sift_cli.models.devices import pick_device
+from sift_cli.models.loading import (
     DTYPES,
     LoadedModel,
     check_length,
     load_model,
     model_folder,
-    pick_device,
     task_config,
 )
 from sift_cli.recipe import Recipe

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sift_cli.attention import leave_masks_unread
+from sift_cli.models.attention import leave_masks_unread
 from sift_cli.recipe import load_recipe
 from sift_cli.session import open_session
 from sift_cli.sparse import SparseAdamW, Support, attach

@@ -11,7 +11,7 @@ import torch
 
 from sift_cli.delta.file import load_delta, save_delta
 from sift_cli.errors import SiftError
-from sift_cli.models import model_folder
+from sift_cli.models.loading import model_folder
 from tests.support.command import sift
 from tests.support.models import save_base
 

@@ -29,12 +29,13 @@ from sift_cli.analysis.methods import (
 )
 from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import SiftError
+from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.selection.select import planned
 from sift_cli.session import open_session
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.gradient import add_gradient
-from sift_cli.training.loop import SCHEDULES, evaluates, prepare_model
+from sift_cli.training.loop import SCHEDULES, evaluates
 from sift_cli.training.run import SUMMARY_FILE, Timing, peak_memory
 from sift_cli.training.watch import Watch
 
@@ -55,7 +56,7 @@ def train_adapted(
     if method in ADAPTERS:
         budget = sum(planned(session.model, chooser.sparse, chooser.rule).values())
         rank, _ = rank_for(session.model, layers, budget)
-    prepare_model(session, settings.gradient_checkpointing)
+    prepare_model(session.model, session.device, settings.gradient_checkpointing)
     dense = set(chooser.dense)
     head = [weight for name, weight in session.model.named_parameters() if name in dense]
     model = adapt(session.model, method, layers, chooser.dense, rank or 0, settings.seed)

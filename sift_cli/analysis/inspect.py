@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sift_cli.delta.file import SIGNED, Delta, WeightDelta, fingerprint, load_delta
-from sift_cli.delta.stored import Stored
+from sift_cli.delta.file import SIGNED, Delta, WeightDelta, load_delta
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models import model_folder
+from sift_cli.models.fingerprints import fingerprint
+from sift_cli.models.loading import model_folder
+from sift_cli.models.stored import Stored
 
 BOUNDS = (8, 6, 4, 2, 0)  # negative powers of two
 # How far an entry moved, as bits alone tell it; each entry is in the first class that fits.

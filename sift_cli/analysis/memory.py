@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sift_cli import dropout
 from sift_cli.analysis.ledger import Ledger
-from sift_cli.attention import replace_sdpa
-from sift_cli.dropout import quicken_dropout
-from sift_cli.evaluation import autocast
-from sift_cli.models import recompute_activations
+from sift_cli.models import dropout
+from sift_cli.models.attention import replace_sdpa
+from sift_cli.models.devices import autocast
+from sift_cli.models.dropout import quicken_dropout
+from sift_cli.models.prepare import recompute_activations
 from sift_cli.selection.observe import observed_gradients
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.kernels import CROWDED, Axis, Kernel, dense, product, samples, take, widen

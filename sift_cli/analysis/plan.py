@@ -23,14 +23,10 @@ from sift_cli.analysis.memory import Batch, Plan, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, rank_for
 from sift_cli.data import TASKS
 from sift_cli.errors import SiftError
-from sift_cli.models import (
-    DTYPES,
-    load_tokenizer,
-    model_folder,
-    pick_device,
-    quiet,
-    task_config,
-)
+from sift_cli.models.devices import pick_device
+from sift_cli.models.loading import DTYPES, load_tokenizer, model_folder, quiet, task_config
+from sift_cli.models.names import head_of
+from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import EvalSection, Recipe, TrainSection
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import check, planned
@@ -40,7 +36,7 @@ from sift_cli.tokens import Encoded, encode
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, batches_of, rule_of
 from sift_cli.training.gradient import add_gradient
-from sift_cli.training.loop import make_optimizer, prepare_model
+from sift_cli.training.loop import make_optimizer
 from sift_cli.training.run import Timing
 
 STEPS = 3  # measured, after one that warms up
@@ -140,12 +136,6 @@ def builder(config: Any, dtype: torch.dtype) -> Callable[[], Any]:
     except ValueError as error:
         raise SiftError(str(error).splitlines()[0]) from error
     return build
-
-
-def head_of(model: Any) -> list[str]:
-    """Parameters beside the base model: those that a checkpoint of the base does not hold."""
-    prefix = f"{model.base_model_prefix}."
-    return [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
 
 
 @dataclass(frozen=True)
@@ -359,7 +349,7 @@ def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str
     assert session.train is not None
     lengths = session.train.lengths
     chooser = Chooser.of(recipe, session, rule_of(recipe.selection, allow_code))
-    prepare_model(session, recipe.train.gradient_checkpointing)
+    prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
     optimizer, _ = make_optimizer(recipe, chooser.begin(), chooser.batches.steps)
     timing, tokens = Timing(), []
     for step, rows in enumerate(islice(chooser.batches.endless(), STEPS + 1), start=1):

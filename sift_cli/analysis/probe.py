@@ -20,6 +20,7 @@ from rich.progress import track
 from torch import Tensor
 
 from sift_cli.errors import SiftError
+from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import AXES, OPTIONS, Recipe, parse_recipe
 from sift_cli.selection.budget import largest, share
 from sift_cli.selection.observe import observed_gradients
@@ -29,7 +30,7 @@ from sift_cli.sparse import Support
 from sift_cli.sparse.segments import find
 from sift_cli.training.choosing import Chooser, frozen, kept_randomness, rule_of
 from sift_cli.training.gradient import add_gradient
-from sift_cli.training.loop import make_optimizer, prepare_model
+from sift_cli.training.loop import make_optimizer
 
 CURVE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BETA2 = 0.999  # decay of Adam's second moment
@@ -55,7 +56,7 @@ def probe(
     """
     console = console or Console(stderr=True, quiet=True)
     session = open_session(recipe, device=device)
-    prepare_model(session, recipe.train.gradient_checkpointing)
+    prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
     asked = list(dict.fromkeys(["sift", "current-batch", "random", *policies]))
     recipes = {name: _with_policy(recipe, name) for name in asked}
     recipes.setdefault(recipe.selection.policy, recipe)

@@ -185,7 +185,7 @@ def predict(
     if pair and len(pair) != len(text):
         raise SiftError(f"{len(text)} texts, but {len(pair)} --pair; give one for each")
     from sift_cli.delta.tuned import load_tuned
-    from sift_cli.models import pick_device
+    from sift_cli.models.devices import pick_device
     from sift_cli.predict import predict as run
 
     loaded, recipe = load_tuned(tuned, base)

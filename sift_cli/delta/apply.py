@@ -5,32 +5,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sift_cli.delta.file import Delta, fingerprint
-from sift_cli.delta.identity import Kind, advice, differing, kinds_of, tied_names
+from sift_cli.delta.file import Delta
+from sift_cli.delta.identity import advice, differing
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.fingerprints import Kind, kinds_of, state_fingerprints, tied_names
 
 
 def rest_fingerprints(marks: Mapping[str, str], touched: Iterable[str]) -> str:
     """Eight hex digits for each tensor that a delta leaves alone, in the order of sorted names."""
     left = sorted(set(marks) - set(touched))
     return "".join(marks[name][:8] for name in left)
-
-
-def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and saved buffer of `model`; tied weights once, under their first name."""
-    first: dict[int, str] = {}
-    return {
-        name: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if not isinstance(tensor, nn.Parameter) or first.setdefault(id(tensor), name) == name
-    }
-
-
-def state_fingerprints(model: nn.Module, skip: Iterable[str]) -> dict[str, str]:
-    """The fingerprint of each of `state_tensors` but those in `skip`."""
-    left_out = set(skip)
-    state = state_tensors(model)
-    return {name: fingerprint(one) for name, one in state.items() if name not in left_out}
 
 
 def check_base(

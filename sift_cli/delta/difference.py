@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from sift_cli.delta.apply import rest_fingerprints, state_fingerprints
+from sift_cli.delta.apply import rest_fingerprints
 from sift_cli.delta.build import describe_base, versions
 from sift_cli.delta.file import SIGNED, Delta, WeightDelta, save_delta, weight_delta
-from sift_cli.delta.identity import stored_kinds
-from sift_cli.delta.plan import all_names
-from sift_cli.delta.stored import Stored
 from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.evaluation import probe_logits
-from sift_cli.models import (
+from sift_cli.models.fingerprints import probe_logits, state_fingerprints
+from sift_cli.models.loading import (
     DTYPES,
     UNLOADABLE,
     LoadedModel,
@@ -28,6 +25,8 @@ from sift_cli.models import (
     model_folder,
     task_config,
 )
+from sift_cli.models.names import all_names
+from sift_cli.models.stored import Stored, stored_kinds
 from sift_cli.recipe import parse_recipe
 from sift_cli.selection.budget import Global, PerWeight, share
 from sift_cli.sparse import Support

@@ -18,6 +18,7 @@ from sift_cli.delta.coding import decode_positions, encode_positions
 from sift_cli.delta.header import Header, Row, check_name, named_rows
 from sift_cli.delta.planes import decode_bits, encode_bits
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.fingerprints import dtype_name, fingerprint, kind_of, tensor_bytes
 from sift_cli.sparse import Support
 from sift_cli.system.files import replacing, sha256_of
 
@@ -124,21 +125,8 @@ def weight_delta(
     )
 
 
-def fingerprint(tensor: Tensor) -> str:
-    """Sixteen hex digits of SHA-256 over dtype, shape and bytes."""
-    digest = hashlib.sha256(_kind(tensor).encode())
-    digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()[:16]
-
-
 def _view(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.contiguous().view(dtype)
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in row-major order, without a copy where it lies so on the host."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def save_delta(path: Path, delta: Delta) -> str:
@@ -150,7 +138,7 @@ def save_delta(path: Path, delta: Delta) -> str:
         streams += [positions, bits]
         table[name] = [
             list(weight.shape),
-            _dtype_name(weight.dtype),
+            dtype_name(weight.dtype),
             weight.count,
             len(positions),
             len(bits),
@@ -260,19 +248,10 @@ def _damaged(path: Path, why: str) -> SiftError:
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(_canonical(header).encode())
     for name in sorted(tensors):
-        digest.update(f"{name}{_kind(tensors[name])}".encode())
+        digest.update(f"{name}{kind_of(tensors[name])}".encode())
         digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
 
 
 def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-
-def _kind(tensor: Tensor) -> str:
-    """Dtype and shape in words, as in `float32[2, 4]`."""
-    return f"{_dtype_name(tensor.dtype)}{list(tensor.shape)}"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

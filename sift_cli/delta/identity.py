@@ -4,40 +4,13 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
-from pathlib import Path
 
 import torch
-from torch import nn
 
 from sift_cli.delta.file import Delta
-from sift_cli.delta.shards import list_file
-from sift_cli.models import weight_files
-
-Kind = tuple[torch.dtype, tuple[int, ...]]
+from sift_cli.models.fingerprints import Kind
 
 VOCABULARY = re.compile(r"(^|\.)(word_embeddings|embed_tokens|wte|shared|lm_head)\.weight$")
-
-
-def kinds_of(model: nn.Module) -> dict[str, Kind]:
-    """Dtype and shape of each parameter and saved buffer of a model."""
-    return {name: (one.dtype, tuple(one.shape)) for name, one in model.state_dict().items()}
-
-
-def stored_kinds(folder: Path) -> dict[str, Kind]:
-    """Dtype and shape of each floating-point tensor of a model folder, as its files hold it."""
-    return {
-        name: (place.dtype, place.shape)
-        for path in weight_files(folder)
-        for name, place in list_file(path).places.items()
-        if place.dtype.is_floating_point
-    }
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Further names of tied parameters, each with the first name of its tensor."""
-    first = {id(weight): name for name, weight in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(weight)] for name, weight in every if name != first[id(weight)]}
 
 
 def differing(delta: Delta, marks: Mapping[str, str]) -> tuple[list[str], list[str]]:

@@ -13,17 +13,8 @@ from transformers import AutoConfig, PretrainedConfig
 from sift_cli.delta.cards import CARD_FILE, model_card
 from sift_cli.delta.changes import Composed, Toggle
 from sift_cli.delta.compose import Mix
-from sift_cli.delta.file import Delta, WeightDelta, fingerprint, load_delta
-from sift_cli.delta.identity import stored_kinds
-from sift_cli.delta.plan import (
-    Plan,
-    Shard,
-    add_dense,
-    plan_merge,
-    plan_undo,
-    require_whole,
-    tensor_names,
-)
+from sift_cli.delta.file import Delta, WeightDelta, load_delta
+from sift_cli.delta.plan import Plan, Shard, add_dense, plan_merge, plan_undo, require_whole
 from sift_cli.delta.proof import (
     prove_files,
     prove_logits,
@@ -40,10 +31,20 @@ from sift_cli.delta.record import (
     save_dropped,
     side_files,
 )
-from sift_cli.delta.shards import header_text, write_file, write_index
 from sift_cli.delta.tuned import RECIPE_FILE, delta_file
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models import DTYPES, INDEX_FILE, load_tokenizer, model_folder, quiet, task_config
+from sift_cli.models.fingerprints import fingerprint
+from sift_cli.models.loading import (
+    DTYPES,
+    INDEX_FILE,
+    load_tokenizer,
+    model_folder,
+    quiet,
+    task_config,
+)
+from sift_cli.models.names import tensor_names
+from sift_cli.models.stored import stored_kinds
+from sift_cli.models.tensors import header_text, write_file, write_index
 from sift_cli.recipe import parse_recipe
 from sift_cli.system.files import new_folder
 

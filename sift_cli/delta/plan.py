@@ -1,23 +1,21 @@
 """What a merge writes: for each file its tensors, where they come from and how they are held."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig
+from torch import Tensor
 
-from sift_cli.delta.file import Delta, fingerprint
+from sift_cli.delta.file import Delta
 from sift_cli.delta.identity import renamed
 from sift_cli.delta.record import Record, dropped_places
-from sift_cli.delta.shards import Listing, Place, list_file, listed
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models import DTYPES, INDEX_FILE, UNLOADABLE, quiet, weight_files
-
-RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+from sift_cli.models.fingerprints import fingerprint
+from sift_cli.models.loading import DTYPES, INDEX_FILE, weight_files
+from sift_cli.models.names import owner
+from sift_cli.models.tensors import Listing, Place, list_file, listed
 
 
 @dataclass(frozen=True)
@@ -184,36 +182,3 @@ def _held(delta: Delta, name: str, stored: torch.dtype) -> torch.dtype:
         kept: torch.dtype = getattr(torch, base["kept_dtypes"][name])
         return kept
     return DTYPES[base["dtype"]] if stored.is_floating_point else stored
-
-
-def tensor_names(config: PretrainedConfig) -> dict[str, str]:
-    """Everything that the model saves, with the name its storage goes by where it is tied."""
-    try:
-        with torch.device("meta"), quiet():
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    except UNLOADABLE as error:
-        said = str(error).partition("\n")[0]
-        raise SiftError(f"config.json makes no model: {said}", ExitCode.WRONG_FILE) from error
-    return all_names(model)
-
-
-def all_names(model: nn.Module) -> dict[str, str]:
-    """Each name in the model's state, and the first name of the same storage where it is tied."""
-    first: dict[int, str] = {}
-    names = {name: name for name in model.state_dict()}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        names[name] = first.setdefault(id(weight), name)
-    return names
-
-
-def owner(key: str, names: Mapping[str, str]) -> str | None:
-    """The model's name for a tensor of a checkpoint; None for what the model has not.
-
-    A checkpoint may hold the bare backbone (`encoder...` for `bert.encoder...`) or old layer norm
-    names.
-    """
-    for pattern, new in RENAMED:
-        key = re.sub(pattern, new, key)
-    backbones = sorted({name.split(".")[0] for name in names})
-    candidates = [key, *(f"{one}.{key}" for one in backbones)]
-    return next((name for name in candidates if name in names), None)

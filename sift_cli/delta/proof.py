@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sift_cli.delta.file import fingerprint
-from sift_cli.delta.shards import list_file
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.evaluation import probe_logits
 from sift_cli.metrics import Metrics, shown
-from sift_cli.models import LoadedModel, load_model, weight_files
+from sift_cli.models.fingerprints import fingerprint, probe_logits
+from sift_cli.models.loading import LoadedModel, load_model, weight_files
+from sift_cli.models.tensors import list_file
 from sift_cli.recipe import Recipe
 from sift_cli.session import open_session
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from sift_cli.delta.file import fingerprint
-from sift_cli.delta.shards import Listing, Place, header_text, list_file, listed, write_file
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models import INDEX_FILE, load_tokenizer, quiet
+from sift_cli.models.fingerprints import fingerprint
+from sift_cli.models.loading import INDEX_FILE, load_tokenizer, quiet
+from sift_cli.models.tensors import Listing, Place, header_text, list_file, listed, write_file
 
 RECORD_FILE = "sift/merge.json"
 DROPPED_FILE = "sift/dropped.safetensors"

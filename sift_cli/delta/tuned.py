@@ -6,9 +6,9 @@ import yaml
 
 from sift_cli.delta.apply import apply_delta
 from sift_cli.delta.file import load_delta
-from sift_cli.delta.identity import stored_kinds
 from sift_cli.errors import SiftError
-from sift_cli.models import DTYPES, LoadedModel, load_model, model_folder, task_config
+from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folder, task_config
+from sift_cli.models.stored import stored_kinds
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 
 DELTA_FILE = "delta.safetensors"

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from sift_cli.delta.apply import state_fingerprints
 from sift_cli.delta.build import versions
+from sift_cli.models.fingerprints import state_fingerprints
 from sift_cli.recipe import Recipe
 from sift_cli.session import Session
 from sift_cli.training.run import NO_RESULT

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sift_cli.evaluation import autocast, place
+from sift_cli.models.devices import autocast, place
 from sift_cli.session import Session
 
 

@@ -11,11 +11,9 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from sift_cli.attention import leave_masks_unread
-from sift_cli.dropout import quicken_dropout
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.metrics import Metrics
-from sift_cli.models import recompute_activations
+from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import Recipe
 from sift_cli.selection.select import Rule
 from sift_cli.session import Session, open_session, tell_emulated
@@ -118,7 +116,7 @@ def begin(
     saved = checkpoints.newest(facts) if resume else None
     metrics_before = saved.about["metrics_before"] if saved else session.evaluate()
     tell_undefined(metrics_before, console)
-    undo = prepare_model(session, recipe.train.gradient_checkpointing)
+    undo = prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
     offload = recipe.train.offload_optimizer
     parameters = saved.attach(session.model, offload) if saved else chooser.begin()
     optimizer, schedule = make_optimizer(recipe, parameters, chooser.batches.steps)
@@ -218,19 +216,6 @@ def tell_undefined(metrics: Metrics, console: Console) -> None:
             "are the same",
             highlight=False,
         )
-
-
-def prepare_model(session: Session, gradient_checkpointing: bool) -> Callable[[], None]:
-    """Training mode, with activations recomputed in the backward pass where that is asked for.
-
-    Returns what gives the model its own dropout and attention back.
-    """
-    session.model.train()
-    on_gpu = session.device.type == "cuda"
-    undo = (leave_masks_unread if on_gpu else quicken_dropout)(session.model)
-    if gradient_checkpointing:
-        recompute_activations(session.model)
-    return undo
 
 
 def make_optimizer(

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from sift_cli.analysis.inspect import MOVES, bands, inspect, layers_and_kinds, moves
 from sift_cli.delta import load_delta, merge, save_delta
-from sift_cli.delta.file import SIGNED, Delta, fingerprint, weight_delta
+from sift_cli.delta.file import SIGNED, Delta, weight_delta
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.fingerprints import fingerprint
 from sift_cli.recipe import load_recipe
 from sift_cli.sparse import Support
 from sift_cli.training import train

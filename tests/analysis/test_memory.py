@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification
 from sift_cli.analysis.ledger import Ledger
 from sift_cli.analysis.memory import PARTS, Batch, Plan, hit, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, trained
-from sift_cli.dropout import quicken_dropout
-from sift_cli.models import recompute_activations
+from sift_cli.models.dropout import quicken_dropout
+from sift_cli.models.prepare import recompute_activations
 from sift_cli.selection.budget import share
 from sift_cli.sparse import SparseAdamW, Support, attach
 from tests.support.models import CONFIGS

@@ -14,9 +14,10 @@ from torch import Tensor
 from sift_cli.delta import Delta, load_delta, merge, save_delta
 from sift_cli.delta import compose as composing
 from sift_cli.delta.compose import RULES, Mix, compose_
-from sift_cli.delta.file import WeightDelta, fingerprint, weight_delta
+from sift_cli.delta.file import WeightDelta, weight_delta
 from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.fingerprints import fingerprint
 from sift_cli.recipe import load_recipe
 from sift_cli.sparse import Support
 from sift_cli.training import train

@@ -17,7 +17,7 @@ from sift_cli.delta import load_delta
 from sift_cli.delta.export import choose_rank, export, shira_entries
 from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.evaluation import probe_logits
+from sift_cli.models.fingerprints import probe_logits
 from sift_cli.sparse import Support
 from tests.support.command import Run, sift
 from tests.support.models import save_base

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sift_cli.cli import main
 from sift_cli.delta import Delta, load_delta, save_delta
-from sift_cli.delta.file import _canonical, _digest, fingerprint, weight_delta
+from sift_cli.delta.file import _canonical, _digest, weight_delta
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.fingerprints import fingerprint
 from sift_cli.sparse import Support
 
 Header = dict[str, Any]

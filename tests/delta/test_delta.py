@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sift_cli.delta import Delta, apply_delta, load_delta, save_delta
-from sift_cli.delta.apply import state_fingerprints
 from sift_cli.delta.build import build_delta
 from sift_cli.delta.coding import RUN
-from sift_cli.delta.file import SIGNED, fingerprint, weight_delta
+from sift_cli.delta.file import SIGNED, weight_delta
 from sift_cli.delta.planes import encode_bits
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.fingerprints import fingerprint, state_fingerprints
 from sift_cli.sparse import SparseAdamW, Support, attach
 from tests.support.models import ARCHITECTURES, tiny_batch, tiny_model
 

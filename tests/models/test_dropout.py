@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sift_cli.dropout import LEVELS, _sdpa, attention, dropout, quicken_dropout
+from sift_cli.models.dropout import LEVELS, _sdpa, attention, dropout, quicken_dropout
 from tests.support.models import tiny_batch, tiny_model
 
 
@@ -75,7 +75,7 @@ def test_attention_without_dropout_is_torchs(which: int) -> None:
 def test_gradients_of_attention_under_a_fixed_mask(
     in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sift_cli.dropout.IN_CACHE", in_cache)
+    monkeypatch.setattr("sift_cli.models.dropout.IN_CACHE", in_cache)
 
     def seeded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         torch.manual_seed(3)

@@ -15,12 +15,12 @@ from transformers import (
 )
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models import (
+from sift_cli.models.devices import pick_device
+from sift_cli.models.loading import (
     check_length,
     load_model,
     load_tokenizer,
     model_folder,
-    pick_device,
     task_config,
     weight_files,
 )

@@ -13,7 +13,7 @@ from hypothesis import given
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sift_cli.models import recompute_activations
+from sift_cli.models.prepare import recompute_activations
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach, segments
 from sift_cli.sparse.kernels import dense, sampled
 from sift_cli.training.watch import Watch

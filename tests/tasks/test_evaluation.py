@@ -7,8 +7,9 @@ import torch
 
 from sift_cli.data import load_task
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.evaluation import predict_logits, probe_logits
-from sift_cli.models import load_model
+from sift_cli.evaluation import predict_logits
+from sift_cli.models.fingerprints import probe_logits
+from sift_cli.models.loading import load_model
 from sift_cli.recipe import load_recipe
 from sift_cli.session import Session, open_session
 from sift_cli.tokens import encode

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sift_cli.attention import replace_sdpa
+from sift_cli.models.attention import replace_sdpa
 
 ATTENTION = "sift_sdpa"
 LEVELS = 1 << 16

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sift_cli.delta.plan import owner
-from sift_cli.delta.shards import Place, list_file
-from sift_cli.models import weight_files
+from sift_cli.models.fingerprints import Kind
+from sift_cli.models.loading import weight_files
+from sift_cli.models.names import owner
+from sift_cli.models.tensors import Place, list_file
 
 
 class Stored:
@@ -36,3 +37,13 @@ class Stored:
     def shape(self, name: str) -> list[int]:
         """The tensor's shape, without reading it."""
         return list(self.places[name].shape)
+
+
+def stored_kinds(folder: Path) -> dict[str, Kind]:
+    """Dtype and shape of each floating-point tensor of a model folder, as its files hold it."""
+    return {
+        name: (place.dtype, place.shape)
+        for path in weight_files(folder)
+        for name, place in list_file(path).places.items()
+        if place.dtype.is_floating_point
+    }

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sift_cli.delta.file import tensor_bytes
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models import INDEX_FILE
+from sift_cli.models.fingerprints import tensor_bytes
+from sift_cli.models.loading import INDEX_FILE
 
 DTYPE_NAMES = {
     torch.float64: "F64",

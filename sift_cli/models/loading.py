@@ -226,39 +226,6 @@ def _new_parameters(model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, 
     return tuple(name for name, _ in model.named_parameters() if name in lacking)
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Gradient checkpointing: activations are computed again in the backward pass, not kept."""
-    model.config.use_cache = False
-    older = model.gradient_checkpointing_enable
-    enable = getattr(
-        model, "activation_checkpointing_enable", older
-    )  # newer transformers rename it
-    enable({"use_reentrant": False})
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, or the best there is: cuda, then mps, then cpu.
-
-    Raises SiftError for a device that is not there.
-    """
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name is None:
-        return torch.device(next(kind for kind, ok in there.items() if ok))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise SiftError(f"--device {name}: no such device; use cuda, mps or cpu") from None
-    beyond = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    if not there.get(device.type, False) or beyond:
-        usable = ", ".join(kind for kind, ok in there.items() if ok)
-        raise SiftError(f"--device {name}: not on this machine; there is {usable}")
-    return device
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps transformers' progress bars and load reports off the terminal for a while."""

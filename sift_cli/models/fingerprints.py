@@ -1,0 +1,87 @@
+"""What tells one model from another: fingerprints of its tensors, and its logits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """Sixteen hex digits of SHA-256 over dtype, shape and bytes."""
+    digest = hashlib.sha256(kind_of(tensor).encode())
+    digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row-major order, without a copy where it lies so on the host."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def kind_of(tensor: Tensor) -> str:
+    """Dtype and shape in words, as in `float32[2, 4]`."""
+    return f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and saved buffer of `model`; tied weights once, under their first name."""
+    first: dict[int, str] = {}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not isinstance(tensor, nn.Parameter) or first.setdefault(id(tensor), name) == name
+    }
+
+
+def state_fingerprints(model: nn.Module, skip: Iterable[str]) -> dict[str, str]:
+    """The fingerprint of each of `state_tensors` but those in `skip`."""
+    left_out = set(skip)
+    state = state_tensors(model)
+    return {name: fingerprint(one) for name, one in state.items() if name not in left_out}
+
+
+Kind = tuple[torch.dtype, tuple[int, ...]]
+
+
+def kinds_of(model: nn.Module) -> dict[str, Kind]:
+    """Dtype and shape of each parameter and saved buffer of a model."""
+    return {name: (one.dtype, tuple(one.shape)) for name, one in model.state_dict().items()}
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters, each with the first name of its tensor."""
+    first = {id(weight): name for name, weight in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(weight)] for name, weight in every if name != first[id(weight)]}
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, config: PretrainedConfig) -> Tensor:
+    """Logits of four made-up inputs, fp32 [4, outputs]: the model's mark, and no one's data."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    text = config.get_text_config()
+    special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "sep")}
+    plain = [token for token in range(text.vocab_size) if token not in special]
+    spread = (torch.arange(4 * 16) * 7919 + 104729) % len(plain)
+    ids = torch.tensor(plain)[spread].view(4, 16)
+    if isinstance(text.eos_token_id, int):
+        ids[:, -1] = text.eos_token_id  # some heads read the state at the end-of-text token
+    inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    logits: Tensor = model(**inputs).logits.float().cpu()
+    model.train(training)
+    return logits
