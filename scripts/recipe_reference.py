@@ -8,9 +8,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sift_cli.data import TASKS
 from sift_cli.recipe import OPTIONS, Recipe
 from sift_cli.selection.policies import POLICIES
+from sift_cli.tasks.table import TASKS
 
 PAGE = Path(__file__).parent.parent / "docs/recipe.md"
 INTRO = """# The recipe

@@ -9,9 +9,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from sift_cli.data import Task, load_task
 from sift_cli.errors import SiftError
-from sift_cli.evaluation import predict_splits, score_splits
 from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import (
     DTYPES,
@@ -22,7 +20,10 @@ from sift_cli.models.loading import (
     task_config,
 )
 from sift_cli.recipe import Recipe
-from sift_cli.tokens import Encoded, encode
+from sift_cli.tasks.classification import load_task, score_splits
+from sift_cli.tasks.evaluation import predict_splits
+from sift_cli.tasks.task import Task
+from sift_cli.tasks.tokens import Encoded, encode
 
 
 @dataclass(frozen=True)

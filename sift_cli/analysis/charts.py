@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from sift_cli.metrics import Metrics
+from sift_cli.tasks.metrics import Metrics
 
 Record = Mapping[str, Any]
 

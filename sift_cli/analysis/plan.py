@@ -21,7 +21,6 @@ from transformers import AutoModelForSequenceClassification
 
 from sift_cli.analysis.memory import Batch, Plan, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, rank_for
-from sift_cli.data import TASKS
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import DTYPES, load_tokenizer, model_folder, quiet, task_config
@@ -32,7 +31,8 @@ from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import check, planned
 from sift_cli.selection.targets import choose_weights
 from sift_cli.session import autocasts, load_rows, open_session
-from sift_cli.tokens import Encoded, encode
+from sift_cli.tasks.table import TASKS
+from sift_cli.tasks.tokens import Encoded, encode
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, batches_of, rule_of
 from sift_cli.training.gradient import add_gradient

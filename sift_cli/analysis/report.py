@@ -14,8 +14,8 @@ from sift_cli import __version__
 from sift_cli.analysis.charts import by_layer, charts, gradient_share
 from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import SiftError
-from sift_cli.metrics import shown
 from sift_cli.recipe import parse_recipe
+from sift_cli.tasks.metrics import shown
 from sift_cli.training.record import (
     GRADIENT_FILE,
     MISTAKES,

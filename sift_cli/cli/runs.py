@@ -29,7 +29,7 @@ from sift_cli.cli.options import (
     stdout,
 )
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.metrics import shown
+from sift_cli.tasks.metrics import shown
 
 SHOWN = 4  # metrics in the summary of a training
 
@@ -186,7 +186,7 @@ def predict(
         raise SiftError(f"{len(text)} texts, but {len(pair)} --pair; give one for each")
     from sift_cli.delta.tuned import load_tuned
     from sift_cli.models.devices import pick_device
-    from sift_cli.predict import predict as run
+    from sift_cli.tasks.classification import predict as run
 
     loaded, recipe = load_tuned(tuned, base)
     limit = recipe.data.max_length if recipe else None

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from sift_cli.data import TASKS
-from sift_cli.metrics import Metrics, shown
 from sift_cli.recipe import Recipe
+from sift_cli.tasks.metrics import Metrics, shown
+from sift_cli.tasks.table import TASKS
 
 CARD_FILE = "README.md"
 PAPER = "[SIFT, Song et al., ICML 2024](https://arxiv.org/abs/2312.11875)"

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.metrics import Metrics, shown
 from sift_cli.models.fingerprints import fingerprint, probe_logits
 from sift_cli.models.loading import LoadedModel, load_model, weight_files
 from sift_cli.models.tensors import list_file
 from sift_cli.recipe import Recipe
 from sift_cli.session import open_session
+from sift_cli.tasks.metrics import Metrics, shown
 
 # For numbers from another machine or library version; on the same one they are equal.
 LOGITS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}

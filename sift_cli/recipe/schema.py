@@ -22,8 +22,6 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from sift_cli.data import TASKS
-from sift_cli.metrics import METRICS
 from sift_cli.selection.policies import (
     CHANGING,
     POLICIES,
@@ -32,6 +30,8 @@ from sift_cli.selection.policies import (
     SCORES,
     STRUCTURES,
 )
+from sift_cli.tasks.metrics import METRICS
+from sift_cli.tasks.table import TASKS
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -6,7 +6,7 @@ from math import ceil
 
 import torch
 
-from sift_cli.tokens import cut
+from sift_cli.tasks.tokens import cut
 
 POOL = 50  # batches among which rows of like length are brought together
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sift_cli.metrics import Metrics
 from sift_cli.sparse import SparseParameters, Support
+from sift_cli.tasks.metrics import Metrics
 
 
 @dataclass

@@ -12,13 +12,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.metrics import Metrics
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import Recipe
 from sift_cli.selection.select import Rule
 from sift_cli.session import Session, open_session, tell_emulated
 from sift_cli.sparse import SparseAdamW, SparseParameters
 from sift_cli.system.stopping import Stop
+from sift_cli.tasks.metrics import Metrics
 from sift_cli.training.batches import Batches
 from sift_cli.training.checkpoint import Checkpoints, State, space_for
 from sift_cli.training.choosing import Chooser, rule_of

@@ -19,12 +19,12 @@ from sift_cli.delta.cards import CARD_FILE, delta_card
 from sift_cli.delta.file import save_delta
 from sift_cli.delta.tuned import DELTA_FILE, RECIPE_FILE
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.metrics import Metrics
 from sift_cli.models.fingerprints import probe_logits
 from sift_cli.recipe import Recipe
 from sift_cli.session import Session
 from sift_cli.sparse import SparseParameters
 from sift_cli.system.files import write_text
+from sift_cli.tasks.metrics import Metrics
 from sift_cli.training.record import GRADIENT_FILE, PLOTS, REPORT_FILE, write_weights
 from sift_cli.training.sinks import Bar, JsonLines, Sink, Sinks, TensorBoard, WandB
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sift_cli.errors import SiftError
-from sift_cli.metrics import shown
 from sift_cli.system.files import write_text
+from sift_cli.tasks.metrics import shown
 
 Record = Mapping[str, Any]
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForSequenceClassification
 
 from sift_cli.cli import shipped
 from sift_cli.cli.editing import SCHEMA_FILE, editable, json_schema
-from sift_cli.data import TASKS
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 from sift_cli.selection.targets import choose_weights
+from sift_cli.tasks.table import TASKS
 from sift_cli.training import train
 from tests.support.command import sift
 from tests.support.models import WORDS, roberta_large, save_base

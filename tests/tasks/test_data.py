@@ -14,11 +14,14 @@ import pytest
 from hypothesis import given, settings
 from transformers import PreTrainedTokenizerFast
 
-from sift_cli import tokens
-from sift_cli.data import BUILTIN, TASKS, Task, load_task
 from sift_cli.errors import SiftError
-from sift_cli.metrics import REGRESSION
-from sift_cli.tokens import encode
+from sift_cli.tasks import tokens
+from sift_cli.tasks.classification import load_task
+from sift_cli.tasks.metrics import REGRESSION
+from sift_cli.tasks.sources import BUILTIN
+from sift_cli.tasks.table import TASKS
+from sift_cli.tasks.task import Task
+from sift_cli.tasks.tokens import encode
 from tests.support.models import VOCABULARY, WORDS, tiny_tokenizer
 
 Row = dict[str, Any]

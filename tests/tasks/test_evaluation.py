@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sift_cli.data import load_task
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.evaluation import predict_logits
 from sift_cli.models.fingerprints import probe_logits
 from sift_cli.models.loading import load_model
 from sift_cli.recipe import load_recipe
 from sift_cli.session import Session, open_session
-from sift_cli.tokens import encode
+from sift_cli.tasks.classification import load_task
+from sift_cli.tasks.evaluation import predict_logits
+from sift_cli.tasks.tokens import encode
 from tests.support.models import save_base
 
 

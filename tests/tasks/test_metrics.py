@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sift_cli.metrics import CLASSIFICATION, METRICS, REGRESSION, compute_metrics, shown
+from sift_cli.tasks.metrics import CLASSIFICATION, METRICS, REGRESSION, compute_metrics, shown
 
 # true positives 3, false positives 1, false negatives 2, true negatives 4
 LABELS = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0])

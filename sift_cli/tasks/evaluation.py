@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.metrics import compute_metrics
 from sift_cli.models.devices import autocast, place
-from sift_cli.tokens import Encoded, cut
+from sift_cli.tasks.tokens import Encoded, cut
 
 if TYPE_CHECKING:
     pass
@@ -75,21 +74,4 @@ def predict_splits(
                 ExitCode.NOT_FINITE,
             )
         found[suffix] = logits
-    return found
-
-
-def score_splits(
-    logits: Mapping[str, Tensor],
-    splits: Mapping[str, Encoded],
-    metrics: Sequence[str],
-    regression: bool = False,
-) -> dict[str, float | None]:
-    """Each metric of each split's logits; a split's key is the suffix of its metrics' names."""
-    found: dict[str, float | None] = {}
-    for suffix, data in splits.items():
-        outputs = logits[suffix]
-        predicted = outputs.squeeze(-1) if regression else outputs.argmax(-1)
-        labels = torch.tensor(data.rows["label"][:])
-        for name, value in compute_metrics(metrics, predicted.numpy(), labels.numpy()).items():
-            found[name + suffix] = value
     return found

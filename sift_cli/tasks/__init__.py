@@ -1,0 +1,1 @@
+"""What a task is: its rows, how they become inputs, how a model is scored on them."""

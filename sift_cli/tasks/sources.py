@@ -1,0 +1,176 @@
+"""Where rows come from: a hub id, a folder, a file or a built-in set, as splits.
+
+Importing this module loads no dataset library; functions do when they need it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sift_cli.errors import SiftError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+
+BUILTIN = Path(__file__).parent / "builtin"
+
+
+NUMBER = "__row__"  # row numbers, in source splits that may have a column `row` of their own
+
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+SPLIT_NAMES = {
+    "train": ("train",),
+    "validation_matched": ("validation_matched", "dev_matched"),
+    "validation_mismatched": ("validation_mismatched", "dev_mismatched"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+
+
+def load_splits(path: str, task: str, config: str | None) -> DatasetDict:
+    """Every split of a source, each row with its number under NUMBER.
+
+    Raises SiftError for a source that is not there or cannot be read.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come as exceptions
+    files = _find_files(path, task)
+    try:
+        if files is not None:
+            found = {split: _read_files(split, some) for split, some in files.items()}
+        else:
+            if config is None and task in datasets.get_dataset_config_names(path):
+                config = task
+            found = datasets.load_dataset(path, config)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        said = str(cause).strip().splitlines() or [type(cause).__name__]
+        kind = "cannot be read" if files is not None else "is not on this machine nor on the hub"
+        raise SiftError(f"data.path: {path} {kind}: {said[0]}") from error
+    numbered = {
+        name: rows.add_column(NUMBER, list(range(len(rows)))) for name, rows in found.items()
+    }
+    return datasets.DatasetDict(numbered)
+
+
+def _read_files(split: str, files: Sequence[Path]) -> Dataset:
+    """The rows of one split's files; splits may differ in the columns that no task reads."""
+    import datasets
+
+    header = 1 if files[0].suffix == ".csv" else 0
+    if files[0].suffix != ".parquet" and not any(_has_lines(file, header) for file in files):
+        raise SiftError(f"data.path: {files[0]}: the split {split!r} is empty")
+    rows: Dataset = datasets.load_dataset(
+        BUILDERS[files[0].suffix], data_files={split: [str(file) for file in files]}, split=split
+    )
+    return rows
+
+
+def _has_lines(file: Path, header: int) -> bool:
+    """Whether text follows the first `header` lines."""
+    with file.open("rb") as lines:
+        return any(line.strip() for line in itertools.islice(lines, header, None))
+
+
+def _find_files(path: str, task: str) -> dict[str, list[Path]] | None:
+    """Data files by split; None for a hub id."""
+    if path.startswith("builtin:"):
+        folder = BUILTIN / path.removeprefix("builtin:")
+        if not folder.is_dir():
+            known = ", ".join(f"builtin:{one.name}" for one in BUILTIN.iterdir() if one.is_dir())
+            raise SiftError(f"data.path: no such built-in dataset {path}; there is {known}")
+    else:
+        folder = Path(path).expanduser()
+    if folder.is_file():
+        if folder.suffix not in BUILDERS:
+            raise SiftError(f"data.path: {path} is not one of {', '.join(BUILDERS)}")
+        return {"train": [folder]}
+    if not folder.is_dir():
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):
+            return None
+        raise SiftError(f"data.path: {path}: no such folder or file")
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in BUILDERS]
+    if not files and (folder / task).is_dir():
+        return _find_files(str(folder / task), task)
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        for split, starts in SPLIT_NAMES.items():
+            if re.match(rf"({'|'.join(starts)})([-_.].*)?$", file.stem):
+                found.setdefault(split, []).append(file)
+                break
+    if not found:
+        raise SiftError(
+            f"data.path: {path} holds no train or validation file ({', '.join(BUILDERS)})"
+        )
+    if len({file.suffix for some in found.values() for file in some}) > 1:
+        raise SiftError(f"data.path: {path} holds files of several formats; keep one")
+    return found
+
+
+def evaluation_splits(raw: DatasetDict, split: str) -> list[str]:
+    """MNLI has two validation splits; both count when `validation` is asked for."""
+    pair = [f"{split}_matched", f"{split}_mismatched"]
+    return pair if split not in raw and all(name in raw for name in pair) else [split]
+
+
+def by_suffix(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """The splits to evaluate on by the suffix of their metrics' names."""
+    suffixes = ("", "_mismatched")
+    return dict(zip(suffixes, splits.values(), strict=False))
+
+
+def take_split(raw: DatasetDict, name: str, path: str) -> Dataset:
+    """The split called `name`; raises SiftError where it is not there or empty."""
+    if name not in raw:
+        way_out = (
+            "; set data.holdout: 0.1 to hold out training rows" if name == "validation" else ""
+        )
+        raise SiftError(f"{path}: no split {name!r}; there is {', '.join(raw)}{way_out}")
+    if len(raw[name]) == 0:
+        raise SiftError(f"{path}: the split {name!r} is empty")
+    rows: Dataset = raw[name]
+    return rows
+
+
+def require_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
+    """Raises SiftError where a column is not there."""
+    for column in columns:
+        if column not in rows.column_names:
+            there = ", ".join(name for name in rows.column_names if name != NUMBER)
+            raise SiftError(f"data: the {split} split has no column {column!r}; it has {there}")
+
+
+def column_values(rows: Dataset, split: str, column: str) -> list[Any]:
+    """A column, whole; raises SiftError where it is no text that can be read."""
+    try:
+        return list(rows[column])
+    except UnicodeDecodeError as error:  # found by no one before: JSON is read without a look
+        raise SiftError(f"data: the {split} split: {column!r} is not UTF-8: {error}") from None
+
+
+def refuse_rows(
+    split: str,
+    what: str,
+    numbers: Sequence[int],
+    wrong: Sequence[bool],
+    values: Sequence[Any] | None = None,
+) -> None:
+    """Raises SiftError naming the rows that are `wrong`, with their `values`."""
+    rows = [index for index, one in enumerate(wrong) if one]
+    if not rows:
+        return
+    shown = ", ".join(
+        f"{numbers[index]}" + (f" ({values[index]!r})" if values is not None else "")
+        for index in rows[:5]
+    )
+    raise SiftError(f"data: the {split} split has {what}: {len(rows):,} rows, such as row {shown}")
