@@ -49,7 +49,7 @@ def merge(
 
     Example: sift merge runs/rte/delta.safetensors --out runs/rte/merged
     """
-    from sift_cli.delta import merge as run
+    from sift_cli.convert import merge as run
 
     report = run(
         deltas,
@@ -154,7 +154,7 @@ def diff(
 
     Example: sift diff roberta-base my-tuned-model --out delta.safetensors
     """
-    from sift_cli.delta.difference import difference
+    from sift_cli.convert.difference import difference
 
     made = difference(base, tuned, out, density=density, scope=scope, dtype=dtype)
     if as_json:
@@ -199,8 +199,8 @@ def export(
     """
     if to != "peft":
         raise SiftError(f"--to {to}: sift writes peft")
-    from sift_cli.delta.export import describe
-    from sift_cli.delta.export import export as run
+    from sift_cli.convert.export import describe
+    from sift_cli.convert.export import export as run
     from sift_cli.delta.tuned import delta_file
 
     report = run(

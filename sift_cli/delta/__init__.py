@@ -2,6 +2,5 @@
 
 from sift_cli.delta.apply import apply_delta
 from sift_cli.delta.file import Delta, WeightDelta, load_delta, save_delta
-from sift_cli.delta.merging import merge
 
-__all__ = ["Delta", "WeightDelta", "apply_delta", "load_delta", "merge", "save_delta"]
+__all__ = ["Delta", "WeightDelta", "apply_delta", "load_delta", "save_delta"]

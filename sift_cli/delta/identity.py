@@ -145,3 +145,6 @@ def _changed_already(delta: Delta, marks: Mapping[str, str], merged: bool) -> st
     if held != [after for _, after in pairs] or all(before == after for before, after in pairs):
         return ""
     return "It is the base itself." if merged else "The delta is in it already."
+
+
+NOT_TRAINED = "not the trained weight"  # in place of a fingerprint

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sift_cli.delta.apply import check_base
-from sift_cli.delta.changes import NOT_TRAINED
 from sift_cli.delta.file import SIGNED, Delta
+from sift_cli.delta.identity import NOT_TRAINED
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint, state_fingerprints, state_tensors
 

@@ -13,7 +13,8 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from sift_cli.analysis.inspect import MOVES, bands, inspect, layers_and_kinds, moves
-from sift_cli.delta import load_delta, merge, save_delta
+from sift_cli.convert import merge
+from sift_cli.delta import load_delta, save_delta
 from sift_cli.delta.file import SIGNED, Delta, weight_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint

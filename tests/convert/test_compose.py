@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sift_cli.delta import Delta, load_delta, merge, save_delta
-from sift_cli.delta import compose as composing
-from sift_cli.delta.compose import RULES, Mix, compose_
+from sift_cli.convert import compose as composing
+from sift_cli.convert import merge
+from sift_cli.convert.compose import RULES, Mix, compose_
+from sift_cli.delta import Delta, load_delta, save_delta
 from sift_cli.delta.file import WeightDelta, weight_delta
 from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError

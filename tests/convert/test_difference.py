@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sift_cli.delta import difference as differing
-from sift_cli.delta import load_delta, merge
-from sift_cli.delta.difference import difference
+from sift_cli.convert import difference as differing
+from sift_cli.convert import merge
+from sift_cli.convert.difference import difference
+from sift_cli.delta import load_delta
 from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import probe_logits

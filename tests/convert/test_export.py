@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from sift_cli.delta import export as exporting
+from sift_cli.convert import export as exporting
+from sift_cli.convert.export import choose_rank, export, shira_entries
 from sift_cli.delta import load_delta
-from sift_cli.delta.export import choose_rank, export, shira_entries
 from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import probe_logits

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sift_cli.convert.undo import Record, dropped_places
 from sift_cli.delta.file import Delta
 from sift_cli.delta.identity import renamed
-from sift_cli.delta.record import Record, dropped_places
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.loading import DTYPES, INDEX_FILE, weight_files

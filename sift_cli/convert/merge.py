@@ -10,19 +10,11 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from sift_cli.delta.cards import CARD_FILE, model_card
-from sift_cli.delta.changes import Composed, Toggle
-from sift_cli.delta.compose import Mix
-from sift_cli.delta.file import Delta, WeightDelta, load_delta
-from sift_cli.delta.plan import Plan, Shard, add_dense, plan_merge, plan_undo, require_whole
-from sift_cli.delta.proof import (
-    prove_files,
-    prove_logits,
-    prove_metrics,
-    reloaded_logits,
-    score,
-)
-from sift_cli.delta.record import (
+from sift_cli.convert.changes import Composed, Toggle
+from sift_cli.convert.compose import Mix
+from sift_cli.convert.plan import Plan, Shard, add_dense, plan_merge, plan_undo, require_whole
+from sift_cli.convert.proof import prove_files, prove_logits, prove_metrics, reloaded_logits, score
+from sift_cli.convert.undo import (
     RECORD_FILE,
     Record,
     copy_side_files,
@@ -31,6 +23,8 @@ from sift_cli.delta.record import (
     save_dropped,
     side_files,
 )
+from sift_cli.delta.cards import CARD_FILE, model_card
+from sift_cli.delta.file import Delta, WeightDelta, load_delta
 from sift_cli.delta.tuned import RECIPE_FILE, delta_file
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
