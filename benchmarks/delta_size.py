@@ -23,8 +23,9 @@ from torch import Tensor
 from sift_cli.delta import Delta, load_delta
 from sift_cli.delta.coding import COLUMNS, decode_positions, encode_positions
 from sift_cli.delta.planes import decode_bits, encode_bits
-from sift_cli.delta.tuned import DELTA_FILE, load_tuned
 from sift_cli.models.loading import DTYPES, load_model, model_folder, task_config
+from sift_cli.runs.folder import DELTA_FILE
+from sift_cli.runs.tuned import load_tuned
 
 PEFT = {"LoRA": methods.lora, "SHiRA": methods.shira, "Super-Tuning": methods.super_tuning}
 LARGE = (4096, 11008)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from sift_cli.recipe import parse_recipe
-from sift_cli.session import open_session
+from sift_cli.runs.session import open_session
 from sift_cli.training.batches import Batches
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sift_cli.models.attention import leave_masks_unread
 from sift_cli.recipe import load_recipe
-from sift_cli.session import open_session
+from sift_cli.runs.session import open_session
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.kernels import KERNELS, Kernel, choose
 from sift_cli.training import train

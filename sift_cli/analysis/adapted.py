@@ -27,16 +27,16 @@ from sift_cli.analysis.methods import (
     require_peft,
     trained,
 )
-from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import SiftError
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import Recipe, load_recipe
+from sift_cli.runs.folder import RECIPE_FILE, SUMMARY_FILE
+from sift_cli.runs.session import open_session
+from sift_cli.runs.timing import Timing, peak_memory
 from sift_cli.selection.select import planned
-from sift_cli.session import open_session
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.gradient import add_gradient
 from sift_cli.training.loop import SCHEDULES, evaluates
-from sift_cli.training.run import SUMMARY_FILE, Timing, peak_memory
 from sift_cli.training.watch import Watch
 
 WEIGHTS_FILE = "trained.safetensors"

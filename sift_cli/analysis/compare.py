@@ -13,15 +13,14 @@ from rich.console import Console
 
 from sift_cli.analysis.jobs import HALF_DECADE, WITHOUT_BUDGET, Job, Runner, rates_of
 from sift_cli.analysis.methods import ADAPTERS, METHODS, require_peft
-from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
 from sift_cli.recipe import Recipe
+from sift_cli.runs.folder import RECIPE_FILE, SUMMARY_FILE
+from sift_cli.runs.session import tell_emulated
 from sift_cli.selection.policies import POLICIES
-from sift_cli.session import tell_emulated
 from sift_cli.tasks.metrics import shown
 from sift_cli.training.choosing import rule_of
-from sift_cli.training.run import SUMMARY_FILE
 
 REFERENCE = "sift"
 MEASURES = ("step_time_ms", "peak_memory_bytes", "delta_bytes", "trained_entries", "dense_entries")

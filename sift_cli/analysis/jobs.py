@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sift_cli.analysis.methods import METHODS
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import Recipe, parse_recipe
+from sift_cli.runs.folder import SUMMARY_FILE
 from sift_cli.system.stopping import hears
 from sift_cli.tasks.metrics import shown
-from sift_cli.training.run import SUMMARY_FILE
 
 WITHOUT_BUDGET = ("full", "head-only")
 # What a method's rate is, in those of the recipe, where nothing else is said: all weights together

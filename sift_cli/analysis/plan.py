@@ -27,17 +27,17 @@ from sift_cli.models.loading import DTYPES, load_tokenizer, model_folder, quiet,
 from sift_cli.models.names import head_of
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import EvalSection, Recipe, TrainSection
+from sift_cli.runs.session import autocasts, load_rows, open_session
+from sift_cli.runs.timing import Timing
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import check, planned
 from sift_cli.selection.targets import choose_weights
-from sift_cli.session import autocasts, load_rows, open_session
 from sift_cli.tasks.table import TASKS
 from sift_cli.tasks.tokens import Encoded, encode
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, batches_of, rule_of
 from sift_cli.training.gradient import add_gradient
 from sift_cli.training.loop import make_optimizer
-from sift_cli.training.run import Timing
 
 STEPS = 3  # measured, after one that warms up
 VALUE_BYTES = {"float32": 3.25, "bfloat16": 1.24}  # measured of MiniLM (docs/benchmarks-delta.md)

@@ -22,15 +22,16 @@ from torch import Tensor
 from sift_cli.errors import SiftError
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import AXES, OPTIONS, Recipe, parse_recipe
+from sift_cli.runs.session import Session, open_session
 from sift_cli.selection.budget import largest, share
 from sift_cli.selection.observe import observed_gradients
 from sift_cli.selection.policies import POLICIES
-from sift_cli.session import Session, open_session
 from sift_cli.sparse import Support
 from sift_cli.sparse.segments import find
-from sift_cli.training.choosing import Chooser, frozen, kept_randomness, rule_of
+from sift_cli.training.choosing import Chooser, frozen, rule_of
 from sift_cli.training.gradient import add_gradient
 from sift_cli.training.loop import make_optimizer
+from sift_cli.training.randomness import kept_randomness
 
 CURVE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BETA2 = 0.999  # decay of Adam's second moment

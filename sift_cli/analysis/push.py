@@ -7,11 +7,15 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from sift_cli.analysis.report import report
-from sift_cli.delta.cards import CARD_FILE
-from sift_cli.delta.tuned import DELTA_FILE, RECIPE_FILE
 from sift_cli.errors import SiftError
-from sift_cli.training.record import PLOTS, REPORT_FILE
-from sift_cli.training.run import SUMMARY_FILE
+from sift_cli.runs.folder import (
+    CARD_FILE,
+    DELTA_FILE,
+    PLOTS,
+    RECIPE_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+)
 
 # What the library raises: for an answer, no network, a card it finds wrong, an upload that failed.
 # The bases of its own error are those of the HTTP client that it has.

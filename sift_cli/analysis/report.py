@@ -12,19 +12,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sift_cli import __version__
 from sift_cli.analysis.charts import by_layer, charts, gradient_share
-from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import SiftError
 from sift_cli.recipe import parse_recipe
-from sift_cli.tasks.metrics import shown
-from sift_cli.training.record import (
+from sift_cli.runs.folder import (
     GRADIENT_FILE,
-    MISTAKES,
     PLOTS,
     PREDICTIONS_FILE,
+    RECIPE_FILE,
     REPORT_FILE,
+    SUMMARY_FILE,
     WEIGHTS_FILE,
 )
-from sift_cli.training.run import SUMMARY_FILE
+from sift_cli.runs.record import MISTAKES
+from sift_cli.tasks.metrics import shown
 
 TEMPLATE = "report.html.j2"
 

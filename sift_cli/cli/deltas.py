@@ -201,7 +201,7 @@ def export(
         raise SiftError(f"--to {to}: sift writes peft")
     from sift_cli.convert.export import describe
     from sift_cli.convert.export import export as run
-    from sift_cli.delta.tuned import delta_file
+    from sift_cli.runs.folder import delta_file
 
     report = run(
         delta_file(delta), out, base=base, whole=whole, partial=partial, verify=not no_verify
@@ -236,7 +236,7 @@ def inspect(
     """
     from sift_cli.analysis.inspect import bands
     from sift_cli.analysis.inspect import inspect as run
-    from sift_cli.delta.tuned import delta_file
+    from sift_cli.runs.folder import delta_file
 
     found = run(delta_file(delta), base=base, out=out)
     if as_json:

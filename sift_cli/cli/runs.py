@@ -149,8 +149,8 @@ def evaluate(
     from sift_cli.recipe import load_recipe, parse_recipe
 
     given = load_recipe(recipe, overrides or []) if recipe else None
-    from sift_cli.delta.tuned import load_tuned
-    from sift_cli.session import open_session
+    from sift_cli.runs.session import open_session
+    from sift_cli.runs.tuned import load_tuned
 
     loaded, own = load_tuned(tuned, base)
     if given is None and own is None:
@@ -184,8 +184,8 @@ def predict(
     """
     if pair and len(pair) != len(text):
         raise SiftError(f"{len(text)} texts, but {len(pair)} --pair; give one for each")
-    from sift_cli.delta.tuned import load_tuned
     from sift_cli.models.devices import pick_device
+    from sift_cli.runs.tuned import load_tuned
     from sift_cli.tasks.classification import predict as run
 
     loaded, recipe = load_tuned(tuned, base)

@@ -13,7 +13,6 @@ from transformers import AutoConfig, PretrainedConfig
 from sift_cli.delta.apply import rest_fingerprints
 from sift_cli.delta.build import describe_base, versions
 from sift_cli.delta.file import SIGNED, Delta, WeightDelta, save_delta, weight_delta
-from sift_cli.delta.tuned import RECIPE_FILE
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import probe_logits, state_fingerprints
 from sift_cli.models.loading import (
@@ -28,6 +27,7 @@ from sift_cli.models.loading import (
 from sift_cli.models.names import all_names
 from sift_cli.models.stored import Stored, stored_kinds
 from sift_cli.recipe import parse_recipe
+from sift_cli.runs.folder import RECIPE_FILE
 from sift_cli.selection.budget import Global, PerWeight, share
 from sift_cli.sparse import Support
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sift_cli.delta.apply import apply_delta
-from sift_cli.delta.cards import CARD_FILE
 from sift_cli.delta.file import Delta, load_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import probe_logits
 from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folder, task_config
+from sift_cli.runs.folder import CARD_FILE
 from sift_cli.sparse import Support
 from sift_cli.system.files import new_folder
 

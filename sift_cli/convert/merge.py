@@ -23,9 +23,7 @@ from sift_cli.convert.undo import (
     save_dropped,
     side_files,
 )
-from sift_cli.delta.cards import CARD_FILE, model_card
 from sift_cli.delta.file import Delta, WeightDelta, load_delta
-from sift_cli.delta.tuned import RECIPE_FILE, delta_file
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.loading import (
@@ -40,6 +38,8 @@ from sift_cli.models.names import tensor_names
 from sift_cli.models.stored import stored_kinds
 from sift_cli.models.tensors import header_text, write_file, write_index
 from sift_cli.recipe import parse_recipe
+from sift_cli.runs.cards import model_card
+from sift_cli.runs.folder import CARD_FILE, RECIPE_FILE, delta_file
 from sift_cli.system.files import new_folder
 
 COMPOSED_FILE = "composed.safetensors"

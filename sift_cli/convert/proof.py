@@ -15,7 +15,7 @@ from sift_cli.models.fingerprints import fingerprint, probe_logits
 from sift_cli.models.loading import LoadedModel, load_model, weight_files
 from sift_cli.models.tensors import list_file
 from sift_cli.recipe import Recipe
-from sift_cli.session import open_session
+from sift_cli.runs.session import open_session
 from sift_cli.tasks.metrics import Metrics, shown
 
 # For numbers from another machine or library version; on the same one they are equal.

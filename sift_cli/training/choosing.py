@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import Recipe, SelectionSection
+from sift_cli.runs.session import Session
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Held, Rule, check, select
 from sift_cli.selection.targets import choose_weights
-from sift_cli.session import Session
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
 from sift_cli.training.batches import Batches
 from sift_cli.training.gradient import add_gradient
+from sift_cli.training.randomness import kept_randomness
 
 ALL_RATE = 1e-4  # of a warm-up that trains every entry, where the recipe gives none
 
@@ -215,9 +215,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for weight, flag in flags:
             weight.requires_grad_(flag)
-
-
-def kept_randomness(device: torch.device) -> Any:
-    """Leaves the random states of the host and of `device` as they were."""
-    devices = [device] if device.type == "cuda" else []
-    return torch.random.fork_rng(devices)

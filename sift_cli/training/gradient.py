@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sift_cli.models.devices import autocast, place
-from sift_cli.session import Session
+from sift_cli.runs.session import Session
 
 
 def add_gradient(session: Session, rows: Sequence[list[int]], total: int | None = None) -> Tensor:

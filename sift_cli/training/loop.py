@@ -14,21 +14,24 @@ from transformers import get_scheduler
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import Recipe
+from sift_cli.runs.checkpoint import Checkpoints
+from sift_cli.runs.facts import Facts
+from sift_cli.runs.folder import open_run_folder
+from sift_cli.runs.guard import guarded, require_space
+from sift_cli.runs.record import write_gradient, write_predictions
+from sift_cli.runs.session import Session, open_session, tell_emulated
+from sift_cli.runs.sinks import Sinks
+from sift_cli.runs.summary import write_run
+from sift_cli.runs.timing import Timing
 from sift_cli.selection.select import Rule
-from sift_cli.session import Session, open_session, tell_emulated
 from sift_cli.sparse import SparseAdamW, SparseParameters
 from sift_cli.system.stopping import Stop
 from sift_cli.tasks.metrics import Metrics
 from sift_cli.training.batches import Batches
-from sift_cli.training.checkpoint import Checkpoints, State, space_for
 from sift_cli.training.choosing import Chooser, rule_of
-from sift_cli.training.facts import Facts
 from sift_cli.training.gradient import add_gradient
-from sift_cli.training.guard import guarded, require_space
 from sift_cli.training.kept import Kept
-from sift_cli.training.record import write_gradient, write_predictions
-from sift_cli.training.run import Timing, open_run_folder, write_run
-from sift_cli.training.sinks import Sinks
+from sift_cli.training.state import State, space_for
 from sift_cli.training.watch import Watch
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}

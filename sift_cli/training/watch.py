@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.session import Session
+from sift_cli.runs.session import Session
 from sift_cli.sparse import SparseParameters
-from sift_cli.training.choosing import kept_randomness
 from sift_cli.training.gradient import add_gradient
+from sift_cli.training.randomness import kept_randomness
 
 Rows = Sequence[list[int]]
 

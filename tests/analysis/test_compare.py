@@ -21,9 +21,9 @@ from sift_cli.analysis.adapted import WEIGHTS_FILE, main, train_adapted
 from sift_cli.analysis.compare import compare, compare_runs, tabulated
 from sift_cli.analysis.jobs import Job, Runner, rates_of
 from sift_cli.analysis.methods import adapted_layers, rank_for
-from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe, parse_recipe
+from sift_cli.runs.tuned import load_tuned
 from sift_cli.training import train
 from tests.support.command import ENV, sift, until
 from tests.support.models import tiny_model

@@ -14,7 +14,7 @@ from sift_cli.analysis import probe
 from sift_cli.cli import app
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
-from sift_cli.session import open_session
+from sift_cli.runs.session import open_session
 from sift_cli.training import train
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.gradient import add_gradient

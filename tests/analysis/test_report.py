@@ -17,7 +17,7 @@ from sift_cli.analysis.charts import by_layer
 from sift_cli.delta import load_delta
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe
-from sift_cli.session import open_session
+from sift_cli.runs.session import open_session
 from sift_cli.training import train
 from sift_cli.training.choosing import batches_of
 from tests.support.browser import CHROMIUM, CUT_OFF, LOADED, UNLOADED, browser

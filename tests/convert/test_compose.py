@@ -16,10 +16,10 @@ from sift_cli.convert import merge
 from sift_cli.convert.compose import RULES, Mix, compose_
 from sift_cli.delta import Delta, load_delta, save_delta
 from sift_cli.delta.file import WeightDelta, weight_delta
-from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.recipe import load_recipe
+from sift_cli.runs.tuned import load_tuned
 from sift_cli.sparse import Support
 from sift_cli.training import train
 from tests.support.command import sift

@@ -15,10 +15,10 @@ from sift_cli.convert import difference as differing
 from sift_cli.convert import merge
 from sift_cli.convert.difference import difference
 from sift_cli.delta import load_delta
-from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import probe_logits
 from sift_cli.models.loading import LoadedModel, load_model
+from sift_cli.runs.tuned import load_tuned
 from sift_cli.selection.budget import share
 from tests.support.command import sift
 from tests.support.models import save_base, tiny_model, tiny_tokenizer

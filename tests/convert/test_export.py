@@ -15,9 +15,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from sift_cli.convert import export as exporting
 from sift_cli.convert.export import choose_rank, export, shira_entries
 from sift_cli.delta import load_delta
-from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import probe_logits
+from sift_cli.runs.tuned import load_tuned
 from sift_cli.sparse import Support
 from tests.support.command import Run, sift
 from tests.support.models import save_base

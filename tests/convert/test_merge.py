@@ -23,10 +23,10 @@ from sift_cli.convert.proof import reloaded_logits
 from sift_cli.delta import Delta, load_delta, save_delta
 from sift_cli.delta.apply import rest_fingerprints
 from sift_cli.delta.file import weight_delta
-from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint, state_fingerprints
 from sift_cli.models.loading import INDEX_FILE
+from sift_cli.runs.tuned import load_tuned
 from sift_cli.sparse import Support
 from tests.support.command import Run
 from tests.support.models import SIZE, save_base, tiny_model, tiny_tokenizer

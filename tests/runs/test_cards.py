@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 
 from sift_cli.convert import merge
 from sift_cli.delta import load_delta
-from sift_cli.delta.cards import delta_card, model_card
 from sift_cli.recipe import load_recipe
+from sift_cli.runs.cards import delta_card, model_card
 from sift_cli.training import train
 
 

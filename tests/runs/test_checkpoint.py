@@ -12,8 +12,8 @@ from rich.console import Console
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import load_recipe, parse_recipe
+from sift_cli.runs.checkpoint import FOLDER
 from sift_cli.training import train
-from sift_cli.training.checkpoint import FOLDER
 from tests.support.interruptions import (
     SELECTIONS,
     Killed,
@@ -125,7 +125,7 @@ def test_a_signal_ends_with_130_and_handlers_come_back(
 def test_a_signal_breaks_an_evaluation_off_and_it_is_made_up_for(
     recipe_file: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    from sift_cli import session
+    from sift_cli.runs import session
 
     recipe = load_recipe(recipe_file, ["train.epochs=2"])
     train(recipe, tmp_path / "calm")
@@ -254,7 +254,7 @@ def test_what_was_chosen_is_saved_before_the_first_step(
 
 
 def test_checkpoints_by_time(recipe_file: Path, tmp_path: Path, monkeypatch: Patch) -> None:
-    from sift_cli.training import checkpoint
+    from sift_cli.runs import checkpoint
 
     clock = iter(range(0, 10**6, 40))
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))

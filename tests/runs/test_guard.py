@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe
-from sift_cli.training import guard, train
-from sift_cli.training.guard import LOCK_FILE, guarded, locked, require_space, told
+from sift_cli.runs import guard
+from sift_cli.runs.guard import LOCK_FILE, guarded, locked, require_space, told
+from sift_cli.training import train
 from tests.support.interruptions import hold
 
 

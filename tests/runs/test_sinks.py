@@ -10,8 +10,8 @@ from rich.console import Console
 
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe
+from sift_cli.runs.sinks import Bar, JsonLines, WandB
 from sift_cli.training import train
-from sift_cli.training.sinks import Bar, JsonLines, WandB
 
 STEP = {"step": 3, "steps": 9, "loss": 0.25, "rows_per_second": 12.0}
 EVALUATION = {"step": 3, "metrics": {"accuracy": 0.5}, "best": True}

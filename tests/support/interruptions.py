@@ -9,9 +9,9 @@ import pytest
 from torch import Tensor
 
 from sift_cli.recipe import Recipe
+from sift_cli.runs.checkpoint import FOLDER
+from sift_cli.runs.guard import locked
 from sift_cli.training import loop, train
-from sift_cli.training.checkpoint import FOLDER
-from sift_cli.training.guard import locked
 
 SELECTIONS = {
     "first-batch": "{density: 0.05}",

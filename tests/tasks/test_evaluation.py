@@ -9,7 +9,7 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import probe_logits
 from sift_cli.models.loading import load_model
 from sift_cli.recipe import load_recipe
-from sift_cli.session import Session, open_session
+from sift_cli.runs.session import Session, open_session
 from sift_cli.tasks.classification import load_task
 from sift_cli.tasks.evaluation import predict_logits
 from sift_cli.tasks.tokens import encode

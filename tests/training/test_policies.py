@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sift_cli.delta import load_delta
-from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
+from sift_cli.runs.session import Session, open_session
+from sift_cli.runs.tuned import load_tuned
 from sift_cli.selection.policies import CHANGING, POLICIES, STRUCTURES
 from sift_cli.selection.structures import Units
-from sift_cli.session import Session, open_session
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.optimizer import HISTORIES
 from sift_cli.training import train

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sift_cli.delta import load_delta
-from sift_cli.delta.tuned import load_tuned
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.attention import leave_masks_unread
 from sift_cli.models.devices import without_idle_mask
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
-from sift_cli.session import open_session
+from sift_cli.runs.session import open_session
+from sift_cli.runs.tuned import load_tuned
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.training import train
 from sift_cli.training.batches import Batches, bucketed

@@ -11,7 +11,7 @@ from torch import Tensor
 from sift_cli.delta.file import load_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import Recipe, load_recipe
-from sift_cli.session import open_session
+from sift_cli.runs.session import open_session
 from sift_cli.training import train
 from sift_cli.training.batches import Batches
 from tests.support.command import sift

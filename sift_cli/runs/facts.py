@@ -14,8 +14,8 @@ import torch
 from sift_cli.delta.build import versions
 from sift_cli.models.fingerprints import state_fingerprints
 from sift_cli.recipe import Recipe
-from sift_cli.session import Session
-from sift_cli.training.run import NO_RESULT
+from sift_cli.runs.folder import NO_RESULT
+from sift_cli.runs.session import Session
 
 FORMAT = 1  # of checkpoints
 BLOCK = 10_000  # rows hashed at a time

@@ -10,9 +10,7 @@ from sift_cli.errors import SiftError
 from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folder, task_config
 from sift_cli.models.stored import stored_kinds
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
-
-DELTA_FILE = "delta.safetensors"
-RECIPE_FILE = "recipe.yaml"
+from sift_cli.runs.folder import DELTA_FILE, RECIPE_FILE, delta_file
 
 
 def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe | None]:
@@ -29,13 +27,6 @@ def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe 
     folder = model_folder(path)
     recipe = folder / RECIPE_FILE
     return load_model(folder), load_recipe(recipe) if recipe.is_file() else None
-
-
-def delta_file(path: str) -> Path:
-    """The delta at `path`: the file, or the one in a run folder."""
-    place = Path(path).expanduser()
-    inside = place / DELTA_FILE
-    return inside if inside.is_file() else place
 
 
 def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | None]:

@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sift_cli.runs.folder import GRADIENT_FILE, PREDICTIONS_FILE, WEIGHTS_FILE
+from sift_cli.runs.session import Session
 from sift_cli.selection.targets import linear_layers
-from sift_cli.session import Session
 from sift_cli.sparse import SparseParameters, Support
 from sift_cli.system.files import write_text
 
-PREDICTIONS_FILE = "predictions.jsonl"
-WEIGHTS_FILE = "weights.jsonl"
-GRADIENT_FILE = "gradient.jsonl"
-REPORT_FILE = "report.html"
-PLOTS = "plots"
 MISTAKES = 10  # so many rows of a split keep their text
 
 

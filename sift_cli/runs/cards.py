@@ -12,7 +12,6 @@ from sift_cli.recipe import Recipe
 from sift_cli.tasks.metrics import Metrics, shown
 from sift_cli.tasks.table import TASKS
 
-CARD_FILE = "README.md"
 PAPER = "[SIFT, Song et al., ICML 2024](https://arxiv.org/abs/2312.11875)"
 USE = """```python
 from transformers import pipeline

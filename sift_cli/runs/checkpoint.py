@@ -6,7 +6,6 @@ base, whose fingerprints are in there too.
 """
 
 import json
-import random
 import re
 import time
 from collections.abc import Mapping
@@ -15,31 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
-from sift_cli.delta.coding import decode_positions, encode_positions
-from sift_cli.delta.tuned import RECIPE_FILE
+from sift_cli.delta.coding import decode_positions
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import CheckpointSection, Recipe, load_recipe
-from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
+from sift_cli.runs.facts import Facts, differences, recipe_changes
+from sift_cli.runs.folder import NO_RESULT, RECIPE_FILE, read_summary
+from sift_cli.sparse import SparseParameters, Support, Touched, attach
 from sift_cli.system.files import sha256_of, sync
-from sift_cli.training.facts import Facts, differences, recipe_changes
-from sift_cli.training.kept import Kept
-from sift_cli.training.run import NO_RESULT, Timing, read_summary
-from sift_cli.training.watch import Watch
 
 FOLDER = "checkpoint"
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
 KEPT = 2  # files
-ENTRY_BYTES = 18  # about what an entry takes in a file: master, moments, position, best value
-DELTA_BYTES = 6  # and in the delta
-MORE_BYTES = 1 << 20  # and what does not grow with them: random states, fingerprints, metrics
 
 
 @dataclass(frozen=True)
@@ -88,79 +78,6 @@ class Checkpoint:
         if coded is None:
             return Support(tuple(shape))
         return Support.of(shape, decode_positions(coded, count, shape))
-
-
-@dataclass(frozen=True)
-class State:
-    """The parts of a run that change from step to step."""
-
-    parameters: SparseParameters
-    optimizer: SparseAdamW
-    schedule: LRScheduler
-    kept: Kept
-    watch: Watch
-    timing: Timing
-    device: torch.device
-
-    def gather(self, step: int) -> Checkpoint:
-        """All of them after `step`. Waits for a GPU, and only here."""
-        tensors = {"masters": self.parameters.flat.detach()}
-        tensors |= {f"optimizer/{key}": one for key, one in self.optimizer.state().items()}
-        table: dict[str, dict[str, Any]] = {"support": {}, "touched": {}, "kept": {}}
-
-        def put(kind: str, name: str, support: Support, values: Tensor | None = None) -> None:
-            table[kind][name] = [list(support.shape), len(support)]
-            if support.positions is not None:
-                coded = encode_positions(support.positions, support.shape)
-                tensors[f"{kind}/{name}/positions"] = coded
-            if values is not None:
-                tensors[f"{kind}/{name}/values"] = values
-
-        trained = {segment.name: segment.support for segment in self.parameters}
-        for name, support in trained.items():
-            put("support", name, support)
-        for name, (support, values) in self.parameters.state().items():
-            if name not in trained or len(trained[name]) < len(support):  # some have left
-                put("touched", name, support, values)
-        for name, (support, values) in (self.kept.state or {}).items():
-            put("kept", name, support, values)
-        said, states = random_states(self.device)
-        tensors |= states | {"step_ms": torch.tensor(self.timing.step_ms, dtype=torch.float64)}
-        about = {
-            "step": step,
-            "supports": table,
-            "schedule": self.schedule.state_dict(),
-            "kept": {
-                "step": self.kept.step,
-                "metrics": self.kept.metrics,
-                "seen": self.kept.seen,
-            },
-            "skipped": self.watch.skipped,
-            "random": said,
-            "used": self.timing.used(self.device),
-        }
-        return Checkpoint({key: one.cpu().contiguous() for key, one in tensors.items()}, about)
-
-    def load(self, saved: Checkpoint) -> None:
-        """Goes on from there; `parameters` must be what `saved.attach` gave."""
-        about, tensors = saved.about, saved.tensors
-        self.optimizer.load_state(
-            {
-                key.removeprefix("optimizer/"): one
-                for key, one in tensors.items()
-                if key.startswith("optimizer/")
-            }
-        )
-        self.schedule.load_state_dict(about["schedule"])
-        for group, rate in zip(
-            self.optimizer.adamw.param_groups, self.schedule.get_last_lr(), strict=True
-        ):
-            group["lr"] = rate
-        self.kept.step, self.kept.seen = about["kept"]["step"], about["kept"]["seen"]
-        self.kept.metrics, self.kept.state = about["kept"]["metrics"], saved.kept()
-        self.watch.resume(about["skipped"])
-        self.timing.resume(saved.step, tensors["step_ms"].tolist(), about["used"])
-        set_random_states(about["random"], tensors, self.device)
 
 
 class Checkpoints:
@@ -272,38 +189,6 @@ class Checkpoints:
             raise _other_run(self.out, found.refuse, code)
         for one in found.tell:
             self.console.print(f"on resuming, results may differ in the last bits: {one}")
-
-
-def space_for(parameters: SparseParameters) -> int:
-    """About how many bytes the checkpoints and the delta of a run take at most."""
-    return len(parameters) * (ENTRY_BYTES * (KEPT + 1) + DELTA_BYTES) + MORE_BYTES
-
-
-def random_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The states of every generator that a run may draw from, as JSON and as tensors."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    said = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
-    states = {"random/cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["random/cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["random/mps"] = torch.mps.get_rng_state()
-    return said, states
-
-
-def set_random_states(
-    said: Mapping[str, Any], states: Mapping[str, Tensor], device: torch.device
-) -> None:
-    """The other way round."""
-    version, words, gauss = said["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = said["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["random/cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["random/cuda"], device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(states["random/mps"])
 
 
 def _other_run(out: Path, changes: list[str], code: ExitCode) -> SiftError:

@@ -1,0 +1,42 @@
+"""The random states of a run."""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def random_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The states of every generator that a run may draw from, as JSON and as tensors."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    said = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+    states = {"random/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random/cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["random/mps"] = torch.mps.get_rng_state()
+    return said, states
+
+
+def set_random_states(
+    said: Mapping[str, Any], states: Mapping[str, Tensor], device: torch.device
+) -> None:
+    """The other way round."""
+    version, words, gauss = said["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = said["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["random/cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["random/cuda"], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states["random/mps"])
+
+
+def kept_randomness(device: torch.device) -> Any:
+    """Leaves the random states of the host and of `device` as they were."""
+    devices = [device] if device.type == "cuda" else []
+    return torch.random.fork_rng(devices)
