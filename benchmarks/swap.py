@@ -18,8 +18,8 @@ from peft import ShiraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from sift_cli import Delta
-from sift_cli.delta.apply import rest_fingerprints
 from sift_cli.delta.file import weight_delta
+from sift_cli.delta.identity import rest_fingerprints
 from sift_cli.models.fingerprints import state_fingerprints
 from sift_cli.models.loading import quiet
 from sift_cli.sparse import Support

@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from sift_cli.convert.compose import Mix, Overlap, compose_
-from sift_cli.delta.apply import check_base, rest_fingerprints
 from sift_cli.delta.file import Delta, WeightDelta, save_delta
-from sift_cli.delta.identity import NOT_TRAINED
+from sift_cli.delta.identity import NOT_TRAINED, check_base, rest_fingerprints
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import Kind, fingerprint
 

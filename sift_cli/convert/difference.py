@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from sift_cli.delta.apply import rest_fingerprints
 from sift_cli.delta.build import describe_base, versions
 from sift_cli.delta.file import SIGNED, Delta, WeightDelta, save_delta, weight_delta
+from sift_cli.delta.identity import rest_fingerprints
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import probe_logits, state_fingerprints
 from sift_cli.models.loading import (

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sift_cli.delta.apply import apply_delta
 from sift_cli.delta.file import Delta, load_delta
+from sift_cli.delta.serving import apply_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import probe_logits
 from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folder, task_config

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sift_cli import __version__
-from sift_cli.delta.apply import rest_fingerprints
 from sift_cli.delta.file import SIGNED, Delta, weight_delta
+from sift_cli.delta.identity import rest_fingerprints
 from sift_cli.models.fingerprints import tied_names
 from sift_cli.sparse import SparseParameters, Support
 

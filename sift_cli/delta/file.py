@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ValidationError
@@ -74,6 +74,10 @@ class Delta:
     dense: dict[str, Tensor]
     rest: str
     about: dict[str, Any]
+    # Methods that belong to serving.py, which knows this file: the package attaches them.
+    apply_: ClassVar[Callable[["Delta", nn.Module], None]]
+    undo_: ClassVar[Callable[["Delta", nn.Module], None]]
+    swap_: ClassVar[Callable[["Delta", nn.Module], None]]
 
     @property
     def entries(self) -> int:
@@ -84,24 +88,6 @@ class Delta:
     def load(cls, path: str | Path) -> "Delta":
         """The delta in a file; raises SiftError as `load_delta` does."""
         return load_delta(Path(path))
-
-    def apply_(self, model: nn.Module) -> None:
-        """Base to trained, bit for bit and in place: `serving.apply_`."""
-        from sift_cli.delta import serving
-
-        serving.apply_(model, self)
-
-    def undo_(self, model: nn.Module) -> None:
-        """Trained to base, bit for bit and in place: `serving.undo_`."""
-        from sift_cli.delta import serving
-
-        serving.undo_(model, self)
-
-    def swap_(self, model: nn.Module) -> None:
-        """This delta in place of whichever is on the model: `serving.swap_`."""
-        from sift_cli.delta import serving
-
-        serving.swap_(model, self)
 
 
 def weight_delta(

@@ -2,12 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 
 import torch
 
 from sift_cli.delta.file import Delta
+from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import Kind
 
 VOCABULARY = re.compile(r"(^|\.)(word_embeddings|embed_tokens|wte|shared|lm_head)\.weight$")
@@ -148,3 +149,40 @@ def _changed_already(delta: Delta, marks: Mapping[str, str], merged: bool) -> st
 
 
 NOT_TRAINED = "not the trained weight"  # in place of a fingerprint
+
+
+def rest_fingerprints(marks: Mapping[str, str], touched: Iterable[str]) -> str:
+    """Eight hex digits for each tensor that a delta leaves alone, in the order of sorted names."""
+    left = sorted(set(marks) - set(touched))
+    return "".join(marks[name][:8] for name in left)
+
+
+def check_base(
+    delta: Delta,
+    marks: Mapping[str, str],
+    source: str,
+    merged: bool = False,
+    *,
+    kinds: Mapping[str, Kind] | None = None,
+    tied: Mapping[str, str] | None = None,
+) -> None:
+    """Raises SiftError (exit code 3) naming the tensors in which `source` is not the delta's base.
+
+    `marks` holds the fingerprint of each of the base's tensors, by name; `merged` says that
+    `source` is the merged model, turned back. `kinds` and `tied`, where known, are what the source
+    holds: they say more of what is wrong.
+    """
+    lacking, wrong = differing(delta, marks)
+    if not lacking and not wrong:
+        return
+    names = lacking + wrong
+    base = delta.about["base"]
+    role = "the merged model" if merged else "the base"
+    shown = "\n  ".join(names[:10])
+    more = f"\n  and {len(names) - 10} more" if len(names) > 10 else ""
+    raise SiftError(
+        f"{source} is not {role} of this delta, which was trained on {base['path']} "
+        f"({base['dtype']}); {len(names)} tensors {'are lacking or ' if lacking else ''}differ:\n"
+        f"  {shown}{more}\n{advice(delta, marks, kinds or {}, tied or {}, names, merged)}",
+        ExitCode.WRONG_FILE,
+    )

@@ -14,11 +14,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sift_cli.delta.apply import check_base
 from sift_cli.delta.file import SIGNED, Delta
-from sift_cli.delta.identity import NOT_TRAINED
+from sift_cli.delta.identity import NOT_TRAINED, check_base
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.fingerprints import fingerprint, state_fingerprints, state_tensors
+from sift_cli.models.fingerprints import (
+    Kind,
+    fingerprint,
+    kinds_of,
+    state_fingerprints,
+    state_tensors,
+    tied_names,
+)
 
 SOURCE = "the model"
 Note = tuple[object, ...]
@@ -64,7 +70,7 @@ class Watched:
 _watched: WeakKeyDictionary[nn.Module, Watched] = WeakKeyDictionary()
 
 
-def apply_(model: nn.Module, delta: Delta) -> None:
+def apply_(delta: Delta, model: nn.Module) -> None:
     """Base to trained, in place.
 
     Raises SiftError (exit code 3) where the model is not the delta's base: another model, one that
@@ -80,7 +86,7 @@ def apply_(model: nn.Module, delta: Delta) -> None:
     _exchange(model, state, watched, delta)
 
 
-def undo_(model: nn.Module, delta: Delta) -> None:
+def undo_(delta: Delta, model: nn.Module) -> None:
     """Trained to base, in place; a head that the base lacks gets back what it was before.
 
     Raises SiftError (exit code 3) where `delta` is not what is on the model.
@@ -94,7 +100,7 @@ def undo_(model: nn.Module, delta: Delta) -> None:
     _exchange(model, state, watched, None)
 
 
-def swap_(model: nn.Module, delta: Delta) -> None:
+def swap_(delta: Delta, model: nn.Module) -> None:
     """`delta` in place of whichever is on the model, if any.
 
     Raises SiftError (exit code 3) as `apply_` does, and then leaves the model as it is.
@@ -282,3 +288,25 @@ def _name(delta: Delta) -> str:
     """A delta in words."""
     said = [str(delta.about.get(key)) for key in ("task", "policy") if delta.about.get(key)]
     return f"the {' '.join(said)} delta" if said else "a delta"
+
+
+@torch.no_grad()
+def apply_delta(
+    model: nn.Module,
+    delta: Delta,
+    source: str = "the model",
+    kinds: Mapping[str, Kind] | None = None,
+) -> None:
+    """Turns the base into the trained model, in place and bit for bit.
+
+    `kinds` are those of the files that `model` was loaded from, where it was loaded in another
+    dtype. Raises SiftError (exit code 3) where `model` is not the base that the delta was trained
+    on.
+    """
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    marks = state_fingerprints(model, delta.dense)
+    check_base(delta, marks, source, kinds=kinds or kinds_of(model), tied=tied_names(model))
+    for name, weight in delta.weights.items():
+        weight.toggle_(named[name])
+    for name, tensor in delta.dense.items():
+        named[name].copy_(tensor)

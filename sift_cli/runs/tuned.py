@@ -4,8 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from sift_cli.delta.apply import apply_delta
 from sift_cli.delta.file import load_delta
+from sift_cli.delta.serving import apply_delta
 from sift_cli.errors import SiftError
 from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folder, task_config
 from sift_cli.models.stored import stored_kinds

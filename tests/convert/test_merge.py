@@ -21,8 +21,8 @@ from sift_cli.convert import merge
 from sift_cli.convert import merge as merging
 from sift_cli.convert.proof import reloaded_logits
 from sift_cli.delta import Delta, load_delta, save_delta
-from sift_cli.delta.apply import rest_fingerprints
 from sift_cli.delta.file import weight_delta
+from sift_cli.delta.identity import rest_fingerprints
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint, state_fingerprints
 from sift_cli.models.loading import INDEX_FILE

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sift_cli.delta import Delta, apply_delta
-from sift_cli.delta.apply import check_base
 from sift_cli.delta.build import build_delta
+from sift_cli.delta.identity import check_base
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import state_fingerprints, tied_names
 from sift_cli.models.stored import stored_kinds

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sift_cli import Delta
 from sift_cli.delta import save_delta, serving
-from sift_cli.delta.apply import rest_fingerprints
 from sift_cli.delta.file import weight_delta
+from sift_cli.delta.identity import rest_fingerprints
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint, state_fingerprints
 from sift_cli.sparse import Support
