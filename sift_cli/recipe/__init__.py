@@ -1,15 +1,8 @@
 """The recipe: what it may hold, and how it is read. Imports no torch."""
 
 from sift_cli.recipe.reading import load_recipe, parse_recipe, trace_recipe
-from sift_cli.recipe.schema import (
-    AXES,
-    OPTIONS,
-    CheckpointSection,
-    EvalSection,
-    Recipe,
-    SelectionSection,
-    TrainSection,
-)
+from sift_cli.recipe.schema import CheckpointSection, EvalSection, Recipe, TrainSection
+from sift_cli.recipe.selection import AXES, OPTIONS, SelectionSection
 
 __all__ = [
     "AXES",

@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sift_cli.errors import SiftError
-from sift_cli.recipe.schema import AXES, OPTIONS, Recipe
+from sift_cli.recipe.schema import Recipe
+from sift_cli.recipe.selection import AXES, OPTIONS
 from sift_cli.selection.policies import POLICIES
 
 Place = tuple[str | int, ...]

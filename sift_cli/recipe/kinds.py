@@ -1,0 +1,86 @@
+"""Kinds of values that a recipe holds, each with its error and its JSON schema."""
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+    WrapValidator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def as_list(value: object) -> object:
+    """One text stands for a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
+class _OneOf(NamedTuple):
+    """Accepts the names in `known`; the error offers the nearest, the JSON schema lists them."""
+
+    known: tuple[str, ...]
+
+    def check(self, value: str) -> str:
+        if value not in self.known:
+            raise ValueError(f"unknown: {value!r}{nearest(value, self.known)}")
+        return value
+
+    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(kind))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.known)}
+
+
+def one_of(known: Iterable[str]) -> _OneOf:
+    """A name among `known`."""
+    return _OneOf(tuple(known))
+
+
+def in_short(expected: str) -> WrapValidator:
+    """One message for a value of several types, in place of one for each type."""
+
+    def check(value: Any, inner: Callable[[Any], Any]) -> Any:
+        try:
+            return inner(value)
+        except ValidationError:
+            raise ValueError(f"give {expected}, got {value!r}") from None
+
+    return WrapValidator(check)
+
+
+def or_list(item: dict[str, Any]) -> WithJsonSchema:
+    """For the JSON schema: one or several."""
+    return WithJsonSchema({"anyOf": [item, {"type": "array", "items": item}]})
+
+
+Names = Annotated[list[str], BeforeValidator(as_list), or_list({"type": "string"})]
+
+
+class Section(BaseModel):
+    """Part of a recipe; a key that it does not know is an error."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The way out for an unknown word: the known one that is nearest, or all of them."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

@@ -1,0 +1,170 @@
+"""The section of a recipe that says which entries train."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from sift_cli.recipe.kinds import Names, PositiveInt, Section, Share, in_short, nearest, one_of
+from sift_cli.selection.policies import CHANGING, POLICIES, SCHEDULES, SCOPES, SCORES, STRUCTURES
+
+PolicyName = Annotated[str, one_of(list(POLICIES))]
+
+
+class Option(NamedTuple):
+    """A key that only some selections have: those whose `axis` is one of `values`."""
+
+    default: object
+    axis: str
+    values: tuple[str, ...]
+
+    @property
+    def needs(self) -> str:
+        """What it belongs to, as a recipe would say it."""
+        return f"{self.axis}: {' or '.join(self.values)}"
+
+    def applies(self, selection: Mapping[str, Any]) -> bool:
+        """Whether it does something there; a score of one's own may ask for anything."""
+        value = str(selection.get(self.axis))
+        return value in self.values or (self.axis == "score" and ".py:" in value)
+
+
+OPTIONS = {
+    "block_size": Option(16, "structure", ("block",)),
+    "rank": Option(32, "score", ("low-rank",)),
+    "every": Option(20, "schedule", ("every-n-steps",)),
+    "drop": Option(1.0, "schedule", ("every-n-steps",)),
+    "revert": Option(False, "schedule", CHANGING),
+    "history": Option("keep", "schedule", CHANGING),
+    "warmup_steps": Option(50, "schedule", ("after-warmup",)),
+    "warmup_trains": Option("head", "schedule", ("after-warmup",)),
+    "warmup_learning_rate": Option(None, "schedule", ("after-warmup",)),
+}
+
+
+AXES = ("score", "scope", "structure", "schedule")
+
+
+def _density(value: object) -> object:
+    """One share, or patterns with shares; the error is that of what was meant."""
+    kind: Any = dict[str, Share] if isinstance(value, dict) else Share
+    try:
+        return None if value is None else TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{first['loc'][0]}: " if first["loc"] else ""
+        said = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        raise ValueError(f"{where}{said}, got {first['input']!r}") from None
+
+
+def _score_name(value: str) -> str:
+    file, colon, function = value.rpartition(":")
+    if value not in SCORES and not (colon and file.endswith(".py") and function.isidentifier()):
+        raise ValueError(f"unknown: {value!r}{nearest(value, SCORES)}, or FILE.py:FUNCTION")
+    return value
+
+
+_SCORE = WithJsonSchema({"anyOf": [{"enum": list(SCORES)}, {"pattern": r"\.py:\w+$"}]})
+
+
+class SelectionSection(Section):
+    """Which entries train."""
+
+    policy: PolicyName = Field("sift", description="a row of the policy table")
+    score: Annotated[str, AfterValidator(_score_name), _SCORE] | None = Field(
+        None, description="what an entry is worth; or FILE.py:FUNCTION"
+    )
+    scope: Annotated[str, one_of(SCOPES)] | None = Field(
+        None, description="where entries compete for the budget"
+    )
+    structure: Annotated[str, one_of(STRUCTURES)] | None = Field(
+        None, description="what is chosen whole"
+    )
+    schedule: Annotated[str, one_of(SCHEDULES)] | None = Field(
+        None, description="when entries are chosen"
+    )
+    batches: PositiveInt = Field(1, description="calibration batches whose gradients are summed")
+    density: Annotated[float | dict[str, float] | None, BeforeValidator(_density)] = Field(
+        None,
+        description="share of the targeted entries, or {default: share, PATTERN: share}; "
+        "0.01 if unset",
+    )
+    budget: PositiveInt | None = Field(None, description="entries in all, instead of a density")
+    target: Annotated[str | list[str], in_short("all-linear, all, or name patterns")] = Field(
+        "all-linear", description="all-linear, all, or name patterns"
+    )
+    exclude: Names = Field(default_factory=list, description="name patterns left out")
+    dense: Names = Field(
+        default_factory=lambda: ["classifier", "score"], description="modules trained whole"
+    )
+    block_size: PositiveInt | None = Field(None, description="edge of a block")
+    rank: PositiveInt | None = Field(None, description="rank of the low-rank score")
+    every: PositiveInt | None = Field(None, description="steps between selections")
+    drop: Share | None = Field(
+        None, description="share of the support that changed least and is chosen anew each time"
+    )
+    revert: bool | None = Field(None, description="entries that leave go back to the base")
+    history: Literal["keep", "reset", "park"] | None = Field(
+        None, description="what becomes of Adam's moments when the support changes"
+    )
+    warmup_steps: PositiveInt | None = Field(None, description="steps before entries are chosen")
+    warmup_trains: Literal["head", "all"] | None = Field(
+        None, description="what these train; after `all`, weights go back to the base"
+    )
+    warmup_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="train.learning_rate for the head and 1e-4 for all if unset"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _row(cls, given: Any) -> Any:
+        """Fills what the recipe leaves open: axes and options from the policy, then defaults."""
+        if not isinstance(given, dict):
+            return given
+        row = POLICIES.get(str(given.get("policy", "sift")), POLICIES["sift"])
+        filled = {**given}
+        for key, value in {**{axis: getattr(row, axis) for axis in AXES}, **row.defaults}.items():
+            applies = key not in OPTIONS or OPTIONS[key].applies(filled)
+            if filled.get(key) is None and applies:
+                filled[key] = value
+        for key, option in OPTIONS.items():
+            if filled.get(key) is None and option.applies(filled):
+                filled[key] = option.default
+        return filled
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "SelectionSection":
+        if self.density is not None and self.budget is not None:
+            raise ValueError("density: give density or budget, not both")
+        if self.density is None and self.budget is None:
+            object.__setattr__(self, "density", 0.01)
+        for key, option in OPTIONS.items():
+            if getattr(self, key) is not None and not option.applies(dict(self)):
+                raise ValueError(f"{key}: it belongs to {option.needs}, and would do nothing here")
+        if isinstance(self.density, dict):
+            if "default" not in self.density:
+                raise ValueError("density: give the other weights a share too, as `default`")
+            if self.scope == "global":
+                raise ValueError(
+                    "density: under scope global all weights share one budget; patterns need "
+                    "scope tensor or neuron"
+                )
+        if self.scope == "neuron" and self.structure in ("row", "column"):
+            raise ValueError(
+                f"structure: a {self.structure} is no part of one neuron; scope neuron goes with "
+                "entry or block"
+            )
+        if self.score == "change" and self.warmup_trains != "all":
+            raise ValueError(
+                "score: change is how far a warm-up moved each entry; it needs schedule "
+                "after-warmup and warmup_trains: all"
+            )
+        return self
