@@ -25,7 +25,7 @@ from sift_cli.models.attention import replace_sdpa
 from sift_cli.models.devices import autocast
 from sift_cli.models.dropout import quicken_dropout
 from sift_cli.models.prepare import recompute_activations
-from sift_cli.selection.observe import observed_gradients
+from sift_cli.selection.evidence import observed_gradients
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.kernels import CROWDED, Axis, Kernel, dense, product, samples, take, widen
 

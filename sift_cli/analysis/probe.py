@@ -24,7 +24,7 @@ from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import AXES, OPTIONS, Recipe, parse_recipe
 from sift_cli.runs.session import Session, open_session
 from sift_cli.selection.budget import largest, share
-from sift_cli.selection.observe import observed_gradients
+from sift_cli.selection.evidence import observed_gradients
 from sift_cli.selection.policies import POLICIES
 from sift_cli.sparse import Support
 from sift_cli.sparse.segments import find

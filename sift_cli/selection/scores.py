@@ -12,18 +12,7 @@ import torch
 from torch import Tensor
 
 from sift_cli.errors import ExitCode, SiftError
-
-# What a score function may ask for, by the name of its parameter. Weights of linear layers come as
-# [outputs, inputs], all others in their own shape.
-EVIDENCE = {
-    "weight": "the weight",
-    "gradient": "sum over the calibration batches of `fold` of its gradient, in its shape",
-    "input_norm": "2-norm of each input over all tokens, [inputs]; one for what has no such input",
-    "change": "how far the warm-up moved it, |trained - base|, in its shape",
-    "generator": "a seeded generator of the weight's own, on the host",
-    "rank": "selection.rank",
-}
-NEED_DATA = {"gradient", "input_norm"}
+from sift_cli.selection.evidence import EVIDENCE, NEED_DATA
 
 
 def _itself(gradient: Tensor) -> Tensor:

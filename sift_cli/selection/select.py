@@ -16,7 +16,7 @@ from sift_cli.selection.budget import (
     require_fits,
     share,
 )
-from sift_cli.selection.observe import observed_gradients, observed_inputs
+from sift_cli.selection.evidence import input_norm_of, observed_gradients, observed_inputs
 from sift_cli.selection.scores import Score, score_entries
 from sift_cli.selection.structures import Units
 from sift_cli.selection.targets import LinearLayer, density_of, linear_layers
@@ -113,7 +113,7 @@ def select(
             evidence = {
                 "weight": cut.turned(weight),
                 "gradient": None if gradient is None else cut.turned(gradient),
-                "input_norm": _input_norm(name, weight, cut, squares),
+                "input_norm": input_norm_of(name, weight, cut, squares),
                 "change": cut.turned(change[name]) if change is not None else None,
                 "rank": rule.rank,
             }
@@ -171,13 +171,6 @@ def _chooser(
         densities = density_of(rule.density, weights)
         counts = {name: share(densities[name], one.count) for name, one in units.items()}
     return PerWeight(counts, per_neuron=rule.scope == "neuron")
-
-
-def _input_norm(name: str, weight: Tensor, units: Units, squares: Mapping[str, Tensor]) -> Tensor:
-    if name in squares:
-        return squares[name].sqrt()
-    width = units.shape[-1] if len(units.shape) else 1
-    return torch.ones(width, device=weight.device)
 
 
 def _hold(scores: Tensor, units: Units, held: Held) -> Tensor:

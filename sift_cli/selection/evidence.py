@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+
+from sift_cli.selection.structures import Units
 
 
 @contextmanager
@@ -59,3 +62,26 @@ def observed_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tenso
     finally:
         for handle in handles:
             handle.remove()
+
+
+# What a score function may ask for, by the name of its parameter. Weights of linear layers come as
+# [outputs, inputs], all others in their own shape.
+EVIDENCE = {
+    "weight": "the weight",
+    "gradient": "sum over the calibration batches of `fold` of its gradient, in its shape",
+    "input_norm": "2-norm of each input over all tokens, [inputs]; one for what has no such input",
+    "change": "how far the warm-up moved it, |trained - base|, in its shape",
+    "generator": "a seeded generator of the weight's own, on the host",
+    "rank": "selection.rank",
+}
+
+
+NEED_DATA = {"gradient", "input_norm"}
+
+
+def input_norm_of(name: str, weight: Tensor, units: Units, squares: Mapping[str, Tensor]) -> Tensor:
+    """The 2-norm of each of a weight's inputs, [inputs]; ones where it has no such input."""
+    if name in squares:
+        return squares[name].sqrt()
+    width = units.shape[-1] if len(units.shape) else 1
+    return torch.ones(width, device=weight.device)
