@@ -1,12 +1,12 @@
 """AdamW over the flat buffer, with the rounding into the weights that belongs to each step."""
 
 from collections.abc import Mapping
-from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sift_cli.sparse.adamw import aged_adamw_
 from sift_cli.sparse.parameters import Move, SparseParameters
 from sift_cli.sparse.segments import Segment, find, merged, positions_of
 from sift_cli.sparse.support import Support
@@ -184,30 +184,3 @@ class SparseAdamW:
         stays = torch.ones(len(held), dtype=torch.bool)
         stays[at[known]] = False
         self._parked[segment.name] = held[stays], kept[:, stays]
-
-
-def aged_adamw_(
-    values: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    ages: Tensor,
-    goes: Tensor | float = 1.0,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One step of AdamW in place, all tensors [K], where entry k takes its `ages[k]`-th step.
-
-    Where `goes` is 0 and not 1, nothing changes, provided that the gradient is 0.
-    """
-    first, second = betas
-    values.mul_(1 - goes * (lr * weight_decay))
-    exp_avg.mul_(1 - goes * (1 - first)).add_(gradient, alpha=1 - first)
-    exp_avg_sq.mul_(1 - goes * (1 - second)).addcmul_(gradient, gradient, value=1 - second)
-    ages = ages.clamp(min=1)
-    corrected = exp_avg.mul(goes).div_(-torch.expm1(ages * log(first)))
-    scale = (exp_avg_sq / -torch.expm1(ages * log(second))).sqrt_().add_(eps)
-    values.addcdiv_(corrected, scale, value=-lr)

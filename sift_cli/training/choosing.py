@@ -18,6 +18,7 @@ from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Held, Rule, check, select
 from sift_cli.selection.targets import choose_weights
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
+from sift_cli.sparse.parameters import whole
 from sift_cli.training.batches import Batches
 from sift_cli.training.gradient import add_gradient
 from sift_cli.training.randomness import kept_randomness
@@ -196,12 +197,6 @@ def backward_passes(
         total = sum(map(len, rows))
         passes += [partial(add_gradient, session, [part], total) for part in rows]
     return passes
-
-
-def whole(model: nn.Module, names: Sequence[str]) -> dict[str, Support]:
-    """Supports that hold every entry of the parameters called `names`."""
-    named = dict(model.named_parameters())
-    return {name: Support(tuple(named[name].shape)) for name in names}
 
 
 @contextmanager
