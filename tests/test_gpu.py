@@ -14,8 +14,8 @@ from sift_cli.runs.session import open_session
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.kernels import KERNELS, Kernel, choose
 from sift_cli.training import train
-from sift_cli.training.gradient import add_gradient
 from sift_cli.training.loop import Watch
+from sift_cli.training.step import add_gradient
 
 pytestmark = pytest.mark.gpu
 

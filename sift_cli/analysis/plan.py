@@ -35,9 +35,9 @@ from sift_cli.selection.targets import choose_weights
 from sift_cli.tasks.table import TASKS
 from sift_cli.tasks.tokens import Encoded, encode
 from sift_cli.training.batches import Batches
-from sift_cli.training.choosing import Chooser, batches_of, rule_of
-from sift_cli.training.gradient import add_gradient
-from sift_cli.training.loop import make_optimizer
+from sift_cli.training.choosing import rule_of, selecting
+from sift_cli.training.step import take_step
+from sift_cli.training.watch import Watch
 
 STEPS = 3  # measured, after one that warms up
 VALUE_BYTES = {"float32": 3.25, "bfloat16": 1.24}  # measured of MiniLM (docs/benchmarks-delta.md)
@@ -173,7 +173,7 @@ class Rows:
         """The batches of the run."""
         if self.train is None:
             return None
-        return batches_of(recipe, self.train.lengths)
+        return Batches.of(recipe.train, self.train.lengths)
 
     def shapes(self, recipe: Recipe) -> list[tuple[int, int]]:
         """Rows and tokens of each batch of the first epoch, or of one that is full."""
@@ -348,21 +348,21 @@ def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str
     session = open_session(recipe, device=str(device))
     assert session.train is not None
     lengths = session.train.lengths
-    chooser = Chooser.of(recipe, session, rule_of(recipe.selection, allow_code))
+    batches = Batches.of(recipe.train, lengths)
+    method = selecting(recipe.selection, recipe.train, allow_code)(session, batches)
     prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
-    optimizer, _ = make_optimizer(recipe, chooser.begin(), chooser.batches.steps)
+    optimizer = method.begin()
+    watch, limit = Watch(session, optimizer.parameters), recipe.train.max_grad_norm
     timing, tokens = Timing(), []
-    for step, rows in enumerate(islice(chooser.batches.endless(), STEPS + 1), start=1):
+    for step, rows in enumerate(islice(batches.endless(), STEPS + 1), start=1):
         with timing.step(session.device):
-            if chooser.due(step):
-                chooser.change(step, optimizer)
-            add_gradient(session, rows)
-            optimizer.clip(recipe.train.max_grad_norm)
-            optimizer.step()
+            if method.due(step):
+                method.change(step, optimizer)
+            take_step(session, optimizer, step, rows, watch.broken, max_grad_norm=limit)
         tokens.append(padded_tokens(rows, lengths))
     times = timing.step_ms[1:]
     per_token = sum(times) / sum(tokens[1:])
-    epoch = islice(chooser.batches.endless(), chooser.batches.steps_per_epoch)
+    epoch = islice(batches.endless(), batches.steps_per_epoch)
     all_tokens = sum(padded_tokens(rows, lengths) for rows in epoch)
     return {
         "steps": len(times),

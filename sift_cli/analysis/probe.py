@@ -8,6 +8,7 @@ how alike masks are, and how much of Adam's history a changing mask throws away:
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import mean
@@ -18,20 +19,23 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from sift_cli.errors import SiftError
-from sift_cli.models.prepare import prepare_model
+from sift_cli.models.prepare import frozen, prepare_model
 from sift_cli.recipe import AXES, OPTIONS, Recipe, parse_recipe
 from sift_cli.runs.session import Session, open_session
 from sift_cli.selection.budget import largest, share
 from sift_cli.selection.evidence import observed_gradients
 from sift_cli.selection.policies import POLICIES
-from sift_cli.sparse import Support
+from sift_cli.sparse import SparseAdamW, Support
 from sift_cli.sparse.segments import find
-from sift_cli.training.choosing import Chooser, frozen, rule_of
-from sift_cli.training.gradient import add_gradient
-from sift_cli.training.loop import make_optimizer
+from sift_cli.training.batches import Batches
+from sift_cli.training.choosing import Chooser, rule_of
+from sift_cli.training.loop import schedule_of
 from sift_cli.training.randomness import kept_randomness
+from sift_cli.training.step import Rows, add_gradient, take_step
+from sift_cli.training.watch import Watch
 
 CURVE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BETA2 = 0.999  # decay of Adam's second moment
@@ -58,55 +62,112 @@ def probe(
     console = console or Console(stderr=True, quiet=True)
     session = open_session(recipe, device=device)
     prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
-    asked = list(dict.fromkeys(["sift", "current-batch", "random", *policies]))
-    recipes = {name: _with_policy(recipe, name) for name in asked}
-    recipes.setdefault(recipe.selection.policy, recipe)
-    choosers = {
-        name: Chooser.of(one, session, rule_of(one.selection, allow_code))
-        for name, one in recipes.items()
-    }
-    chooser = choosers[recipe.selection.policy]
-    masks = {name: _Mask(name, one) for name, one in choosers.items()}
-    named = dict(session.model.named_parameters())
-    parameters = chooser.begin()
-    parameters.detach()
-    for mask in masks.values():
-        mask.renew(1)
-    classes = _class_masks(session, choosers["sift"], masks["sift"].supports)
-    optimizer, schedule = make_optimizer(recipe, parameters, chooser.batches.steps)
-    planned = min(steps, chooser.batches.steps)
-    track_of = _Track({name: named[name].numel() for name in chooser.sparse})
-    walk = zip(range(1, planned + 1), chooser.batches, strict=False)
-    for step, rows in track(walk, "probing", planned, console=console, transient=True):
-        if chooser.due(step):
-            chooser.change(step, optimizer)
-        parameters.detach()
-        for mask in masks.values() if step > 1 else ():
-            mask.renew(step)
-        targets = {segment.name: segment for segment in parameters}
-
-        def take(name: str, gradient: Tensor, step: int = step, targets: Any = targets) -> None:
-            if name in targets:
-                own = targets[name]
-                parameters.grad[own.span] += own.support.gather(gradient)
-            if name in track_of.sizes:
-                track_of.see(step, name, gradient, masks.values(), curve=step in (1, planned))
-
-        weights = {name: named[name] for name in {*chooser.sparse, *chooser.dense}}
-        with frozen(session.model), observed_gradients(weights, take):
-            add_gradient(session, rows)
-        for mask in masks.values():
-            mask.settle(step, track_of.energy[step])
-        optimizer.clip(recipe.train.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-    found = _report(recipe, planned, track_of, masks, classes)
+    walk = _Walk.begin(recipe, session, steps, _choosers(recipe, session, policies, allow_code))
+    classes = _class_masks(session, walk.masks["sift"], recipe.train.batch_size)
+    numbered = zip(range(1, walk.steps + 1), walk.chooser.batches, strict=False)
+    for step, rows in track(numbered, "probing", walk.steps, console=console, transient=True):
+        walk.step(step, rows)
+    found = _report(recipe, walk.steps, walk.seen, walk.masks, classes)
     out.mkdir(parents=True, exist_ok=True)
     (out / "probe.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     from sift_cli.analysis.plots import plot_probe
 
     plot_probe(found, out)
     return found
+
+
+def _choosers(
+    recipe: Recipe, session: Session, policies: Sequence[str], allow_code: bool
+) -> dict[str, Chooser]:
+    """The selection of each policy that is looked at, by its name; the recipe's own among them."""
+    assert session.train is not None
+    batches = Batches.of(recipe.train, session.train.lengths)
+    asked = dict.fromkeys(["sift", "current-batch", "random", *policies])
+    recipes = {name: _with_policy(recipe, name) for name in asked}
+    recipes.setdefault(recipe.selection.policy, recipe)
+    return {
+        name: Chooser.of(
+            one.selection, one.train, session, batches, rule=rule_of(one.selection, allow_code)
+        )
+        for name, one in recipes.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The training that is looked at, as `chooser` has it, and all that looks at it."""
+
+    session: Session
+    steps: int
+    chooser: Chooser
+    optimizer: SparseAdamW
+    schedule: LRScheduler
+    watch: Watch
+    masks: "dict[str, _Mask]"
+    seen: "_Track"
+
+    @classmethod
+    def begin(
+        cls, recipe: Recipe, session: Session, steps: int, choosers: Mapping[str, Chooser]
+    ) -> "_Walk":
+        """Before the first step: what trains and every mask are chosen."""
+        chooser = choosers[recipe.selection.policy]
+        optimizer = chooser.begin()
+        optimizer.parameters.detach()
+        masks = {name: _Mask(name, one) for name, one in choosers.items()}
+        for mask in masks.values():
+            mask.renew(1)
+        named = dict(session.model.named_parameters())
+        return cls(
+            session=session,
+            steps=min(steps, chooser.batches.steps),
+            chooser=chooser,
+            optimizer=optimizer,
+            schedule=schedule_of(recipe.train, optimizer.adamw, chooser.batches.steps),
+            watch=Watch(session),
+            masks=masks,
+            seen=_Track({name: named[name].numel() for name in chooser.sparse}),
+        )
+
+    def step(self, step: int, rows: Rows) -> None:
+        """Takes the step of that number; every mask sees its whole gradient."""
+        if self.chooser.due(step):
+            self.chooser.change(step, self.optimizer)
+        self.optimizer.parameters.detach()
+        for mask in self.masks.values() if step > 1 else ():
+            mask.renew(step)
+        take_step(
+            self.session,
+            self.optimizer,
+            step,
+            rows,
+            self.watch.broken,
+            max_grad_norm=self.chooser.train.max_grad_norm,
+            schedule=self.schedule,
+            gradient=partial(self._gradient, step),
+        )
+        self.watch.read()
+
+    def _gradient(self, step: int, session: Session, rows: Rows) -> Tensor:
+        """Gathers what trains from the whole gradients, which the masks see on the way."""
+        parameters = self.optimizer.parameters
+        targets = {segment.name: segment for segment in parameters}
+
+        def take(name: str, gradient: Tensor) -> None:
+            if name in targets:
+                own = targets[name]
+                parameters.grad[own.span] += own.support.gather(gradient)
+            if name in self.seen.sizes:
+                curve = step in (1, self.steps)
+                self.seen.see(step, name, gradient, self.masks.values(), curve=curve)
+
+        named = dict(session.model.named_parameters())
+        weights = {name: named[name] for name in {*self.chooser.sparse, *self.chooser.dense}}
+        with frozen(session.model), observed_gradients(weights, take):
+            loss = add_gradient(session, rows)
+        for mask in self.masks.values():
+            mask.settle(step, self.seen.energy[step])
+        return loss
 
 
 def _with_policy(recipe: Recipe, policy: str) -> Recipe:
@@ -145,11 +206,11 @@ class _Mask:
     @property
     def follows(self) -> bool:
         """Whether the mask is chosen from the gradient being looked at."""
-        return self.chooser.recipe.selection.schedule == "every-batch"
+        return self.chooser.selection.schedule == "every-batch"
 
     def renew(self, step: int) -> None:
         """Chooses where the policy's schedule says so."""
-        selection = self.chooser.recipe.selection
+        selection = self.chooser.selection
         changes = selection.schedule == "every-n-steps" and selection.drop == 1.0
         if step > 1 and not (changes and self.chooser.due(step)):
             return
@@ -233,22 +294,20 @@ class _Track:
         self.alike.setdefault(step, []).append((len(positions), int(common)))
 
 
-def _class_masks(
-    session: Session, chooser: Chooser, supports: Mapping[str, Support]
-) -> dict[str, dict[str, Tensor]]:
+def _class_masks(session: Session, mask: "_Mask", batch_size: int) -> dict[str, dict[str, Tensor]]:
     """The mask of one batch of each class alone, by label and weight; none for regression.
 
-    Each is as large as the one in `supports`.
+    Each is as large as `mask`.
     """
+    chooser, supports = mask.chooser, mask.supports
     assert session.train is not None
     labels = session.task.labels
     if labels is None:
         return {}
-    wanted = chooser.recipe.train.batch_size
     rows: dict[int, list[int]] = {}
     column = session.train.rows["label"]
     for row, label in enumerate(column):
-        if len(rows.setdefault(int(label), [])) < wanted:
+        if len(rows.setdefault(int(label), [])) < batch_size:
             rows[int(label)].append(row)
     found = {}
     named = dict(session.model.named_parameters())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from sift_cli.models.attention import leave_masks_unread
@@ -34,3 +36,16 @@ def prepare_model(
     if gradient_checkpointing:
         recompute_activations(model)
     return undo
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter gathers a gradient, but for those that ask for one meanwhile."""
+    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    for weight, _ in flags:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight, flag in flags:
+            weight.requires_grad_(flag)

@@ -17,14 +17,12 @@ from typing import Any
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from sift_cli.delta.coding import decode_positions
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.recipe import CheckpointSection, Recipe, load_recipe
-from sift_cli.runs.facts import Facts, differences, recipe_changes
-from sift_cli.runs.folder import NO_RESULT, RECIPE_FILE, read_summary
-from sift_cli.sparse import SparseParameters, Support, Touched, attach
+from sift_cli.recipe import CheckpointSection, load_recipe
+from sift_cli.runs.facts import Facts, differences, recipe_changes, settings_of
+from sift_cli.runs.folder import RECIPE_FILE, read_summary
 from sift_cli.system.files import sha256_of, sync
 
 FOLDER = "checkpoint"
@@ -43,41 +41,6 @@ class Checkpoint:
     def step(self) -> int:
         """The last step that is in it."""
         return int(self.about["step"])
-
-    def attach(self, model: nn.Module, offload: bool = False) -> SparseParameters:
-        """The sparse parameters as they were, on a model that is the base."""
-        table, named = self.about["supports"], dict(model.named_parameters())
-        supports = {name: self._support("support", name) for name in table["support"]}
-        touched = Touched()
-        for name in table["touched"]:
-            touched.add(name, self._support("touched", name), named[name])
-        parameters = attach(model, supports, touched=touched, offload=offload)
-        parameters.load_state(
-            {
-                name: (self._support("touched", name), self.tensors[f"touched/{name}/values"])
-                for name in table["touched"]
-            }
-        )
-        parameters.flat.data.copy_(self.tensors["masters"])
-        parameters.write_back()
-        return parameters
-
-    def kept(self) -> dict[str, tuple[Support, Tensor]] | None:
-        """The weights of the best evaluation."""
-        table = self.about["supports"]["kept"]
-        if not table:
-            return None
-        return {
-            name: (self._support("kept", name), self.tensors[f"kept/{name}/values"])
-            for name in table
-        }
-
-    def _support(self, kind: str, name: str) -> Support:
-        shape, count = self.about["supports"][kind][name]
-        coded = self.tensors.get(f"{kind}/{name}/positions")
-        if coded is None:
-            return Support(tuple(shape))
-        return Support.of(shape, decode_positions(coded, count, shape))
 
 
 class Checkpoints:
@@ -154,7 +117,9 @@ class Checkpoints:
             with suppress(OSError):  # someone put more into it
                 self.folder.rmdir()
 
-    def finished(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    def finished(
+        self, settings: Mapping[str, Any], *, resume: bool, overwrite: bool
+    ) -> dict[str, Any] | None:
         """The summary of the run in the folder where it is the one to resume, and has finished.
 
         Raises SiftError where the folder holds a run, and neither way to deal with it is chosen, or
@@ -174,9 +139,8 @@ class Checkpoints:
             raise SiftError(
                 f"{self.out} holds a finished run; choose another --out, or pass --overwrite"
             )
-        there = load_recipe(self.out / RECIPE_FILE)
-        dumps = [one.model_dump(mode="json", exclude=NO_RESULT) for one in (there, recipe)]
-        if changes := recipe_changes(*dumps):
+        there = settings_of(load_recipe(self.out / RECIPE_FILE))
+        if changes := recipe_changes(there, settings):
             raise _other_run(self.out, changes, ExitCode.USAGE)
         self.console.print(f"{self.out} holds this run, finished; nothing to do", highlight=False)
         self.remove()

@@ -26,7 +26,8 @@ class Facts:
     """A run's recipe, rows, base and device, and the setting that its last bits depend on.
 
     `data` maps each split to its count of rows and their hash, `base` each tensor of the model
-    before training to its fingerprint.
+    before training to its fingerprint. `method` is what trains, where that is not what the recipe
+    selects.
     """
 
     format: int
@@ -35,10 +36,11 @@ class Facts:
     base: dict[str, str]
     device: str
     setting: dict[str, str]
+    method: str | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, session: Session) -> "Facts":
-        """Those of a session before it trains."""
+    def of(cls, settings: dict[str, Any], method: str, session: Session) -> "Facts":
+        """Those of a session before it trains; `settings` are of `settings_of`."""
         task = session.task
         splits = {"training": task.train}
         splits |= {f"evaluation{suffix}": rows for suffix, rows in task.evaluation.items()}
@@ -50,14 +52,15 @@ class Facts:
             assert rows is not None
             assert tokens is not None
             data[name] = f"{len(rows):,} rows, {_hash_rows(rows, tokens.lengths)}"
-        score, _, _ = (recipe.selection.score or "").rpartition(".py:")
+        selection = settings["selection"]
+        score, _, _ = (selection["score"] or "").rpartition(".py:")
         if score:
             data[f"{score}.py"] = _hash(Path(f"{score}.py").read_bytes())
         device = session.device.type
         card = torch.cuda.get_device_name(session.device) if device == "cuda" else ""
         return cls(
             format=FORMAT,
-            recipe=recipe.model_dump(mode="json", exclude=NO_RESULT),
+            recipe=settings,
             data=data,
             base=state_fingerprints(session.model, ()),
             device=device,
@@ -68,6 +71,7 @@ class Facts:
                 "threads": str(torch.get_num_threads()),
                 "processors": str(os.cpu_count()),
             },
+            method=None if method == selection["policy"] else method,
         )
 
 
@@ -80,11 +84,17 @@ class Differences:
     wrong_base: bool
 
 
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Every value of a resolved recipe on which a result may depend, as JSON."""
+    return recipe.model_dump(mode="json", exclude=NO_RESULT)
+
+
 def differences(there: Facts, here: Facts) -> Differences:
     """What differs between a checkpoint's facts and those of now, one line each."""
     found = []
     if there.format != here.format:
         found.append(f"format of the checkpoint: {there.format}, this sift has {here.format}")
+    found += _changes({"method": there.method}, {"method": here.method})
     found += recipe_changes(there.recipe, here.recipe)
     found += _changes(there.data, here.data, " of the data")
     if there.device != here.device:

@@ -28,6 +28,7 @@ WEIGHTS_FILE = "weights.jsonl"
 
 
 GRADIENT_FILE = "gradient.jsonl"
+TRAINED_FILE = "trained.safetensors"  # of a method that is not sift's, in place of a delta
 
 
 REPORT_FILE = "report.html"

@@ -64,13 +64,12 @@ def _predictions(session: Session, suffix: str, logits: Tensor) -> list[dict[str
     return lines
 
 
-def write_gradient(out: Path, parameters: SparseParameters, norms: Mapping[str, Tensor]) -> None:
+def write_gradient(out: Path, gathered: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
     """Writes gradient.jsonl: a line for each weight in `norms`, of the first batch's gradient.
 
-    `norm` is that 2-norm, `kept` the one of what the weight's trained entries have gathered.
+    `norm` is that 2-norm, `kept` the one of what the weight's trained entries have `gathered`.
     Weights whose norm is too large for fp32 are left out.
     """
-    gathered = {segment.name: parameters.grad[segment.span] for segment in parameters}
     pairs = ((name, float(norm), _norm(gathered.get(name))) for name, norm in norms.items())
     _write_lines(
         out / GRADIENT_FILE,

@@ -80,6 +80,10 @@ class SparseParameters:
         """Rounds the masters once into the model's weights."""
         self._write_flat(self.flat.data)
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The gathered gradient of each weight's entries, [K] in views of the buffer, by name."""
+        return ((segment.name, self.grad[segment.span]) for segment in self)
+
     def zero_grad(self) -> None:
         """Clears the gradient buffer, keeping it in place."""
         self.grad.zero_()

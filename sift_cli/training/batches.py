@@ -6,6 +6,7 @@ from math import ceil
 
 import torch
 
+from sift_cli.recipe import TrainSection
 from sift_cli.tasks.tokens import cut
 
 POOL = 50  # batches among which rows of like length are brought together
@@ -56,6 +57,19 @@ class Batches:
         steps = ceil(epochs * ceil(len(lengths) / (batch_size * accumulate)))
         steps = min(steps, max_steps or steps)
         return cls(lengths, batch_size, accumulate, steps, seed, max_tokens)
+
+    @classmethod
+    def of(cls, train: TrainSection, lengths: Sequence[int]) -> "Batches":
+        """Those that a recipe's section asks for, over rows of so many tokens each."""
+        return cls.plan(
+            lengths,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            epochs=train.epochs,
+            max_steps=train.max_steps,
+            seed=train.seed,
+            max_tokens=train.max_tokens,
+        )
 
     @property
     def steps_per_epoch(self) -> int:

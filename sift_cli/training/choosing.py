@@ -1,33 +1,40 @@
-"""Which entries train at which step: the recipe's selection, carried out along a run."""
+"""Which entries train at which step: a recipe's selection, carried out along a run."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
-from sift_cli.errors import ExitCode, SiftError
-from sift_cli.recipe import Recipe, SelectionSection
+from sift_cli.delta.build import build_delta
+from sift_cli.delta.file import save_delta
+from sift_cli.models.prepare import frozen
+from sift_cli.recipe import Recipe, SelectionSection, TrainSection
+from sift_cli.runs.cards import delta_card
+from sift_cli.runs.checkpoint import Checkpoint
+from sift_cli.runs.folder import DELTA_FILE
+from sift_cli.runs.record import write_weights
 from sift_cli.runs.session import Session
+from sift_cli.runs.summary import Written
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Held, Rule, check, select
 from sift_cli.selection.targets import choose_weights
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
 from sift_cli.sparse.parameters import whole
 from sift_cli.training.batches import Batches
-from sift_cli.training.gradient import add_gradient
+from sift_cli.training.method import Build
+from sift_cli.training.packing import Packed, entries_in, supports_in
 from sift_cli.training.randomness import kept_randomness
-
-ALL_RATE = 1e-4  # of a warm-up that trains every entry, where the recipe gives none
+from sift_cli.training.step import backward_passes
+from sift_cli.training.warmup import WarmUp, warm_up
 
 
 def rule_of(selection: SelectionSection, allow_code: bool = False) -> Rule:
-    """What the recipe says of score, scope, structure and size."""
+    """What the section says of score, scope, structure and size."""
     return Rule(
         score=find_score(selection.score or "gradient", allow_code),
         scope=selection.scope or "tensor",
@@ -39,81 +46,124 @@ def rule_of(selection: SelectionSection, allow_code: bool = False) -> Rule:
     )
 
 
-def batches_of(recipe: Recipe, lengths: Sequence[int]) -> Batches:
-    """The batches of a run of the recipe over training rows of so many tokens each."""
-    settings = recipe.train
-    return Batches.plan(
-        lengths,
-        batch_size=settings.batch_size,
-        accumulate=settings.accumulate,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        seed=settings.seed,
-        max_tokens=settings.max_tokens,
-    )
+def selecting(
+    selection: SelectionSection,
+    train: TrainSection,
+    allow_code: bool = False,
+    console: Console | None = None,
+) -> Build:
+    """The method that trains what the section selects; refuses a score that cannot be, at once."""
+    rule = rule_of(selection, allow_code)
+    return partial(Chooser.of, selection, train, rule=rule, console=console)
 
 
 @dataclass(frozen=True)
 class Chooser:
-    """The recipe's selection over one run.
+    """A selection over one run: the `Method` that is sift's own.
 
-    `sparse` names the weights of which entries are chosen, `dense` those that train whole. `norms`
-    are those of the first batch's gradient by weight, once `begin` has looked at that batch alone.
+    `sparse` names the weights of which entries are chosen, `dense` those that train whole. Entries
+    are chosen anew `every` so many steps (None: never), all but the share `drop` of which stay.
+    `norms` are those of the first batch's gradient by weight, once `begin` has looked at that batch
+    alone.
     """
 
-    recipe: Recipe
+    selection: SelectionSection
+    train: TrainSection
     session: Session
     batches: Batches
     rule: Rule
     sparse: Sequence[str]
     dense: Sequence[str]
+    every: int | None
+    drop: float
     console: Console
     norms: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, recipe: Recipe, session: Session, rule: Rule, console: Console | None = None
+        cls,
+        selection: SelectionSection,
+        train: TrainSection,
+        session: Session,
+        batches: Batches,
+        *,
+        rule: Rule,
+        console: Console | None = None,
     ) -> "Chooser":
-        """The recipe's selection for this session.
+        """The selection for this session.
 
         Raises SiftError where its patterns, densities, budgets or blocks do not fit the model.
         """
-        chosen = recipe.selection
         sparse, dense = choose_weights(
-            session.model, chosen.target, chosen.exclude, chosen.dense, session.new
+            session.model, selection.target, selection.exclude, selection.dense, session.new
         )
         check(session.model, sparse, rule)
-        assert session.train is not None
-        batches = batches_of(recipe, session.train.lengths)
-        console = console or Console(stderr=True, quiet=True)
-        return cls(recipe, session, batches, rule, sparse, dense, console)
+        return cls(
+            selection=selection,
+            train=train,
+            session=session,
+            batches=batches,
+            rule=rule,
+            sparse=sparse,
+            dense=dense,
+            every=1 if selection.schedule == "every-batch" else selection.every,
+            drop=selection.drop or 1.0,
+            console=console or Console(stderr=True, quiet=True),
+        )
 
-    def begin(self) -> SparseParameters:
+    @property
+    def name(self) -> str:
+        """The policy."""
+        return self.selection.policy
+
+    def begin(self) -> SparseAdamW:
         """Warms up where the schedule says so, chooses, and attaches what was chosen."""
         touched, change = None, None
-        if self.recipe.selection.schedule == "after-warmup":
-            touched, change = self._warm_up()
-        norms = self.norms if self.recipe.selection.batches == 1 else None
-        return self._attach(self.supports(1, change=change, norms=norms), touched)
+        if self.selection.schedule == "after-warmup":
+            touched, change = warm_up(
+                WarmUp.of(self.selection, self.train),
+                self.session,
+                self.batches,
+                self.sparse,
+                self.dense,
+                self.console,
+            )
+        norms = self.norms if self.selection.batches == 1 else None
+        supports = self.supports(1, change=change, norms=norms)
+        offload = self.train.offload_optimizer
+        return self._optimizer(
+            attach(self.session.model, supports, touched=touched, offload=offload)
+        )
+
+    def restore(self, saved: Checkpoint) -> SparseAdamW:
+        """What trained when the checkpoint was made, on a model that is the base."""
+        model = self.session.model
+        named, before = dict(model.named_parameters()), entries_in(saved, "touched")
+        touched = Touched()
+        for name, (support, _) in before.items():
+            touched.add(name, support, named[name])
+        supports, offload = supports_in(saved, "support"), self.train.offload_optimizer
+        parameters = attach(model, supports, touched=touched, offload=offload)
+        parameters.load_state(before)
+        parameters.flat.data.copy_(saved.tensors["masters"])
+        parameters.write_back()
+        return self._optimizer(parameters)
 
     def due(self, step: int) -> bool:
         """Whether entries are chosen anew before this step."""
-        schedule = self.recipe.selection.schedule
-        every = 1 if schedule == "every-batch" else self.recipe.selection.every
-        return step > 1 and every is not None and (step - 1) % every == 0
+        return step > 1 and self.every is not None and (step - 1) % self.every == 0
 
     def change(self, step: int, optimizer: SparseAdamW) -> None:
         """Chooses anew from the batches that begin with this one, and trains that from now on."""
-        drop = self.recipe.selection.drop or 1.0
         parameters = optimizer.parameters
         held = {
-            segment.name: Held(segment.support, parameters.change(segment), drop)
+            segment.name: Held(segment.support, parameters.change(segment), self.drop)
             for segment in parameters
-            if drop < 1
+            if self.drop < 1
         }
         parameters.detach()
         supports = self.supports(step, held=held)
-        optimizer.move(supports, revert=bool(self.recipe.selection.revert))
+        optimizer.move(supports, revert=bool(self.selection.revert))
 
     def supports(
         self,
@@ -128,13 +178,13 @@ class Chooser:
         selection leaves random states as it found them, and each of them trains as well.
         """
         model = self.session.model
-        batches = islice(self.batches.since(step), self.recipe.selection.batches)
+        batches = islice(self.batches.since(step), self.selection.batches)
         with frozen(model), kept_randomness(self.session.device):
             chosen = select(
                 model,
                 self.sparse,
                 self.rule,
-                seed=self.recipe.train.seed,
+                seed=self.train.seed,
                 backward=backward_passes(self.session, batches),
                 change=change,
                 held=held,
@@ -142,71 +192,50 @@ class Chooser:
             )
         return chosen | whole(model, self.dense)
 
-    def _attach(
-        self, supports: dict[str, Support], touched: Touched | None = None
-    ) -> SparseParameters:
-        offload = self.recipe.train.offload_optimizer
-        return attach(self.session.model, supports, touched=touched, offload=offload)
+    def pack(self, optimizer: SparseAdamW) -> Packed:
+        """Masters and supports; of what has left the support, the values in the weights."""
+        parameters = optimizer.parameters
+        packed = Packed({"masters": parameters.flat.detach()}, {"support": {}, "touched": {}})
+        trained = {segment.name: segment.support for segment in parameters}
+        for name, support in trained.items():
+            packed.put("support", name, support)
+        for name, (support, values) in parameters.state().items():
+            if name not in trained or len(trained[name]) < len(support):  # some have left
+                packed.put("touched", name, support, values)
+        return packed
 
-    def _warm_up(self) -> tuple[Touched | None, dict[str, Tensor] | None]:
-        """Trains the head alone, or everything, on the first batches.
+    def write(
+        self,
+        out: Path,
+        optimizer: SparseAdamW,
+        marks: Mapping[str, str],
+        header: Callable[[], dict[str, Any]],
+    ) -> Written:
+        """Writes the delta, and weights.jsonl for the report."""
+        parameters, session = optimizer.parameters, self.session
+        known = {name: mark for name, mark in marks.items() if name not in session.new}
+        delta = build_delta(parameters, session.new, known, header())
+        digest = save_delta(out / DELTA_FILE, delta)
+        write_weights(out, session.model, parameters, self.dense)
+        counts = {segment.name: len(segment.support) for segment in parameters}
+        dense = sum(counts[name] for name in self.dense)
+        return Written(
+            bytes=(out / DELTA_FILE).stat().st_size,
+            sha256=digest,
+            trained=sum(counts.values()) - dense,
+            dense=dense,
+            total=sum(weight.numel() for weight in session.model.parameters()),
+            changed=sum(w.count for name, w in delta.weights.items() if name not in self.dense),
+        )
 
-        The head stays as it was trained, and its base values are returned. Where everything
-        trained, all of it goes back, and what is returned is how far each weight had moved.
-        """
-        selection, settings, model = self.recipe.selection, self.recipe.train, self.session.model
-        everything = selection.warmup_trains == "all"
-        names = [*(self.sparse if everything else ()), *self.dense]
-        if not names:
-            raise SiftError("selection.warmup_trains: no module trains whole, so there is no head")
-        parameters = self._attach(whole(model, names))
-        usual = ALL_RATE if everything else settings.learning_rate
-        optimizer = SparseAdamW(parameters, selection.warmup_learning_rate or usual)
-        steps = selection.warmup_steps or 0
-        self.console.print(f"warm-up: {steps} steps of {selection.warmup_trains}", highlight=False)
-        walk = islice(self.batches.endless(), steps)
-        hidden = not self.console.is_terminal
-        for rows in track(walk, "warm-up", steps, console=self.console, disable=hidden):
-            loss = float(add_gradient(self.session, rows))
-            norm = float(optimizer.clip(settings.max_grad_norm))
-            if not torch.isfinite(torch.tensor([loss, norm])).all():
-                raise SiftError(
-                    f"selection: the warm-up's loss is {loss}, its gradient's norm {norm}; try a "
-                    "lower selection.warmup_learning_rate",
-                    ExitCode.NOT_FINITE,
-                )
-            optimizer.step()
-        parameters.detach()
-        if not everything:
-            return parameters.touched, None
-        change = {
-            segment.name: parameters.change(segment).view(segment.weight.shape)
-            for segment in parameters
-            if segment.name in set(self.sparse)
-        }
-        parameters.revert()
-        return None, change
+    def card(self, recipe: Recipe, summary: Mapping[str, Any]) -> str:
+        """The card of a sparse delta."""
+        return delta_card(recipe, summary)
 
-
-def backward_passes(
-    session: Session, batches: Iterable[list[list[int]]]
-) -> list[Callable[[], object]]:
-    """A forward and backward pass for each micro-batch of each of `batches`, not run yet."""
-    passes: list[Callable[[], object]] = []
-    for rows in batches:
-        total = sum(map(len, rows))
-        passes += [partial(add_gradient, session, [part], total) for part in rows]
-    return passes
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter gathers a gradient, but for those that ask for one meanwhile."""
-    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
-    for weight, _ in flags:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight, flag in flags:
-            weight.requires_grad_(flag)
+    def _optimizer(self, parameters: SparseParameters) -> SparseAdamW:
+        return SparseAdamW(
+            parameters,
+            self.train.learning_rate,
+            weight_decay=self.train.weight_decay,
+            history=self.selection.history or "keep",
+        )

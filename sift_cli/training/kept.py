@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from sift_cli.sparse import SparseParameters, Support
 from sift_cli.tasks.metrics import Metrics
+from sift_cli.training.method import Trained, Weights
 
 
 @dataclass
@@ -16,12 +14,12 @@ class Kept:
     to any later one.
     """
 
-    parameters: SparseParameters
+    parameters: Trained
     keep: str
     metric: str
     step: int = 0
     metrics: dict[str, float | None] | None = None
-    state: dict[str, tuple[Support, Tensor]] | None = None
+    state: Weights | None = None
     seen: int = 0
 
     def offer(self, step: int, metrics: Metrics) -> bool:

@@ -1,46 +1,51 @@
-"""Sparse fine-tuning, from top to bottom."""
+"""Fine-tuning, from top to bottom."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.prepare import prepare_model
-from sift_cli.recipe import Recipe
+from sift_cli.recipe import EvalSection, Recipe, TrainSection
 from sift_cli.runs.checkpoint import Checkpoints
-from sift_cli.runs.facts import Facts
-from sift_cli.runs.folder import open_run_folder
+from sift_cli.runs.facts import Facts, settings_of
+from sift_cli.runs.folder import CARD_FILE, SUMMARY_FILE, open_run_folder
 from sift_cli.runs.guard import guarded, require_space
 from sift_cli.runs.record import write_gradient, write_predictions
 from sift_cli.runs.session import Session, open_session, tell_emulated
 from sift_cli.runs.sinks import Sinks
-from sift_cli.runs.summary import write_run
+from sift_cli.runs.summary import describe, summarize
 from sift_cli.runs.timing import Timing
-from sift_cli.selection.select import Rule
-from sift_cli.sparse import SparseAdamW, SparseParameters
+from sift_cli.system.files import write_text
 from sift_cli.system.stopping import Stop
 from sift_cli.tasks.metrics import Metrics
 from sift_cli.training.batches import Batches
-from sift_cli.training.choosing import Chooser, rule_of
-from sift_cli.training.gradient import add_gradient
+from sift_cli.training.choosing import selecting
 from sift_cli.training.kept import Kept
+from sift_cli.training.method import Build, Method
 from sift_cli.training.state import State, space_for
+from sift_cli.training.step import Rows, add_gradient, take_step
 from sift_cli.training.watch import Watch
 
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+LR_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 def train(
     recipe: Recipe,
     out: Path,
     *,
+    build: Build | None = None,
     device: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -49,9 +54,9 @@ def train(
 ) -> dict[str, Any]:
     """Trains, evaluates and writes the run folder `out`; returns what its summary.json holds.
 
-    `resume` goes on from the newest checkpoint in `out`, to the same delta as if nothing had come
-    between; `overwrite` replaces a run there. `allow_code` lets `selection.score` name a function
-    in a file.
+    What trains is what the recipe selects, or what `build` makes of the session. `resume` goes on
+    from the newest checkpoint in `out`, to the same delta as if nothing had come between;
+    `overwrite` replaces a run there. `allow_code` lets `selection.score` name a function in a file.
 
     Raises SiftError for what the recipe gets wrong and for faults of disk and memory (exit code 2),
     for another base than the checkpoint's (3), where a loss, a gradient or an output is not finite
@@ -61,19 +66,19 @@ def train(
     console = console or Console(stderr=True, quiet=True)
     with guarded(out):
         checkpoints = Checkpoints(out, recipe.checkpoint, console)
-        summary = checkpoints.finished(recipe, resume=resume, overwrite=overwrite)
+        summary = checkpoints.finished(settings_of(recipe), resume=resume, overwrite=overwrite)
         if summary is not None:
             return summary
-        rule = rule_of(recipe.selection, allow_code)
+        build = build or selecting(recipe.selection, recipe.train, allow_code, console)
         session = open_session(recipe, device=device)
-        run = begin(recipe, session, rule, checkpoints, timing, resume=resume)
+        run = begin(recipe, session, build, checkpoints, timing, resume=resume)
         require_space(out, space_for(run.state.parameters))
         with Stop() as stop:
             with closing(open_run_folder(recipe, out, console, run.done)) as log:
                 if run.saved is None:
                     checkpoints.remove()
                 take_steps(run, log, stop)
-            return finish(run)
+            return finish(run, recipe)
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,12 @@ class Run:
     `undo` gives the model its own dropout and attention back.
     """
 
-    recipe: Recipe
+    settings: TrainSection
+    evaluation: EvalSection
+    log_every: int
     session: Session
-    chooser: Chooser
+    batches: Batches
+    method: Method
     checkpoints: Checkpoints
     facts: Facts
     state: State
@@ -102,59 +110,82 @@ class Run:
 def begin(
     recipe: Recipe,
     session: Session,
-    rule: Rule,
+    build: Build,
     checkpoints: Checkpoints,
     timing: Timing,
     *,
     resume: bool,
 ) -> Run:
     """Chooses what trains, or takes that and all else from the newest checkpoint."""
-    console = checkpoints.console
-    chooser = Chooser.of(recipe, session, rule, console)
+    console, settings = checkpoints.console, recipe.train
+    assert session.train is not None
+    batches = Batches.of(settings, session.train.lengths)
+    method = build(session, batches)
     for split, cut in session.truncated().items():
         if cut:
             console.print(f"{split}: {cut:,} rows cut to {recipe.data.max_length} tokens")
     tell_emulated(recipe, session.device, console)
-    facts = Facts.of(recipe, session)
+    facts = Facts.of(settings_of(recipe), method.name, session)
     saved = checkpoints.newest(facts) if resume else None
     metrics_before = saved.about["metrics_before"] if saved else session.evaluate()
     tell_undefined(metrics_before, console)
-    undo = prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
-    offload = recipe.train.offload_optimizer
-    parameters = saved.attach(session.model, offload) if saved else chooser.begin()
-    optimizer, schedule = make_optimizer(recipe, parameters, chooser.batches.steps)
-    kept = Kept(parameters, recipe.eval.keep, session.task.metrics[0])
-    watch = Watch(session, parameters, recipe.train.skip_nonfinite)
-    state = State(parameters, optimizer, schedule, kept, watch, timing, session.device)
+    undo = prepare_model(session.model, session.device, settings.gradient_checkpointing)
+    optimizer = method.restore(saved) if saved else method.begin()
+    schedule = schedule_of(settings, optimizer.adamw, batches.steps)
+    kept = Kept(optimizer.parameters, recipe.eval.keep, session.task.metrics[0])
+    watch = Watch(session, optimizer.parameters, settings.skip_nonfinite)
+    state = State(method, optimizer, schedule, kept, watch, timing, session.device)
     if saved:
         state.load(saved)
-        console.print(
-            f"resuming after step {saved.step:,} of {chooser.batches.steps:,}", highlight=False
-        )
-    step = saved.step if saved else None
-    return Run(recipe, session, chooser, checkpoints, facts, state, metrics_before, step, undo)
+        console.print(f"resuming after step {saved.step:,} of {batches.steps:,}", highlight=False)
+    return Run(
+        settings=settings,
+        evaluation=recipe.eval,
+        log_every=recipe.log.every,
+        session=session,
+        batches=batches,
+        method=method,
+        checkpoints=checkpoints,
+        facts=facts,
+        state=state,
+        metrics_before=metrics_before,
+        saved=saved.step if saved else None,
+        undo=undo,
+    )
 
 
 def take_steps(run: Run, log: Sinks, stop: Stop) -> None:
     """Takes every step that is left, and logs, evaluates and saves on the way."""
-    recipe, session, state = run.recipe, run.session, run.state
-    batches, optimizer, watch = run.chooser.batches, state.optimizer, state.watch
+    session, state, batches = run.session, run.state, run.batches
     settle(run, run.done, log, stop)
     for step, rows in enumerate(batches.since(run.done + 1), start=run.done + 1):
         with state.timing.step(session.device):
-            if run.chooser.due(step):
-                run.chooser.change(step, optimizer)
-            loss = add_gradient(session, rows)
-            if step == 1 and run.chooser.norms:
-                write_gradient(run.checkpoints.out, state.parameters, run.chooser.norms)
-            norm = optimizer.clip(recipe.train.max_grad_norm)
+            if run.method.due(step):
+                run.method.change(step, state.optimizer)
             rate = float(state.schedule.get_last_lr()[0])
-            optimizer.step(skip=watch.broken(step, rows, loss, norm))
-            state.schedule.step()
-        if step % recipe.log.every == 0 or step == batches.steps:
+            take_step(
+                session,
+                state.optimizer,
+                step,
+                rows,
+                state.watch.broken,
+                max_grad_norm=run.settings.max_grad_norm,
+                schedule=state.schedule,
+                gradient=partial(noted_gradient, run) if step == 1 else add_gradient,
+            )
+        if step % run.log_every == 0 or step == batches.steps:
             step_ms = state.timing.step_ms[-1]
-            log.log(progress(step, batches, *watch.read(), rate, rows, step_ms))
+            log.log(progress(step, batches, *state.watch.read(), rate, rows, step_ms))
         settle(run, step, log, stop)
+
+
+def noted_gradient(run: Run, session: Session, rows: Rows) -> Tensor:
+    """The first step's gradient; the run folder keeps how much of it the trained entries hold."""
+    loss = add_gradient(session, rows)
+    if run.method.norms:
+        gathered = dict(run.state.parameters.gradients())
+        write_gradient(run.checkpoints.out, gathered, run.method.norms)
+    return loss
 
 
 def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
@@ -163,15 +194,15 @@ def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
     Step 0 is the choice of entries. An evaluation that a signal breaks off is made up for on
     resuming.
     """
-    state, batches = run.state, run.chooser.batches
-    if evaluates(step, run.recipe.eval.every, batches) and state.kept.seen < step:
+    state, batches, evaluation = run.state, run.batches, run.evaluation
+    if evaluates(step, evaluation.every, batches) and state.kept.seen < step:
         state.watch.read()
-        logits = stop.interruptible(run.session.predict)
-        if logits is not None:
-            metrics = run.session.score(logits)
+        outputs = stop.interruptible(run.session.predict)
+        if outputs is not None:
+            metrics = run.session.score(outputs)
             log.log({"step": step, "metrics": metrics, "best": state.kept.offer(step, metrics)})
             if state.kept.step == step:
-                write_predictions(run.checkpoints.out, run.session, logits, run.recipe.eval.split)
+                write_predictions(run.checkpoints.out, run.session, outputs, evaluation.split)
     asked = stop.asked  # read once: what comes later is heard after the next step
     if step != run.saved and (asked or run.checkpoints.due(step)):
         state.watch.read()
@@ -186,26 +217,32 @@ def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
         )
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Run, recipe: Recipe) -> dict[str, Any]:
     """Writes the run folder with the weights that are kept; returns what summary.json holds."""
-    state = run.state
+    out, session, state = run.checkpoints.out, run.session, run.state
     state.kept.restore()
     state.parameters.detach()
     run.undo()
-    summary = write_run(
-        run.checkpoints.out,
-        run.recipe,
-        run.session,
-        state.parameters,
-        dense=run.chooser.dense,
-        marks={name: m for name, m in run.facts.base.items() if name not in run.session.new},
+    metrics = state.kept.metrics
+    assert metrics is not None  # the last step was evaluated
+    header = partial(describe, recipe, session, metrics)
+    written = run.method.write(out, state.optimizer, run.facts.base, header)
+    summary = summarize(
+        session,
+        written,
+        state.timing,
+        policy=run.method.name,
+        seed=run.settings.seed,
         metrics_before=run.metrics_before,
-        metrics=state.kept.metrics,
+        metrics=metrics,
         kept_step=state.kept.step,
-        steps=run.chooser.batches.steps,
+        steps=run.batches.steps,
         skipped=state.watch.skipped,
-        timing=state.timing,
     )
+    card = run.method.card(recipe, summary)
+    if card is not None:
+        write_text(out / CARD_FILE, card)
+    write_text(out / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     run.checkpoints.remove()
     return summary
 
@@ -221,20 +258,12 @@ def tell_undefined(metrics: Metrics, console: Console) -> None:
         )
 
 
-def make_optimizer(
-    recipe: Recipe, parameters: SparseParameters, steps: int
-) -> tuple[SparseAdamW, LRScheduler]:
-    """AdamW over the selected entries, and the learning rate of each of `steps`."""
-    settings = recipe.train
-    optimizer = SparseAdamW(
-        parameters,
-        settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        history=recipe.selection.history or "keep",
-    )
+def schedule_of(settings: TrainSection, adamw: AdamW, steps: int) -> LRScheduler:
+    """The learning rate of each of `steps`."""
     warmup = ceil(settings.warmup * steps)
-    name = SCHEDULES[settings.lr_schedule]
-    return optimizer, get_scheduler(name, optimizer.adamw, warmup, steps)
+    name = LR_SCHEDULES[settings.lr_schedule]
+    schedule: LRScheduler = get_scheduler(name, adamw, warmup, steps)
+    return schedule
 
 
 def progress(

@@ -1,6 +1,6 @@
 """Losses and gradients that are not finite: kept out of the weights, found, and told."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isfinite, nan
 
 import torch
@@ -8,11 +8,21 @@ from torch import Tensor
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.runs.session import Session
-from sift_cli.sparse import SparseParameters
-from sift_cli.training.gradient import add_gradient
+from sift_cli.training.method import Trained
 from sift_cli.training.randomness import kept_randomness
+from sift_cli.training.step import Rows, add_gradient
 
-Rows = Sequence[list[int]]
+
+@dataclass(frozen=True)
+class Advice:
+    """What a step is called where one fails, and which keys of the recipe may help."""
+
+    step: str = "step"
+    rate: str = "train.learning_rate"
+    skip: str | None = None
+
+
+TRAINING = Advice(skip="train.skip_nonfinite")
 
 
 class Watch:
@@ -23,9 +33,14 @@ class Watch:
     """
 
     def __init__(
-        self, session: Session, parameters: SparseParameters | None = None, skips: int = 0
+        self,
+        session: Session,
+        parameters: Trained | None = None,
+        skips: int = 0,
+        advice: Advice = TRAINING,
     ) -> None:
         self.session, self.parameters, self.skips = session, parameters, skips
+        self.advice = advice
         self.skipped = 0  # steps read so far that were not finite
         self._unread: list[tuple[int, Rows, Tensor]] = []
         self._newest = nan, nan
@@ -72,10 +87,12 @@ class Watch:
         assert self.session.train is not None
         numbers = self.session.train.numbers(guilty or [row for part in rows for row in part])
         earlier = f", after {self.skips} skipped" if self.skips else ""
+        call, rate, skip = self.advice.step, self.advice.rate, self.advice.skip
+        pass_over = f", or let {skip} pass over {self.skips + 1} such steps" if skip else ""
+        look = "look at these rows" if skip else "or look at these rows"
         return SiftError(
-            f"step {step}: {what}; training rows {numbers}{earlier}. The weights are those of step "
-            f"{step - 1}. Try a lower train.learning_rate, look at these rows, or let "
-            f"train.skip_nonfinite pass over {self.skips + 1} such steps",
+            f"{call} {step}: {what}; training rows {numbers}{earlier}. The weights are those of "
+            f"{call} {step - 1}. Try a lower {rate}, {look}{pass_over}",
             ExitCode.NOT_FINITE,
         )
 
@@ -85,16 +102,20 @@ class Watch:
         The weights are as they were, dropout is not: what it alone had made infinite is not found.
         """
         assert self.parameters is not None
-        grad = self.parameters.grad
+        parameters = self.parameters
+
+        def not_finite() -> list[str]:
+            gathered = parameters.gradients()
+            return [name for name, gradient in gathered if not bool(gradient.isfinite().all())]
 
         def spoilt(some: Rows) -> bool:
-            grad.zero_()
+            parameters.zero_grad()
             loss = add_gradient(self.session, some)
-            return not bool(loss.isfinite()) or not bool(grad.isfinite().all())
+            return not bool(loss.isfinite()) or bool(not_finite())
 
         with kept_randomness(self.session.device):
             guilty = [row for part in rows for row in part if spoilt([[row]])]
             spoilt(rows)
-        bad = [one.name for one in self.parameters if not grad[one.span].isfinite().all()]
-        grad.zero_()
+        bad = not_finite()
+        parameters.zero_grad()
         return bad, guilty

@@ -17,12 +17,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from scipy import stats
 
-from sift_cli.analysis.adapted import WEIGHTS_FILE, main, train_adapted
+from sift_cli.analysis.adapted import main, train_adapted
 from sift_cli.analysis.compare import compare, compare_runs, tabulated
 from sift_cli.analysis.jobs import Job, Runner, rates_of
 from sift_cli.analysis.methods import adapted_layers, rank_for
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe, parse_recipe
+from sift_cli.runs.folder import TRAINED_FILE
 from sift_cli.runs.tuned import load_tuned
 from sift_cli.training import train
 from tests.support.command import ENV, sift, until
@@ -58,7 +59,7 @@ def test_full_is_training_at_density_1(recipe_file: Path, tmp_path: Path) -> Non
     own = train(recipe, tmp_path / "own")
     other = train_adapted(recipe, "full", tmp_path / "other")
     model = load_tuned(str(tmp_path / "own"), None)[0].model
-    weights = load_file(tmp_path / "other" / WEIGHTS_FILE)
+    weights = load_file(tmp_path / "other" / TRAINED_FILE)
     for name, weight in model.named_parameters():
         if name.endswith("key.bias"):  # its gradient is 0, so Adam follows rounding errors
             continue
@@ -78,7 +79,7 @@ def test_what_a_method_trains(method: str, recipe_file: Path, tmp_path: Path) ->
     found = train_adapted(recipe, method, tmp_path / method)
     again = train_adapted(recipe, method, tmp_path / "again")
     assert found["metrics"] == again["metrics"]
-    saved = load_file(tmp_path / method / WEIGHTS_FILE)
+    saved = load_file(tmp_path / method / TRAINED_FILE)
     assert found["dense_entries"] == own["dense_entries"]
     assert any(name.endswith("classifier.weight") for name in saved)
     if method == "head-only":

@@ -16,9 +16,10 @@ from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.runs.session import open_session
 from sift_cli.training import train
+from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, rule_of
-from sift_cli.training.gradient import add_gradient
-from sift_cli.training.loop import make_optimizer
+from sift_cli.training.loop import schedule_of
+from sift_cli.training.step import add_gradient
 
 STEPS = 5
 
@@ -34,8 +35,11 @@ def dense_gradients(recipe: Recipe) -> list[dict[str, Tensor]]:
     """The whole gradient of each step, along the training that the recipe describes."""
     session = open_session(recipe)
     session.model.train()
-    chooser = Chooser.of(recipe, session, rule_of(recipe.selection))
-    optimizer, schedule = make_optimizer(recipe, chooser.begin(), chooser.batches.steps)
+    batches = Batches.of(recipe.train, session.train.lengths)  # type: ignore[union-attr]
+    rule = rule_of(recipe.selection)
+    chooser = Chooser.of(recipe.selection, recipe.train, session, batches, rule=rule)
+    optimizer = chooser.begin()
+    schedule = schedule_of(recipe.train, optimizer.adamw, batches.steps)
     found = []
     for rows, _ in zip(chooser.batches, range(STEPS), strict=False):
         twin = copy.deepcopy(session.model)

@@ -17,9 +17,10 @@ from sift_cli.selection.structures import Units
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.optimizer import HISTORIES
 from sift_cli.training import train
+from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, rule_of
-from sift_cli.training.gradient import add_gradient
-from sift_cli.training.loop import make_optimizer
+from sift_cli.training.loop import schedule_of
+from sift_cli.training.step import add_gradient
 from tests.support.models import tiny_batch, tiny_model
 
 CASES = [
@@ -56,7 +57,9 @@ def resolved(path: Path, policy: str, structure: str, *more: str) -> Recipe:
 def opened(recipe: Recipe) -> tuple[Session, Chooser]:
     session = open_session(recipe)
     session.model.double().train()
-    return session, Chooser.of(recipe, session, rule_of(recipe.selection))
+    batches = Batches.of(recipe.train, session.train.lengths)  # type: ignore[union-attr]
+    rule = rule_of(recipe.selection)
+    return session, Chooser.of(recipe.selection, recipe.train, session, batches, rule=rule)
 
 
 class Reference:
@@ -131,10 +134,10 @@ def test_every_step_equals_a_dense_optimizer_under_the_mask(
         weight.register_post_accumulate_grad_hook(
             lambda _: alive.append(sum(w.grad is not None for w in session.model.parameters()))
         )
-    parameters = chooser.begin()
+    optimizer = chooser.begin()
     if chooser.rule.score.needs_data:
         assert max(alive) == 1  # one dense gradient at a time
-    optimizer, schedule = make_optimizer(recipe, parameters, 5)
+    parameters, schedule = optimizer.parameters, schedule_of(recipe.train, optimizer.adamw, 5)
     reference = Reference(copy.deepcopy(base), base, recipe)
     head = session.model.classifier.state_dict()  # a head-only warm-up may have moved it
     reference.model.classifier.load_state_dict(head)
@@ -231,8 +234,9 @@ def test_histories_against_dense_moments(recipe_file: Path, policy: str, history
     )
     session, chooser = opened(recipe)
     base = copy.deepcopy(session.model)
-    parameters = chooser.begin()
-    optimizer, _ = make_optimizer(recipe, parameters, 12)
+    optimizer = chooser.begin()
+    schedule_of(recipe.train, optimizer.adamw, 12)
+    parameters = optimizer.parameters
     reference = Reference(copy.deepcopy(base), base, recipe)
     replaced = []
     for step, rows in enumerate(chooser.batches, start=1):
@@ -260,8 +264,9 @@ def test_histories_against_dense_moments(recipe_file: Path, policy: str, history
 def test_every_batch_chooses_the_top_of_that_batch(recipe_file: Path) -> None:
     recipe = resolved(recipe_file, "current-batch", "entry")
     session, chooser = opened(recipe)
-    parameters = chooser.begin()
-    optimizer, _ = make_optimizer(recipe, parameters, 5)
+    optimizer = chooser.begin()
+    schedule_of(recipe.train, optimizer.adamw, 5)
+    parameters = optimizer.parameters
     for step, rows in enumerate(chooser.batches, start=1):
         if chooser.due(step):
             chooser.change(step, optimizer)
@@ -291,7 +296,7 @@ def test_a_warm_up_of_all_goes_back_and_one_of_the_head_stays(recipe_file: Path)
         )
         session, chooser = opened(recipe)
         base = copy.deepcopy(session.model.state_dict())
-        chooser.begin().detach()
+        chooser.begin().parameters.detach()
         for name, weight in session.model.state_dict().items():
             head = trains == "head" and name.startswith("classifier")
             assert torch.equal(weight, base[name]) != head, name
@@ -310,7 +315,7 @@ def test_the_lottery_takes_what_moved_most(recipe_file: Path) -> None:
         adamw.step()
     start = dict(session.model.named_parameters())
     moved = torch.cat([(trained[n] - start[n]).abs().flatten() for n in chooser.sparse]).detach()
-    parameters = chooser.begin()
+    parameters = chooser.begin().parameters
     chosen = masks_of(session.model, {s.name: s.support for s in parameters})
     flags = torch.cat([chosen[name].flatten() for name in chooser.sparse])
     assert float(moved[flags].min()) >= float(moved[~flags].max()) * (1 - 1e-4)

@@ -26,8 +26,8 @@ from sift_cli.runs.tuned import load_tuned
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.training import train
 from sift_cli.training.batches import Batches, bucketed
-from sift_cli.training.gradient import add_gradient
 from sift_cli.training.loop import Kept, Watch, evaluates
+from sift_cli.training.step import add_gradient
 from tests.support.models import save_base
 from tests.support.rows import write_rows
 
@@ -294,7 +294,7 @@ def test_regression_and_pairs(tmp_path: Path, recipe_text: str) -> None:
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sift_cli.training import choosing, loop
+    from sift_cli.training import loop, step
 
     real, calls = loop.add_gradient, []
 
@@ -304,7 +304,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
         return loss * math.nan if len(calls) == 4 else loss  # selection, then steps 1, 2, 3
 
     monkeypatch.setattr(loop, "add_gradient", poisoned)
-    monkeypatch.setattr(choosing, "add_gradient", poisoned)
+    monkeypatch.setattr(step, "add_gradient", poisoned)
     with pytest.raises(SiftError, match=r"step 3: the loss is nan") as caught:
         train(load_recipe(recipe_file), tmp_path / "run")
     assert caught.value.code == ExitCode.NOT_FINITE

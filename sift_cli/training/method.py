@@ -1,0 +1,112 @@
+"""What a run trains, as the loop sees it: the recipe's selection, or whole parameters."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sift_cli.recipe import Recipe
+from sift_cli.runs.checkpoint import Checkpoint
+from sift_cli.runs.session import Session
+from sift_cli.runs.summary import Written
+from sift_cli.sparse import Support
+from sift_cli.training.batches import Batches
+from sift_cli.training.packing import Packed
+
+Weights = Mapping[str, tuple[Support, Tensor]]  # by name: which entries, and their values [K]
+
+
+class Trained(Protocol):
+    """The numbers that train: SparseParameters, or those of dense.py."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """What the last backward passes gathered, by the weight's name."""
+
+    def zero_grad(self) -> None:
+        """Clears it."""
+
+    def state(self) -> Weights:
+        """The weights at every entry that ever trained: all that `load_state` needs."""
+
+    def load_state(self, state: Weights) -> None:
+        """Brings the weights back to where `state` was taken."""
+
+    def detach(self) -> None:
+        """Gives the model its own forward passes back; values stay."""
+
+
+class Optimizer(Protocol):
+    """SparseAdamW, or torch's own behind the same calls."""
+
+    @property
+    def parameters(self) -> Trained:
+        """What it moves."""
+
+    @property
+    def adamw(self) -> torch.optim.AdamW:
+        """The one whose learning rate a schedule sets."""
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Scales the gradient to a 2-norm of at most `max_norm`; returns its norm before, []."""
+
+    def step(self, skip: Tensor | None = None) -> None:
+        """One update, then clears the gradient; where `skip` ([]) is not 0, it only clears."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `load_state` needs, and no copies."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from where `state` was taken."""
+
+
+class Method(Protocol):
+    """What trains at which step, and what is written of it.
+
+    `norms` are 2-norms of the first batch's whole gradient by weight, where `begin` has seen it.
+    """
+
+    @property
+    def name(self) -> str:
+        """What a table calls it: the policy, or `lora` and the like."""
+
+    @property
+    def norms(self) -> Mapping[str, Tensor]:
+        """See above."""
+
+    def begin(self) -> Optimizer:
+        """Makes the model ready, and chooses what trains."""
+
+    def restore(self, saved: Checkpoint) -> Optimizer:
+        """The same from a checkpoint, on a model that is the base."""
+
+    def due(self, step: int) -> bool:
+        """Whether what trains changes before this step."""
+
+    def change(self, step: int, optimizer: Any) -> None:
+        """Changes it."""
+
+    def pack(self, optimizer: Any) -> Packed:
+        """What trains and its values, as a checkpoint holds them."""
+
+    def write(
+        self,
+        out: Path,
+        optimizer: Any,
+        marks: Mapping[str, str],
+        header: Callable[[], dict[str, Any]],
+    ) -> Written:
+        """Writes what was trained into the run folder `out`.
+
+        `marks` are fingerprints of the base's tensors, `header` makes what a delta says of itself.
+        """
+
+    def card(self, recipe: Recipe, summary: Mapping[str, Any]) -> str | None:
+        """The README.md of the run folder, if it has one."""
+
+
+Build = Callable[[Session, Batches], Method]

@@ -1,0 +1,68 @@
+"""One step, the same for all who take any: the loop, the warm-up, the probe, a measured plan."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from sift_cli.models.devices import autocast, place
+from sift_cli.runs.session import Session
+from sift_cli.training.method import Optimizer
+
+Rows = Sequence[list[int]]  # of one step, by micro-batch
+Gradient = Callable[[Session, Rows], Tensor]
+# step, rows, loss [] and norm [] -> whether the weights are to stay as they are (0 or 1, [])
+Guard = Callable[[int, Rows, Tensor, Tensor], Tensor]
+
+
+def add_gradient(session: Session, rows: Rows, total: int | None = None) -> Tensor:
+    """Adds the gradient of the mean loss over all rows of a step; returns that mean, of shape [].
+
+    Each micro-batch counts by its rows, so 1 x 16 equals 4 x 4, whatever its last one holds.
+    `total` stands in for the number of rows, where `rows` are only some of a step's.
+    """
+    assert session.train is not None
+    total = total or sum(map(len, rows))
+    loss = torch.zeros((), device=session.device)
+    for part in rows:
+        batch = place(session.collate(session.train.take(part)), session.device)
+        with autocast(session.device, session.bf16):
+            mean = session.model(**batch).loss
+        share = mean.float() * (len(part) / total)
+        share.backward()
+        loss += share.detach()
+    return loss
+
+
+def take_step(
+    session: Session,
+    optimizer: Optimizer,
+    step: int,
+    rows: Rows,
+    guard: Guard,
+    *,
+    max_grad_norm: float | None,
+    schedule: LRScheduler | None = None,
+    gradient: Gradient = add_gradient,
+) -> None:
+    """Takes the step of that number (the first is 1): gradient, clipping, update, learning rate.
+
+    `guard` sees loss and gradient norm (before clipping) and says on the device whether the weights
+    must not move. `gradient` stands in for `add_gradient` where more is to be seen of it.
+    """
+    loss = gradient(session, rows)
+    norm = optimizer.clip(max_grad_norm)
+    optimizer.step(skip=guard(step, rows, loss, norm))
+    if schedule is not None:
+        schedule.step()
+
+
+def backward_passes(session: Session, batches: Iterable[Rows]) -> list[Callable[[], object]]:
+    """A forward and backward pass for each micro-batch of each of `batches`, not run yet."""
+    passes: list[Callable[[], object]] = []
+    for rows in batches:
+        total = sum(map(len, rows))
+        passes += [partial(add_gradient, session, [part], total) for part in rows]
+    return passes
