@@ -32,8 +32,8 @@ from sift_cli.sparse import SparseAdamW, Support
 from sift_cli.sparse.segments import find
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, rule_of
-from sift_cli.training.loop import schedule_of
 from sift_cli.training.randomness import kept_randomness
+from sift_cli.training.schedule import schedule_of
 from sift_cli.training.step import Rows, add_gradient, take_step
 from sift_cli.training.watch import Watch
 

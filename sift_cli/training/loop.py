@@ -5,15 +5,11 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.prepare import prepare_model
@@ -34,11 +30,10 @@ from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import selecting
 from sift_cli.training.kept import Kept
 from sift_cli.training.method import Build, Method
+from sift_cli.training.schedule import schedule_of
 from sift_cli.training.state import State, space_for
 from sift_cli.training.step import Rows, add_gradient, take_step
 from sift_cli.training.watch import Watch
-
-LR_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 def train(
@@ -256,14 +251,6 @@ def tell_undefined(metrics: Metrics, console: Console) -> None:
             "are the same",
             highlight=False,
         )
-
-
-def schedule_of(settings: TrainSection, adamw: AdamW, steps: int) -> LRScheduler:
-    """The learning rate of each of `steps`."""
-    warmup = ceil(settings.warmup * steps)
-    name = LR_SCHEDULES[settings.lr_schedule]
-    schedule: LRScheduler = get_scheduler(name, adamw, warmup, steps)
-    return schedule
 
 
 def progress(

@@ -18,7 +18,7 @@ from sift_cli.runs.session import open_session
 from sift_cli.training import train
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, rule_of
-from sift_cli.training.loop import schedule_of
+from sift_cli.training.schedule import schedule_of
 from sift_cli.training.step import add_gradient
 
 STEPS = 5

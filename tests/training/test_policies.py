@@ -19,7 +19,7 @@ from sift_cli.sparse.optimizer import HISTORIES
 from sift_cli.training import train
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, rule_of
-from sift_cli.training.loop import schedule_of
+from sift_cli.training.schedule import schedule_of
 from sift_cli.training.step import add_gradient
 from tests.support.models import tiny_batch, tiny_model
 
