@@ -13,33 +13,15 @@ from sift_cli.runs.sinks import Bar, JsonLines, Sink, Sinks, TensorBoard, WandB
 from sift_cli.system.files import write_text
 
 SUMMARY_FILE = "summary.json"
-
-
 METRICS_FILE = "metrics.jsonl"
-
-
 NO_RESULT = {"out", "log", "checkpoint"}  # parts of a recipe that change no result
-
-
 PREDICTIONS_FILE = "predictions.jsonl"
-
-
 WEIGHTS_FILE = "weights.jsonl"
-
-
 GRADIENT_FILE = "gradient.jsonl"
 TRAINED_FILE = "trained.safetensors"  # of a method that is not sift's, in place of a delta
-
-
 REPORT_FILE = "report.html"
-
-
 PLOTS = "plots"
-
-
 DELTA_FILE = "delta.safetensors"
-
-
 RECIPE_FILE = "recipe.yaml"
 
 

@@ -18,14 +18,8 @@ if TYPE_CHECKING:
 
 
 BUILTIN = Path(__file__).parent / "builtin"
-
-
 NUMBER = "__row__"  # row numbers, in source splits that may have a column `row` of their own
-
-
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-
-
 SPLIT_NAMES = {
     "train": ("train",),
     "validation_matched": ("validation_matched", "dev_matched"),

@@ -16,11 +16,7 @@ class TaskSpec:
 
 
 ENTAILMENT = ("entailment", "not_entailment")
-
-
 SENTENCES = ("sentence1", "sentence2")
-
-
 TASKS: dict[str, TaskSpec] = {  # GLUE (Wang et al., ICLR 2019), with its official metrics
     "cola": TaskSpec(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
     "sst2": TaskSpec(("sentence",), ("negative", "positive"), ("accuracy",)),

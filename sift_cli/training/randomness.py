@@ -12,22 +12,22 @@ from torch import Tensor
 def random_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The states of every generator that a run may draw from, as JSON and as tensors."""
     name, keys, *rest = np.random.get_state(legacy=True)
-    said = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+    generators = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
     states = {"random/cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["random/cuda"] = torch.cuda.get_rng_state(device)
     elif device.type == "mps":
         states["random/mps"] = torch.mps.get_rng_state()
-    return said, states
+    return generators, states
 
 
 def set_random_states(
-    said: Mapping[str, Any], states: Mapping[str, Tensor], device: torch.device
+    generators: Mapping[str, Any], states: Mapping[str, Tensor], device: torch.device
 ) -> None:
-    """The other way round."""
-    version, words, gauss = said["python"]
+    """Sets every generator to where `random_states` found it."""
+    version, words, gauss = generators["python"]
     random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = said["numpy"]
+    name, keys, *rest = generators["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states["random/cpu"])
     if device.type == "cuda":
