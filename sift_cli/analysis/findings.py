@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sift_cli.analysis.masks import CURVE, TrackedMask, TrackedGradient
+from sift_cli.analysis.masks import CURVE, TrackedGradient, TrackedMask
 from sift_cli.recipe import Recipe
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from sift_cli.analysis.findings import findings_of
-from sift_cli.analysis.masks import TrackedMask, TrackedGradient
+from sift_cli.analysis.masks import TrackedGradient, TrackedMask
 from sift_cli.errors import SiftError
 from sift_cli.models.prepare import frozen, prepare_model
 from sift_cli.recipe import AXES, OPTIONS, Recipe, parse_recipe
