@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,44 @@ KEPT = 2  # files
 
 
 @dataclass(frozen=True)
+class Best:
+    """Of which step the kept weights are, what they score, and which step was evaluated last."""
+
+    step: int
+    metrics: dict[str, float | None] | None
+    seen: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One as it was read: `tensors` by name, and `about`, the JSON."""
+    """All of a run after `step`: `tensors` by name, and what stands as JSON beside them.
+
+    `supports` has shape and count of each support by kind and name; `schedule`, `random` and `used`
+    are for those who gave them: the learning rate, the generators, the clock.
+    """
 
     tensors: Mapping[str, Tensor]
-    about: Mapping[str, Any]
+    step: int
+    supports: Mapping[str, Mapping[str, Any]]
+    schedule: Mapping[str, Any]
+    kept: Best
+    skipped: int
+    random: Mapping[str, Any]
+    used: Mapping[str, Any]
+    facts: Facts
+    metrics_before: dict[str, float | None]
 
-    @property
-    def step(self) -> int:
-        """The last step that is in it."""
-        return int(self.about["step"])
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> "Checkpoint":
+        """From the tensors of a file and the JSON in it."""
+        own = {"kept": Best(**values["kept"]), "facts": Facts(**values["facts"])}
+        return cls(tensors=tensors, **{**values, **own})
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the tensors."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        del values["tensors"]
+        return values | {"kept": asdict(self.kept), "facts": asdict(self.facts)}
 
 
 class Checkpoints:
@@ -58,11 +86,11 @@ class Checkpoints:
             return step == 0 or time.monotonic() - self._saved_at >= seconds
         return isinstance(every, int) and step % every == 0
 
-    def save(self, saved: Checkpoint, **more: object) -> None:
-        """Writes one, with `more` beside what it says of itself; keeps the one before it."""
+    def save(self, saved: Checkpoint) -> None:
+        """Writes one; keeps the one before it."""
         self.folder.mkdir(exist_ok=True)
         partial = self.folder / "partial"
-        text = json.dumps({**saved.about, **more})
+        text = json.dumps(saved.to_json())
         try:
             save_file(dict(saved.tensors), partial, metadata={"sift": text})
             sync(partial)
@@ -93,10 +121,11 @@ class Checkpoints:
                 self.console.print(f"{path} is damaged; looking for the one before", style="red")
                 continue
             with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["sift"])
+                values = json.loads(file.metadata()["sift"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self._compare(Facts(**about["facts"]), here)
-            return Checkpoint(tensors, about)
+            saved = Checkpoint.of(tensors, values)
+            self._compare(saved.facts, here)
+            return saved
         if files:
             raise SiftError(
                 f"{self.folder}: every checkpoint is damaged; begin anew with --overwrite",

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def begin(
     tell_emulated(recipe, session.device, console)
     facts = Facts.of(settings_of(recipe), method.name, session)
     saved = checkpoints.newest(facts) if resume else None
-    metrics_before = saved.about["metrics_before"] if saved else session.evaluate()
+    metrics_before = saved.metrics_before if saved else session.evaluate()
     tell_undefined(metrics_before, console)
     undo = prepare_model(session.model, session.device, settings.gradient_checkpointing)
     optimizer = method.restore(saved) if saved else method.begin()
@@ -202,8 +202,7 @@ def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
     if step != run.saved and (asked or run.checkpoints.due(step)):
         state.watch.read()
         log.sync()
-        facts = {"facts": asdict(run.facts), "metrics_before": run.metrics_before}
-        run.checkpoints.save(state.gather(step), **facts)
+        run.checkpoints.save(state.gather(step, run.facts, run.metrics_before))
     if asked:
         raise SiftError(
             f"interrupted after step {step:,} of {batches.steps:,}; all of it is saved in "

@@ -29,7 +29,7 @@ class Packed:
 
 def supports_in(saved: Checkpoint, kind: str) -> dict[str, Support]:
     """The supports of that kind, by name."""
-    return {name: _support(saved, kind, name) for name in saved.about["supports"].get(kind, {})}
+    return {name: _support(saved, kind, name) for name in saved.supports.get(kind, {})}
 
 
 def entries_in(saved: Checkpoint, kind: str) -> dict[str, tuple[Support, Tensor]]:
@@ -41,7 +41,7 @@ def entries_in(saved: Checkpoint, kind: str) -> dict[str, tuple[Support, Tensor]
 
 
 def _support(saved: Checkpoint, kind: str, name: str) -> Support:
-    shape, count = saved.about["supports"][kind][name]
+    shape, count = saved.supports[kind][name]
     coded = saved.tensors.get(f"{kind}/{name}/positions")
     if coded is None:
         return Support(tuple(shape))

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from sift_cli.runs.checkpoint import KEPT, Checkpoint
+from sift_cli.runs.checkpoint import KEPT, Best, Checkpoint
+from sift_cli.runs.facts import Facts
 from sift_cli.runs.timing import Timing
+from sift_cli.tasks.metrics import Metrics
 from sift_cli.training.kept import Kept
 from sift_cli.training.method import Method, Optimizer, Trained
 from sift_cli.training.packing import entries_in
@@ -35,54 +37,46 @@ class State:
         """What trains."""
         return self.optimizer.parameters
 
-    def gather(self, step: int) -> Checkpoint:
-        """All of them after `step`. Waits for a GPU, and only here."""
+    def gather(self, step: int, facts: Facts, metrics_before: Metrics) -> Checkpoint:
+        """All of them after `step`, for a run of these facts. Waits for a GPU, and only here."""
         packed = self.method.pack(self.optimizer)
         packed.table.setdefault("kept", {})
         for name, (support, values) in (self.kept.state or {}).items():
             packed.put("kept", name, support, values)
         tensors = dict(packed.tensors)
-        tensors |= {f"optimizer/{key}": one for key, one in self.optimizer.state().items()}
+        tensors |= {f"optimizer/{key}": column for key, column in self.optimizer.state().items()}
         generators, states = random_states(self.device)
         tensors |= states | {"step_ms": torch.tensor(self.timing.step_ms, dtype=torch.float64)}
-        about = {
-            "step": step,
-            "supports": packed.table,
-            "schedule": self.schedule.state_dict(),
-            "kept": {
-                "step": self.kept.step,
-                "metrics": self.kept.metrics,
-                "seen": self.kept.seen,
-            },
-            "skipped": self.watch.skipped,
-            "random": generators,
-            "used": self.timing.used(self.device),
-        }
-        return Checkpoint({key: one.cpu().contiguous() for key, one in tensors.items()}, about)
+        return Checkpoint(
+            tensors={key: tensor.cpu().contiguous() for key, tensor in tensors.items()},
+            step=step,
+            supports=packed.table,
+            schedule=self.schedule.state_dict(),
+            kept=Best(self.kept.step, self.kept.metrics, self.kept.seen),
+            skipped=self.watch.skipped,
+            random=generators,
+            used=self.timing.used(self.device),
+            facts=facts,
+            metrics_before=dict(metrics_before),
+        )
 
     def load(self, saved: Checkpoint) -> None:
         """Goes on from there; `optimizer` must be what `method.restore(saved)` gave."""
-        about, tensors = saved.about, saved.tensors
-        self.optimizer.load_state(
-            {
-                key.removeprefix("optimizer/"): one
-                for key, one in tensors.items()
-                if key.startswith("optimizer/")
-            }
-        )
-        self.schedule.load_state_dict(about["schedule"])
+        own = "optimizer/"
+        columns = {
+            k.removeprefix(own): one for k, one in saved.tensors.items() if k.startswith(own)
+        }
+        self.optimizer.load_state(columns)
+        self.schedule.load_state_dict(dict(saved.schedule))
         for group, rate in zip(
             self.optimizer.adamw.param_groups, self.schedule.get_last_lr(), strict=True
         ):
             group["lr"] = rate
-        self.kept.step, self.kept.seen = about["kept"]["step"], about["kept"]["seen"]
-        self.kept.metrics, self.kept.state = (
-            about["kept"]["metrics"],
-            entries_in(saved, "kept") or None,
-        )
-        self.watch.resume(about["skipped"])
-        self.timing.resume(saved.step, tensors["step_ms"].tolist(), about["used"])
-        set_random_states(about["random"], tensors, self.device)
+        self.kept.step, self.kept.seen = saved.kept.step, saved.kept.seen
+        self.kept.metrics, self.kept.state = saved.kept.metrics, entries_in(saved, "kept") or None
+        self.watch.resume(saved.skipped)
+        self.timing.resume(saved.step, saved.tensors["step_ms"].tolist(), saved.used)
+        set_random_states(saved.random, saved.tensors, self.device)
 
 
 def space_for(parameters: Trained) -> int:
