@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForSequenceClassification
 from workloads import Workload
 
-from sift_cli.analysis.memory import Batch, Plan, ordinary, sparse
+from sift_cli.analysis.memory import Batch, PeakMemory, ordinary, sparse
 from sift_cli.analysis.methods import adapt
 from sift_cli.models.names import head_of
 from sift_cli.models.prepare import recompute_activations
@@ -115,7 +115,7 @@ def planned(workload: Workload, method: str, density: float, checkpointing: bool
             with torch.device("meta"):
                 return adapt(build(), "lora", layers_of(model, head), head, rank)
 
-    return Plan(make, batch, checkpointing).step(ready)
+    return PeakMemory(make, batch, checkpointing).step(ready)
 
 
 def peak(settings: dict[str, Any]) -> int:

@@ -77,9 +77,9 @@ def test_a_run_on_a_gpu_is_that_on_a_cpu(recipe_file: Path, tmp_path: Path) -> N
     recipe = load_recipe(recipe_file)
     there = train(recipe, tmp_path / "gpu", device="cuda")
     here = train(recipe, tmp_path / "cpu", device="cpu")
-    assert there["trained_entries"] == here["trained_entries"]
-    assert there["steps"] == here["steps"]
-    assert there["step_time_ms"] > 0
+    assert there.trained_entries == here.trained_entries
+    assert there.steps == here.steps
+    assert there.step_time_ms > 0
 
 
 @pytest.mark.parametrize("policy", ["sift", "current-batch"])

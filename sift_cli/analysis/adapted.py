@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from sift_cli.analysis.methods import (
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.runs.session import Session
+from sift_cli.runs.summary import Summary
 from sift_cli.selection.select import planned
 from sift_cli.training import train
 from sift_cli.training.batches import Batches
@@ -32,7 +32,7 @@ from sift_cli.training.dense import Adapted, Dense
 
 def train_adapted(
     recipe: Recipe, method: str, out: Path, *, device: str | None = None, resume: bool = False
-) -> dict[str, Any]:
+) -> Summary:
     """Trains with one of METHODS as `train` does with the recipe's policy."""
     return train(recipe, out, build=partial(build, method, recipe), device=device, resume=resume)
 

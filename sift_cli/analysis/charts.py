@@ -19,7 +19,9 @@ from matplotlib.ticker import MaxNLocator
 
 from sift_cli.tasks.metrics import Metrics
 
-Record = Mapping[str, Any]
+Line = Mapping[str, Any]  # of metrics.jsonl, weights.jsonl, gradient.jsonl or predictions.jsonl
+Cell = Mapping[str, Any]  # the weights of one layer and module, added up
+Cells = Mapping[tuple[str, str], Cell]  # by layer and module
 
 INK = "#010203"  # text and lines; in a page they take the page's colour
 BLUE, ORANGE = "#3b82f6", "#e07b39"
@@ -45,12 +47,12 @@ STYLE = {
 
 
 def charts(
-    lines: Sequence[Record],
-    weights: Sequence[Record],
-    predictions: Sequence[Record],
+    lines: Sequence[Line],
+    weights: Sequence[Line],
+    predictions: Sequence[Line],
     labels: Sequence[str] | None,
     before: Metrics,
-    probe: Record | None,
+    probe: Mapping[str, Any] | None,
     out: Path,
 ) -> dict[str, str]:
     """Draws what there is data for; writes `out`/NAME.png and returns NAME -> SVG.
@@ -80,52 +82,58 @@ def charts(
         drawn[f"predictions-{split}"] = lambda rows=rows: (  # type: ignore[misc]
             _confusion(rows, labels) if labels else _scatter(rows)
         )
-    found = {}
+    pictures = {}
     with _style():
         for name, draw in drawn.items():
             figure = draw()
             figure.savefig(out / f"{_file(name)}.png", dpi=130)
-            found[name] = _svg(figure, name)
-    return found
+            pictures[name] = _svg(figure, name)
+    return pictures
 
 
-def by_layer(weights: Sequence[Record]) -> dict[tuple[str, str], dict[str, Any]]:
+def by_layer(weights: Sequence[Line]) -> dict[tuple[str, str], dict[str, Any]]:
     """The weights that lie in numbered layers, added up by layer and module.
 
-    A weight's `gradient` is the norm of the first batch's, and what its entries keep of it.
+    A weight's `gradient` is its line of gradient.jsonl: the norm of the first batch's gradient, and
+    what the trained entries keep of it.
     """
-    cells: dict[tuple[str, str], list[Record]] = {}
+    lines: dict[tuple[str, str], list[Line]] = {}
     for weight in weights:
         place = re.match(r"(.*?)\.(\d+)\.(.*)\.\w+$", weight["name"])
         if place and not weight["whole"]:
             where = f"{place[1]} {place[2]}", place[3]
-            cells.setdefault(where, []).append(weight)
-    stacks = {layer.rpartition(" ")[0] for layer, _ in cells}
-    found = {}
-    for (layer, module), some in cells.items():
-        touched = sum(one["touched"] for one in some)
-        squares = sum(one["touched"] * one["rms"] ** 2 for one in some)
-        sizes = [prod(one["shape"]) for one in some]
+            lines.setdefault(where, []).append(weight)
+    stacks = {layer.rpartition(" ")[0] for layer, _ in lines}
+    cells = {}
+    for (layer, module), some in lines.items():
         row = layer if len(stacks) > 1 else layer.rpartition(" ")[2]
-        crowded = [one["half_in_inputs"] for one in some if "half_in_inputs" in one]
-        known = gradient_share([one["gradient"] for one in some if "gradient" in one])
-        found[row, module] = {
-            "entries": sum(one["entries"] for one in some),
-            "share": sum(one["entries"] for one in some) / sum(sizes),
-            "rms": (squares / touched) ** 0.5,
-            **({"half_in_inputs": crowded[0]} if crowded else {}),
-            **({} if known is None else {"gradient_share": known}),
-        }
-    return found
+        cells[row, module] = _added_up(some)
+    return cells
 
 
-def gradient_share(gradients: Sequence[Record]) -> float | None:
-    """The share of the norm of several weights' gradients that is kept; None of no gradient."""
+def _added_up(weights: Sequence[Line]) -> dict[str, Any]:
+    """The cell of several weights: a module's weight and its bias."""
+    touched = sum(one["touched"] for one in weights)
+    squares = sum(one["touched"] * one["rms"] ** 2 for one in weights)
+    sizes = [prod(one["shape"]) for one in weights]
+    crowded = [one["half_in_inputs"] for one in weights if "half_in_inputs" in one]
+    share = gradient_share([one["gradient"] for one in weights if "gradient" in one])
+    return {
+        "entries": sum(one["entries"] for one in weights),
+        "share": sum(one["entries"] for one in weights) / sum(sizes),
+        "rms": (squares / touched) ** 0.5,
+        **({"half_in_inputs": crowded[0]} if crowded else {}),
+        **({} if share is None else {"gradient_share": share}),
+    }
+
+
+def gradient_share(gradients: Sequence[Line]) -> float | None:
+    """The share of the norm of several weights' gradients that is kept; None without any."""
     whole = sum(one["norm"] ** 2 for one in gradients)
     return (sum(one["kept"] ** 2 for one in gradients) / whole) ** 0.5 if whole else None
 
 
-def _progress(steps: Sequence[Record], scores: Sequence[Record], before: Metrics) -> Figure:
+def _progress(steps: Sequence[Line], scores: Sequence[Line], before: Metrics) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.2 if scores else 2.3), layout="constrained")
     axes = figure.subplots(2 if scores else 1, 1, sharex=True, squeeze=False)[:, 0]
     axes[0].plot(*_series(steps, "loss"), color=BLUE, lw=1.2, marker=_marker(steps))
@@ -146,8 +154,8 @@ def _progress(steps: Sequence[Record], scores: Sequence[Record], before: Metrics
     return figure
 
 
-def _rate(steps: Sequence[Record]) -> Figure:
-    figure, axis = _one(1.9)
+def _rate(steps: Sequence[Line]) -> Figure:
+    figure, axis = _axes(1.9)
     axis.plot(*_series(steps, "learning_rate"), color=ORANGE, marker=_marker(steps))
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axis.set(xlabel="step", ylabel="learning rate")
@@ -156,37 +164,43 @@ def _rate(steps: Sequence[Record]) -> Figure:
     return figure
 
 
-def _entries(layered: Mapping[tuple[str, str], Record]) -> Figure:
-    def said(cell: Record) -> str:
-        return _thousands(cell["entries"])
+def _entries(layered: Cells) -> Figure:
+    return _heat(
+        layered,
+        "share",
+        lambda cell: _thousands(cell["entries"]),
+        "share of the entries",
+        "{:.2%}".format,
+    )
 
-    return _heat(layered, "share", said, "share of the entries", "{:.2%}".format)
 
-
-def _change(layered: Mapping[tuple[str, str], Record]) -> Figure:
+def _change(layered: Cells) -> Figure:
     return _heat(
         layered, "rms", lambda cell: _small(cell["rms"]), "root mean square change", _small
     )
 
 
-def _share(layered: Mapping[tuple[str, str], Record], key: str, title: str) -> Figure:
+def _share(layered: Cells, key: str, title: str) -> Figure:
     """The cells that hold `key`, in whole per cent."""
     held = {place: cell for place, cell in layered.items() if key in cell}
     return _heat(held, key, lambda cell: f"{cell[key]:.0%}", title, "{:.0%}".format)
 
 
 def _heat(
-    cells: Mapping[tuple[str, str], Record],
+    cells: Cells,
     key: str,
-    said: Callable[[Record], str],
+    text: Callable[[Cell], str],
     title: str,
     form: Callable[[float], str],
 ) -> Figure:
-    """Layers down, modules across; colour is `key`, each cell says `said`."""
+    """Layers down, modules across; colour is `key`, `text` stands in each cell.
+
+    `form` writes the ends of the scale in the title.
+    """
     rows = list(dict.fromkeys(layer for layer, _ in cells))
     columns = list(dict.fromkeys(module for _, module in cells))
     names = _apart(columns)
-    figure, axis = _one(1.5 + 0.24 * len(rows) + 0.055 * max(map(len, names)))
+    figure, axis = _axes(1.5 + 0.24 * len(rows) + 0.055 * max(map(len, names)))
     values = [cell[key] for cell in cells.values()]
     low, high = min(values), max(values)
     logs = low > 0 and high > 10 * low
@@ -198,7 +212,7 @@ def _heat(
         if len(columns) <= 8:
             ink = "white" if norm(cell[key]) > 0.6 else INK
             at = x + 0.48, y + 0.48
-            axis.text(*at, said(cell), ha="center", va="center", size=7.5, color=ink)
+            axis.text(*at, text(cell), ha="center", va="center", size=7.5, color=ink)
     axis.set(xlim=(0, len(columns)), ylim=(len(rows), 0), ylabel="layer")
     axis.set_xticks([x + 0.48 for x in range(len(columns))], names, rotation=35, ha="right")
     axis.set_yticks([y + 0.48 for y in range(len(rows))], rows)
@@ -209,8 +223,8 @@ def _heat(
     return figure
 
 
-def _kept(probe: Record) -> Figure:
-    figure, axis = _one(3)
+def _kept(probe: Mapping[str, Any]) -> Figure:
+    figure, axis = _axes(3)
     for at, (name, kept) in enumerate(probe["kept_norm_share"].items()):
         steps = range(1, len(kept["steps"]) + 1)
         axis.plot(steps, kept["steps"], label=name, marker=".", color=_colour(at))
@@ -220,11 +234,11 @@ def _kept(probe: Record) -> Figure:
     return figure
 
 
-def _confusion(rows: Sequence[Record], labels: Sequence[str]) -> Figure:
+def _confusion(rows: Sequence[Line], labels: Sequence[str]) -> Figure:
     counts = Counter((row["label"], row["predicted"]) for row in rows)
     truths = Counter(row["label"] for row in rows)
     size = min(4.6, 1.6 + 0.5 * len(labels))
-    figure, axis = _one(size + 0.6)
+    figure, axis = _axes(size + 0.6)
     named = len(labels) <= NAMED
     for y, truth in enumerate(labels):
         for x, predicted in enumerate(labels):
@@ -248,9 +262,9 @@ def _confusion(rows: Sequence[Record], labels: Sequence[str]) -> Figure:
     return figure
 
 
-def _scatter(rows: Sequence[Record]) -> Figure:
+def _scatter(rows: Sequence[Line]) -> Figure:
     shown = rows[:: 1 + len(rows) // POINTS]
-    figure, axis = _one(4.4)
+    figure, axis = _axes(4.4)
     x, y = [row["label"] for row in shown], [row["predicted"] for row in shown]
     axis.scatter(x, y, s=7, alpha=0.45, color=BLUE, lw=0)
     ends = min(*x, *y), max(*x, *y)
@@ -260,7 +274,7 @@ def _scatter(rows: Sequence[Record]) -> Figure:
     return figure
 
 
-def _one(height: float) -> tuple[Figure, Axes]:
+def _axes(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
@@ -273,7 +287,7 @@ def _style() -> Iterator[None]:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The figure for a page: transparent, in the page's colour, with ids of its own."""
+    """The figure as SVG for a page: transparent, in the page's colour, with ids of its own."""
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -293,11 +307,11 @@ def _file(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def _series(lines: Sequence[Record], key: str) -> tuple[list[float], list[float]]:
+def _series(lines: Sequence[Line], key: str) -> tuple[list[float], list[float]]:
     return [line["step"] for line in lines], [line[key] for line in lines]
 
 
-def _marker(lines: Sequence[Record]) -> str:
+def _marker(lines: Sequence[Line]) -> str:
     return "." if len(lines) < 30 else ""
 
 
@@ -310,7 +324,7 @@ def _short(label: str) -> str:
 
 
 def _apart(modules: Sequence[str]) -> list[str]:
-    """The last part of each module's name, with as many before it as tell it from the others."""
+    """The shortest endings of the modules' names that differ from one another."""
     for parts in range(1, 1 + max(module.count(".") + 1 for module in modules)):
         names = [".".join(module.split(".")[-parts:]) for module in modules]
         if len(set(names)) == len(names):

@@ -28,15 +28,15 @@ MOVES = (
     "more: another power of two",
     "more: another sign",
 )
-OUTSIDE = "outside"  # the layer of what is in none
+OUTSIDE = "outside"  # stands for the layer of weights that are in none
 
 
 @dataclass
-class Row:
-    """The change of one weight or of several together.
+class Change:
+    """The change of one weight or of several together: changes add up.
 
-    `moves` counts entries by `MOVES`; `square` and `base_square` are the squared 2-norms of the
-    change and of the whole base weight, None without a base.
+    `entries` of `size` are in the delta; `moves` counts them by `MOVES`. `square` and `base_square`
+    are the squared 2-norms of the change and of the whole base weight, None without a base.
     """
 
     weights: int
@@ -46,8 +46,8 @@ class Row:
     square: float | None = None
     base_square: float | None = None
 
-    def __add__(self, other: "Row") -> "Row":
-        return Row(
+    def __add__(self, other: "Change") -> "Change":
+        return Change(
             self.weights + other.weights,
             self.entries + other.entries,
             self.size + other.size,
@@ -57,8 +57,8 @@ class Row:
         )
 
     def report(self) -> dict[str, Any]:
-        """The row as JSON: counts, density, the share that is not equal to the base, norms."""
-        found: dict[str, Any] = {
+        """As JSON: counts, density, the share of entries that differ from the base, norms."""
+        values: dict[str, Any] = {
             "weights": self.weights,
             "entries": self.entries,
             "size": self.size,
@@ -68,11 +68,11 @@ class Row:
         }
         if self.square is not None and self.base_square is not None:
             norm, base = sqrt(self.square), sqrt(self.base_square)
-            found |= {"norm": norm, "base_norm": base, "relative": norm / base if base else None}
-        return found
+            values |= {"norm": norm, "base_norm": base, "relative": norm / base if base else None}
+        return values
 
 
-EMPTY = Row(0, 0, 0, np.zeros(len(MOVES), dtype=np.int64))
+NO_CHANGE = Change(0, 0, 0, np.zeros(len(MOVES), dtype=np.int64))
 
 
 def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> dict[str, Any]:
@@ -86,49 +86,55 @@ def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> 
     Raises SiftError: exit code 2 where there is no delta, 3 for a damaged one or a wrong base.
     """
     delta = load_delta(path)
-    rows = _with_base(delta, base) if base else {n: _row(w) for n, w in delta.weights.items()}
+    if base:
+        changes = _with_base(delta, base)
+    else:
+        changes = {name: change_of(weight) for name, weight in delta.weights.items()}
     places = layers_and_kinds(delta.weights)
-    by_layer = _grouped(rows, lambda name: places[name][0])
-    by_kind = _grouped(rows, lambda name: (places[name][0] == OUTSIDE, places[name][1]))
-    total = _grouped(rows, lambda _: 0).get(0, EMPTY)
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        size, digest = len(content), hashlib.sha256(content).hexdigest()
-    found: dict[str, Any] = {
+    by_layer = _summed(changes, lambda name: places[name][0])
+    by_kind = _summed(changes, lambda name: (places[name][0] == OUTSIDE, places[name][1]))
+    total = _summed(changes, lambda _: 0).get(0, NO_CHANGE)
+    result: dict[str, Any] = {
         "file": str(path),
-        "bytes": size,
-        "sha256": digest,
+        **_file_facts(path),
         "integrity": "the digest matches; every position is in range",
         "base_checked": base,
         **{key: value for key, value in delta.about.items() if key != "logits"},
         **total.report(),
         "dense": {name: list(tensor.shape) for name, tensor in delta.dense.items()},
         "dense_entries": sum(tensor.numel() for tensor in delta.dense.values()),
-        "layers": {str(layer): row.report() for layer, row in by_layer.items()},
-        "kinds": {kind: row.report() for (_, kind), row in by_kind.items()},
+        "layers": {str(layer): change.report() for layer, change in by_layer.items()},
+        "kinds": {kind: change.report() for (_, kind), change in by_kind.items()},
         "tensors": {
             name: {
                 "layer": places[name][0],
                 "kind": places[name][1],
                 "shape": list(delta.weights[name].shape),
                 "dtype": str(delta.weights[name].dtype).removeprefix("torch."),
-                **row.report(),
+                **change.report(),
             }
-            for name, row in rows.items()
+            for name, change in changes.items()
         },
     }
     if out is not None:
         from sift_cli.analysis.plots import plot_delta
 
-        plot_delta(found, out)
-    return found
+        plot_delta(result, out)
+    return result
 
 
-def _grouped(rows: Mapping[str, Row], key: Callable[[str], Any]) -> dict[Any, Row]:
-    """Sums of the rows with the same key, by order of keys: numbers first."""
-    groups: dict[Any, Row] = {}
-    for name, row in rows.items():
-        groups[key(name)] = groups[key(name)] + row if key(name) in groups else row
-    return {one: groups[one] for one in sorted(groups, key=lambda k: (isinstance(k, str), k))}
+def _file_facts(path: Path) -> dict[str, Any]:
+    """Bytes and hash of a file."""
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _summed(changes: Mapping[str, Change], key: Callable[[str], Any]) -> dict[Any, Change]:
+    """Sums of the changes of weights with the same key, by order of keys: numbers first."""
+    sums: dict[Any, Change] = {}
+    for name, change in changes.items():
+        sums[key(name)] = sums[key(name)] + change if key(name) in sums else change
+    return {one: sums[one] for one in sorted(sums, key=lambda k: (isinstance(k, str), k))}
 
 
 def layers_and_kinds(names: Iterable[str]) -> dict[str, tuple[int | str, str]]:
@@ -144,15 +150,15 @@ def layers_and_kinds(names: Iterable[str]) -> dict[str, tuple[int | str, str]]:
         at = next((n for n, part in enumerate(parts) if part.isdigit()), None)
         split[name] = parts, at
     stacks = {tuple(parts[:at]) for parts, at in split.values() if at is not None}
-    found: dict[str, tuple[int | str, str]] = {}
+    places: dict[str, tuple[int | str, str]] = {}
     for name, (parts, at) in split.items():
         if at is None:
-            found[name] = OUTSIDE, ".".join(parts)
+            places[name] = OUTSIDE, ".".join(parts)
             continue
         start = at + 1 if len(stacks) == 1 else 0
         kind = ["*" if part.isdigit() else part for part in parts[start:]]
-        found[name] = int(parts[at]), ".".join(kind) or "weight"
-    return found
+        places[name] = int(parts[at]), ".".join(kind) or "weight"
+    return places
 
 
 def moves(bits: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[np.int64]:
@@ -181,15 +187,19 @@ def _class_of(bit: int, mantissa: int, width: int) -> int:
     return 2 + next(at for at, bound in enumerate(BOUNDS) if power >= bound)
 
 
-def _row(weight: WeightDelta) -> Row:
+def change_of(weight: WeightDelta) -> Change:
+    """The change of one weight, without norms."""
     size = int(np.prod(weight.shape, dtype=np.int64))
-    return Row(1, weight.count, size, moves(weight.bits, weight.dtype))
+    return Change(1, weight.count, size, moves(weight.bits, weight.dtype))
 
 
-def _with_base(delta: Delta, base: str) -> dict[str, Row]:
-    """Rows with norms, from the base's tensors one at a time; refuses a wrong base."""
+def _with_base(delta: Delta, base: str) -> dict[str, Change]:
+    """The change of each weight with its norms, from the base's tensors one at a time.
+
+    Raises SiftError (exit code 3) where these are not the weights that the delta was made from.
+    """
     stored = Stored(model_folder(base), {name: name for name in delta.weights})
-    rows, wrong = {}, []
+    changes, wrong = {}, []
     for name, weight in delta.weights.items():
         if name not in stored.places:
             wrong.append(name)
@@ -200,10 +210,10 @@ def _with_base(delta: Delta, base: str) -> dict[str, Row]:
             continue
         after = before.clone()
         weight.toggle_(after)
-        row = _row(weight)
-        row.square = float((after.float() - before.float()).square_().sum(dtype=torch.float64))
-        row.base_square = float(before.float().square_().sum(dtype=torch.float64))
-        rows[name] = row
+        change = change_of(weight)
+        change.square = float((after.float() - before.float()).square_().sum(dtype=torch.float64))
+        change.base_square = float(before.float().square_().sum(dtype=torch.float64))
+        changes[name] = change
     if wrong:
         more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         listed = "\n  ".join(wrong[:10])
@@ -212,17 +222,17 @@ def _with_base(delta: Delta, base: str) -> dict[str, Row]:
             f"{len(wrong)} are others or missing:\n  {listed}{more}",
             ExitCode.WRONG_FILE,
         )
-    return rows
+    return changes
 
 
 def bands(layers: Mapping[str, Any], most: int = 12) -> list[tuple[str, list[str]]]:
     """Layers as a table shows them: each by itself, or in at most about `most` even bands."""
     numbers = [layer for layer in layers if layer != OUTSIDE]
     wide = -(-len(numbers) // most) if len(numbers) > 2 * most else 1
-    found = []
+    groups = []
     for start in range(0, len(numbers), wide):
         part = numbers[start : start + wide]
-        found.append((part[0] if len(part) == 1 else f"{part[0]}-{part[-1]}", part))
+        groups.append((part[0] if len(part) == 1 else f"{part[0]}-{part[-1]}", part))
     if OUTSIDE in layers:
-        found.append((OUTSIDE, [OUTSIDE]))
-    return found
+        groups.append((OUTSIDE, [OUTSIDE]))
+    return groups

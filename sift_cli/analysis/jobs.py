@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sift_cli.analysis.methods import METHODS
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import Recipe, parse_recipe
-from sift_cli.runs.folder import SUMMARY_FILE
+from sift_cli.runs.summary import Summary
 from sift_cli.system.stopping import hears
 from sift_cli.tasks.metrics import shown
 
 WITHOUT_BUDGET = ("full", "head-only")
-# What a method's rate is, in those of the recipe, where nothing else is said: all weights together
+# A method's learning rate as a multiple of the recipe's, unless it is given: all weights together
 # diverge at a rate at which 1 % of them learn.
 RATE_OF = {"full": 0.05}
 HALF_DECADE = 10**0.5
@@ -35,7 +34,10 @@ HALF_DECADE = 10**0.5
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One run: a method (a policy's name, or one of METHODS) with all that it is told."""
+    """One run: a method (a policy's name, or one of METHODS) and its recipe.
+
+    `density` and `rate` are those of the table; the recipe holds them too. Equal to itself alone.
+    """
 
     method: str
     density: float | None
@@ -45,9 +47,9 @@ class Job:
 
     @classmethod
     def of(cls, base: Recipe, method: str, density: float | None, rate: float, seed: int) -> "Job":
-        """The job with the recipe's data, batches and budget.
+        """The job with the data, batches and budget of the recipe `base`.
 
-        The recipe's own policy keeps the axes that the recipe gives; others are as their row says.
+        The policy of `base` keeps the axes that `base` gives; others are as their row says.
         """
         changes = [f"train.learning_rate={rate!r}", f"train.seed={seed}"]
         if method not in METHODS and method != base.selection.policy:
@@ -61,16 +63,16 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The folder of the run: what a person looks for, and a hash of everything."""
-        told = {"method": self.method, **self.recipe.model_dump(exclude={"out", "log"})}
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+        """The folder of the run: method, density, rate and seed, and a hash of the recipe."""
+        identity = {"method": self.method, **self.recipe.model_dump(exclude={"out", "log"})}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
         density = "" if self.density is None else f"-d{self.density:g}"
         return f"{self.method}{density}-r{self.rate:g}-s{self.seed}-{digest}"
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Where runs go and how they run: `workers` at a time, each with its share of the cores."""
+    """Runs jobs under the folder `out`, `workers` at a time, each with its share of the cores."""
 
     out: Path
     workers: int
@@ -82,25 +84,25 @@ class Runner:
     changing: threading.RLock = field(default_factory=threading.RLock)
     ended: threading.Event = field(default_factory=threading.Event)
 
-    def run(self, jobs: Sequence[Job], what: str) -> dict[Job, dict[str, Any] | None]:
+    def run(self, jobs: Sequence[Job], what: str) -> dict[Job, Summary | None]:
         """The summary of each job, from disk where it has finished; None where it diverged.
 
         Raises SiftError where one fails for another reason; those that have finished stay. SIGTERM
         ends what runs too, and then this as Ctrl-C would, which reaches the processes by itself.
         """
         unique = {job.name: job for job in jobs}
-        done: dict[str, dict[str, Any] | None] = {}
+        done: dict[str, Summary | None] = {}
         with (
-            self._progress(what, len(unique)) as say,
+            self._progress(what, len(unique)) as report,
             self._passing_on(),
             ThreadPoolExecutor(self.workers) as pool,
         ):
-            waiting = {pool.submit(self._one, job): job for job in unique.values()}
+            waiting = {pool.submit(self._finished, job): job for job in unique.values()}
             try:
                 for future in as_completed(waiting):
                     job = waiting[future]
                     done[job.name] = future.result()
-                    say(job, done[job.name])
+                    report(job, done[job.name])
             except KeyboardInterrupt:
                 self.ended.set()
                 raise _interrupted() from None
@@ -109,29 +111,31 @@ class Runner:
                     future.cancel()
         return {job: done[job.name] for job in jobs}
 
-    def _one(self, job: Job) -> dict[str, Any] | None:
+    def _finished(self, job: Job) -> Summary | None:
+        """The summary of a job, which is run unless it has finished; None where it diverged."""
         folder = self.out / "runs" / job.name
-        if not (folder / SUMMARY_FILE).is_file():
-            if job.method in METHODS:  # one of sift's own goes on where it was
-                shutil.rmtree(folder, ignore_errors=True)
-            recipe = self.out / "recipes" / f"{job.name}.yaml"
-            for parent in (folder.parent, recipe.parent):
-                parent.mkdir(parents=True, exist_ok=True)
-            recipe.write_text(job.recipe.to_yaml(), encoding="utf-8")
-            code, said = self._process(self._command(job, recipe, folder))
-            if code == ExitCode.NOT_FINITE:
-                return None
-            if code:
-                last = (said.strip().splitlines() or ["it said nothing"])[-1]
-                raise SiftError(f"{job.name}: {last}", _code(code))
-        found: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        return found
+        summary = Summary.read(folder)
+        if summary is not None:
+            return summary
+        recipe = self.out / "recipes" / f"{job.name}.yaml"
+        for parent in (folder.parent, recipe.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(job.recipe.to_yaml(), encoding="utf-8")
+        code, errors = self._process(self._command(job, recipe, folder))
+        if code == ExitCode.NOT_FINITE:
+            return None
+        if code:
+            last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+            raise SiftError(f"{job.name}: {last}", _code(code))
+        summary = Summary.read(folder)
+        assert summary is not None  # a run that ends well has written it
+        return summary
 
     def _command(self, job: Job, recipe: Path, folder: Path) -> list[str]:
         python = [sys.executable, "-m"]
         if job.method in METHODS:
-            told = [job.method, str(recipe), str(folder), *filter(None, [self.device])]
-            return [*python, "sift_cli.analysis.adapted", *told]
+            arguments = [job.method, str(recipe), str(folder), *filter(None, [self.device])]
+            return [*python, "sift_cli.analysis.adapted", *arguments]
         more = ["--device", self.device] if self.device else []
         more += ["--allow-code"] if self.allow_code else []
         return [*python, "sift_cli", "train", str(recipe), "--out", str(folder), "--resume", *more]
@@ -150,9 +154,9 @@ class Runner:
             )
             self.processes.add(process)
         with process:
-            _, said = process.communicate()
+            _, errors = process.communicate()
             self.processes.discard(process)
-        return process.returncode, said
+        return process.returncode, errors
 
     @contextmanager
     def _passing_on(self) -> Iterator[None]:
@@ -182,7 +186,7 @@ class Runner:
 
     @contextmanager
     def _progress(self, what: str, total: int) -> Iterator[Any]:
-        """A bar where someone watches; else a line for each run."""
+        """A progress bar, and the function that moves it: it prints a line for a finished job."""
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         watched = self.console.is_terminal
         bar = Progress(
@@ -191,23 +195,26 @@ class Runner:
         task = bar.add_task(what, total=total)
         count = 0
 
-        def say(job: Job, summary: Mapping[str, Any] | None) -> None:
+        def report(job: Job, summary: Summary | None) -> None:
             nonlocal count
             count += 1
-            said = "diverged"
+            result = "diverged"
             if summary is not None:
-                first, value = next(iter(summary["metrics"].items()))
-                said = f"{first} {shown(value)}"
+                first, value = next(iter(summary.metrics.items()))
+                result = f"{first} {shown(value)}"
             name = job.name.rpartition("-")[0]
-            self.console.print(f"{what} {count}/{total}: {name}: {said}", highlight=False)
+            self.console.print(f"{what} {count}/{total}: {name}: {result}", highlight=False)
             bar.advance(task)
 
         with bar:
-            yield say
+            yield report
 
 
 def rates_of(base: float, method: str, given: Mapping[str, float], sweep: int) -> list[float]:
-    """The learning rates to try of a method: `sweep` of them, half a decade apart, around one."""
+    """The learning rates to try of a method: `sweep` of them, half a decade apart.
+
+    In their middle is the one in `given`, else a multiple of `base`, the recipe's.
+    """
     middle = given.get(method, base * RATE_OF.get(method, 1.0))
     if sweep <= 1:
         return [middle]

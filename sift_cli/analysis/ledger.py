@@ -45,7 +45,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def note(self, tensor: Tensor, made_by: str = "") -> None:
-        """Notes the storage of a tensor, once."""
+        """Adds the storage of a tensor, unless it is known."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._live:
@@ -56,12 +56,12 @@ class Ledger(TorchDispatchMode):
         self._live[key] = weakref.ref(storage, lambda _: self._gone(key)), made
 
     def name(self, phase: str, tensors: Iterable[Tensor]) -> None:
-        """Files tensors under another phase than that in which they came."""
+        """Moves the allocations of tensors to another phase than that in which they came."""
         for tensor in tensors:
             self._live[id(tensor.untyped_storage())][1].phase = phase
 
     def now(self) -> int:
-        """The number of the last event."""
+        """The number of the last event: a storage that came or went."""
         return self._clock
 
     def peak(self, since: int = 0) -> tuple[int, list[Allocation]]:

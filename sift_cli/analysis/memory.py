@@ -10,29 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from math import prod
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sift_cli.analysis.ledger import Ledger
-from sift_cli.models import dropout
 from sift_cli.models.attention import replace_sdpa
 from sift_cli.models.devices import autocast
-from sift_cli.models.dropout import quicken_dropout
+from sift_cli.models.dropout import first_part_alone, quicken_dropout
 from sift_cli.models.prepare import recompute_activations
 from sift_cli.selection.evidence import observed_gradients
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.kernels import CROWDED, Axis, Kernel, dense, product, samples, take, widen
 
 GPU_ATTENTION = "sift_plan"
-RATE, CLIP = 1e-3, 1.0  # of steps on numbers that are not there
-
-
+RATE, CLIP = 1e-3, 1.0  # any: tensors without data take the same memory
 PARTS = (
     "weights",
     "positions",
@@ -47,7 +42,8 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """The shape of a batch: rows x tokens, whether a mask hides padding, what it predicts."""
+    """The shape of a batch: rows x tokens, with a mask if `padded`, with labels that are numbers
+    if `regression`."""
 
     rows: int
     tokens: int
@@ -66,8 +62,8 @@ class Batch:
 class Ready:
     """A model about to train.
 
-    `update` clips, steps and clears gradients, `parts` names what is held from step to step, once a
-    step has been made.
+    `update` clips, steps and clears gradients. `parts` gives the tensors that are held from step to
+    step by part; it can be called once a step has been made.
     """
 
     model: nn.Module
@@ -75,14 +71,15 @@ class Ready:
     parts: Callable[[], Mapping[str, Iterable[Tensor]]]
 
 
-Prepare = Callable[[Any], Ready]
+Prepare = Callable[[Any], Ready]  # decides what of a model trains
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A step to be counted: how the model is made, on the meta device, and what it is given.
+class PeakMemory:
+    """The bytes that a model holds at the peak of a pass over `batch`, counted by part.
 
-    `gpu` takes the attention, the masks and the kernels of a GPU instead of those of a CPU.
+    `build` makes the model on the meta device. `gpu` takes the attention, the masks and the kernels
+    of a GPU instead of those of a CPU.
     """
 
     build: Callable[[], Any]
@@ -92,7 +89,7 @@ class Plan:
     gpu: bool = False
 
     def step(self, prepare: Prepare) -> dict[str, int]:
-        """Bytes alive at the peak of a training step, by part; they sum to the peak.
+        """Of a training step: the bytes of each of PARTS, which sum to the peak.
 
         `prepare` decides what of the model trains. `activations` are what the forward pass made,
         `transient` what the backward pass and the optimizer did and no part is named for.
@@ -113,7 +110,7 @@ class Plan:
         return self._parts(ledger, start)
 
     def selection(self, names: Iterable[str], batches: int = 1) -> dict[str, int]:
-        """The same of the pass that ranks the gradients of the weights called `names`."""
+        """Of the pass that ranks the gradients of the weights called `names`, by part."""
 
         def rank(name: str, gradient: Tensor) -> None:
             scores = gradient.abs().reshape(-1)
@@ -133,7 +130,7 @@ class Plan:
         return self._parts(ledger)
 
     def evaluation(self) -> dict[str, int]:
-        """The same of a forward pass without gradients."""
+        """Of a forward pass without gradients, by part."""
         with numberless():
             model, ledger = self._open()
             model.eval()
@@ -182,7 +179,8 @@ def _gpu_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What torch's memory-efficient attention holds; it takes tensors without data as well."""
+    """torch's memory-efficient attention, called directly: tensors without data lie on a CPU, for
+    which torch would choose another one."""
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = (one.repeat_interleave(repeats, dim=1) for one in (key, value))
@@ -205,14 +203,8 @@ def _mask(**kwargs: Any) -> Tensor | None:
 
 @contextmanager
 def numberless() -> Iterator[None]:
-    """Within, new tensors have no data, and attention takes one part of its batch: all parts hold
-    the same, one after the other."""
-
-    def first(scores: Tensor) -> Iterator[slice]:
-        yield from islice(parts(scores), 1)
-
-    parts = dropout._parts
-    with FakeTensorMode(), patch.object(dropout, "_parts", first):
+    """Within, new tensors have no data, and what repeats itself in parts is done once."""
+    with FakeTensorMode(), first_part_alone():
         yield
 
 
@@ -238,7 +230,8 @@ def sparse(
     block: int = 1,
     gpu: bool = False,
 ) -> Prepare:
-    """As `sift train` prepares a model: of each weight `counts` entries train, `dense` whole."""
+    """Sparse training as `sift train` prepares it: of each weight in `counts` so many entries, and
+    the parameters `dense` whole."""
 
     def prepare(model: Any) -> Ready:
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
@@ -268,7 +261,7 @@ def sparse(
 
 
 def ordinary(model: Any) -> Ready:
-    """Every weight that asks for a gradient trains with torch's own AdamW."""
+    """Training of every weight that requires a gradient, with torch's own AdamW."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, RATE, fused=True)
     for weight in trained:
@@ -292,7 +285,7 @@ def ordinary(model: Any) -> Ready:
 def likely_kernel(
     structure: str, block: int = 1, gpu: bool = False
 ) -> Callable[[Support, torch.device], Kernel]:
-    """The kernel that `choose` would take, had the entries (or blocks) fallen anywhere."""
+    """Picks the kernel that `sparse.kernels.choose` would for random entries, or random blocks."""
     device = torch.device("cuda" if gpu else "cpu")
 
     def kernel(support: Support, _: torch.device) -> Kernel:
@@ -316,7 +309,7 @@ def likely_kernel(
 
 
 def hit(places: int, throws: int) -> int:
-    """How many of `places` are hit at least once by so many random throws, on average."""
+    """How many of `places` at least one of so many random throws hits, on average."""
     return round(places * (1 - (1 - 1 / places) ** throws)) if places > 1 else places
 
 
@@ -328,7 +321,8 @@ def _axis(entries: int, count: int, size: int) -> Axis:
 
 
 def _sampled(entries: int, rows: Axis, columns: Axis) -> Kernel:
-    """Holds and makes what the kernel of that name does; sparse products take no fake tensors."""
+    """A stand-in for the kernel `sampled` that holds and makes tensors of the same sizes: sparse
+    products do not run on tensors without data."""
     used, starts = rows.used, rows.count + 1
     tables = torch.empty(starts + entries, dtype=torch.int32)
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from sift_cli.analysis.memory import Batch, Plan, ordinary, sparse
+from sift_cli.analysis.memory import Batch, PeakMemory, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, rank_for
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
@@ -39,7 +39,7 @@ from sift_cli.training.choosing import rule_of, selecting
 from sift_cli.training.step import take_step
 from sift_cli.training.watch import Watch
 
-STEPS = 3  # measured, after one that warms up
+STEPS = 3  # timed, after one that warms up
 VALUE_BYTES = {"float32": 3.25, "bfloat16": 1.24}  # measured of MiniLM (docs/benchmarks-delta.md)
 HOST_IF_OFFLOADED = ("masters", "gradients", "moments")
 HEADER_BYTES, ROW_BYTES = 2_000, 130  # recipe and the like, and what each weight adds
@@ -56,18 +56,18 @@ def plan(
 ) -> dict[str, Any]:
     """Counts, memory by part, the delta's size, rows and steps; with `measure` the time as well.
 
-    `memory` stands in for that of the device, in bytes. Rows are looked at where they and the
+    `memory` stands in for that of the device, in bytes. Rows are counted where they and the
     tokenizer are on this machine. Raises SiftError for what the recipe gets wrong.
     """
     console = console or Console(stderr=True, quiet=True)
     where = pick_device(device)
     outline = Outline.of(recipe, allow_code)
-    found = outline.counted()
-    found |= memory_of(outline, where, console)
-    found["device"] = fits(found, where, memory)
+    result = outline.counted()
+    result |= memory_of(outline, where, console)
+    result["device"] = fits(result, where, memory)
     if measure:
-        found["measured"] = measured(recipe, where, allow_code)
-    return found
+        result["measured"] = measured(recipe, where, allow_code)
+    return result
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Outline:
     weight that is targeted, and the parameters `dense` whole."""
 
     recipe: Recipe
-    rows: Rows
+    rows: PlannedRows
     build: Callable[[], Any]
     model: Any
     counts: dict[str, int]
@@ -84,10 +84,10 @@ class Outline:
 
     @classmethod
     def of(cls, recipe: Recipe, allow_code: bool = False) -> Outline:
-        """Reads the configuration, and the rows where they are there."""
+        """Reads the configuration of the model, and the rows where they are on this machine."""
         rule, chosen = rule_of(recipe.selection, allow_code), recipe.selection
         folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
-        rows = Rows.of(recipe, folder)
+        rows = PlannedRows.of(recipe, folder)
         config = task_config(folder, rows.labels)
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0
@@ -101,11 +101,11 @@ class Outline:
 
     @property
     def entries(self) -> int:
-        """How many entries train beside the modules that train whole."""
+        """How many entries train, without the modules that train whole."""
         return sum(self.counts.values())
 
     def counted(self) -> dict[str, Any]:
-        """All that takes no step to know."""
+        """All of a plan but memory and time: entries, rows, steps and the delta's bytes."""
         recipe, counts = self.recipe, self.counts
         sizes = {name: weight.numel() for name, weight in self.model.named_parameters()}
         return {
@@ -139,8 +139,8 @@ def builder(config: Any, dtype: torch.dtype) -> Callable[[], Any]:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The tokenised rows of a recipe, where they are there; `missing` says why not."""
+class PlannedRows:
+    """The tokenised rows of a recipe; where they cannot be read, `missing` says why."""
 
     labels: tuple[str, ...] | None
     train: Encoded | None
@@ -148,8 +148,8 @@ class Rows:
     missing: str | None
 
     @classmethod
-    def of(cls, recipe: Recipe, folder: Any) -> Rows:
-        """Reads and tokenises; without rows, the labels are those of the recipe or the task."""
+    def of(cls, recipe: Recipe, folder: Any) -> PlannedRows:
+        """Reads and tokenises; where that fails, the labels are those of the recipe or the task."""
         data, spec = recipe.data, TASKS.get(recipe.data.task)
         try:
             task = load_rows(recipe)
@@ -170,13 +170,13 @@ class Rows:
         )
 
     def batches(self, recipe: Recipe) -> Batches | None:
-        """The batches of the run."""
+        """The training batches of the run; None without rows."""
         if self.train is None:
             return None
         return Batches.of(recipe.train, self.train.lengths)
 
     def shapes(self, recipe: Recipe) -> list[tuple[int, int]]:
-        """Rows and tokens of each batch of the first epoch, or of one that is full."""
+        """Rows and tokens of each batch of the first epoch; without rows, those of a full batch."""
         batches = self.batches(recipe)
         if batches is None or self.train is None:
             return [full(recipe.train, recipe.data.max_length)]
@@ -185,7 +185,7 @@ class Rows:
         return [(len(part), max(lengths[row] for row in part)) for rows in steps for part in rows]
 
     def about(self, recipe: Recipe) -> dict[str, Any]:
-        """Rows, rows that are cut, steps."""
+        """Counts of rows, of rows cut to `data.max_length`, and of steps."""
         batches = self.batches(recipe)
         if batches is None or self.train is None:
             return {"missing": self.missing}
@@ -202,7 +202,7 @@ class Rows:
 
 
 def full(settings: TrainSection | EvalSection, tokens: int) -> tuple[int, int]:
-    """Rows and tokens of the largest batch of rows of so many tokens."""
+    """Rows and tokens of the largest batch, where each row has so many tokens."""
     fit = settings.batch_size
     if settings.max_tokens is not None:
         fit = min(fit, max(1, settings.max_tokens // tokens))
@@ -210,13 +210,30 @@ def full(settings: TrainSection | EvalSection, tokens: int) -> tuple[int, int]:
 
 
 def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[str, Any]:
-    """Bytes at the peak by part: of the recipe's step, and of three methods with and without
-    checkpointing; of the passes before and after training."""
-    recipe, rows, build = outline.recipe, outline.rows, outline.build
-    chosen, dense, gpu = recipe.selection, outline.dense, device.type == "cuda"
-    tallest, longest = max(rows.shapes(recipe), key=lambda shape: (shape[0] * shape[1], shape[1]))
-    batch = Batch(tallest, longest, padded=True, regression=rows.labels is None)
-    wants, bf16 = recipe.train.gradient_checkpointing, autocasts(recipe, device)
+    """Bytes at the peak by part: of a step with the largest batch, and of the passes before and
+    after training."""
+    shapes, labels = outline.rows.shapes(outline.recipe), outline.rows.labels
+    tallest, longest = max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
+    batch = Batch(tallest, longest, padded=True, regression=labels is None)
+    methods = memory_of_methods(outline, batch, device, console)
+    checkpointing = outline.recipe.train.gradient_checkpointing
+    return {
+        "batch": {"rows": tallest, "tokens": longest},
+        "memory_bytes": methods["sift, checkpointing" if checkpointing else "sift"],
+        "memory_of_methods": methods,
+        "memory_of_passes": memory_of_passes(outline, batch, device, console),
+    }
+
+
+def memory_of_methods(
+    outline: Outline, batch: Batch, device: torch.device, console: Console
+) -> dict[str, dict[str, Any]]:
+    """Of a step of the recipe, of LoRA and of full training, each with and without checkpointing.
+
+    `missing` in place of the bytes says why a method cannot be counted.
+    """
+    recipe, build, dense = outline.recipe, outline.build, outline.dense
+    chosen, gpu, bf16 = recipe.selection, device.type == "cuda", autocasts(recipe, device)
     structure, block = chosen.structure or "entry", chosen.block_size or 1
 
     def lora() -> Any:
@@ -229,40 +246,44 @@ def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[
         "lora": (lora, ordinary),
         "full": (lambda: adapt(build(), "full", [], dense), ordinary),
     }
-    methods: dict[str, Any] = {}
+    methods: dict[str, dict[str, Any]] = {}
     for method, (make, ready) in prepare.items():
         for checkpointing in (False, True):
             key = f"{method}, checkpointing" if checkpointing else method
             with console.status(f"counting the memory of {key}"):
                 try:
-                    parts = Plan(make, batch, checkpointing, bf16, gpu).step(ready)
+                    parts = PeakMemory(make, batch, checkpointing, bf16, gpu).step(ready)
                 except SiftError as error:  # no PEFT, or nothing that it adapts
                     methods[key] = {"missing": str(error)}
                     continue
             moved = HOST_IF_OFFLOADED if method == "sift" and recipe.train.offload_optimizer else ()
             methods[key] = with_peak(parts, device, moved)
+    return methods
+
+
+def memory_of_passes(
+    outline: Outline, batch: Batch, device: torch.device, console: Console
+) -> dict[str, dict[str, int]]:
+    """Of the pass that ranks gradients with `batch`, where the score needs one; of evaluation."""
+    recipe, build = outline.recipe, outline.build
+    chosen, gpu, bf16 = recipe.selection, device.type == "cuda", autocasts(recipe, device)
     passes = {}
     with console.status("counting the memory of selection and evaluation"):
         if find_score(chosen.score or "gradient", allow_code=True).needs_data:
-            first = Plan(build, batch, wants, bf16, gpu)
-            parts = first.selection(outline.counts, chosen.batches)
+            ranking = PeakMemory(build, batch, recipe.train.gradient_checkpointing, bf16, gpu)
+            parts = ranking.selection(outline.counts, chosen.batches)
             passes["selection"] = with_peak(parts, device)
-        evaluated = [length for one in rows.evaluation.values() for length in one.lengths]
-        shape = Batch(*full(recipe.eval, max(evaluated, default=recipe.data.max_length)))
-        parts = Plan(build, shape, bf16=bf16, gpu=gpu).evaluation()
+        lengths = [length for rows in outline.rows.evaluation.values() for length in rows.lengths]
+        shape = Batch(*full(recipe.eval, max(lengths, default=recipe.data.max_length)))
+        parts = PeakMemory(build, shape, bf16=bf16, gpu=gpu).evaluation()
         passes["evaluation"] = with_peak(parts, device)
-    return {
-        "batch": {"rows": tallest, "tokens": longest},
-        "memory_bytes": methods["sift, checkpointing" if wants else "sift"],
-        "memory_of_methods": methods,
-        "memory_of_passes": passes,
-    }
+    return passes
 
 
 def with_peak(
     parts: dict[str, int], device: torch.device, moved: Sequence[str] = ()
 ) -> dict[str, int]:
-    """The parts that lie on the device, and their sum; `moved` were offloaded to the host."""
+    """The parts that lie on the device, and their sum as `peak`; `moved` lie on the host."""
     if device.type != "cpu":
         host = ("base_values", *moved)
         parts = {name: nbytes for name, nbytes in parts.items() if name not in host}
@@ -272,7 +293,7 @@ def with_peak(
 def grouped(
     counts: Mapping[str, int], sizes: Mapping[str, int], by: int
 ) -> dict[str, dict[str, int]]:
-    """Trained and all entries of the targeted weights, by layer (0) or by kind of module (1)."""
+    """Trained and all entries of the targeted weights: `by` layer (0) or kind of module (1)."""
     groups: dict[str, dict[str, int]] = {}
     for name, count in counts.items():
         group = groups.setdefault(layer_and_kind(name)[by], {"trained": 0, "of": 0})
@@ -292,7 +313,7 @@ def layer_and_kind(name: str) -> tuple[str, str]:
 def delta_bytes(
     counts: Mapping[str, int], sizes: Mapping[str, int], dense: Sequence[str], dtype: str
 ) -> int:
-    """About what the delta will take: the entropy of the positions, the values, the head."""
+    """About the bytes of the delta: the entropy of the positions, the values, the head."""
     bits = sum(log_choices(sizes[name], count) for name, count in counts.items()) / log(2)
     values = VALUE_BYTES[dtype] * sum(counts.values())
     head = DTYPES[dtype].itemsize * sum(sizes[name] for name in dense)
@@ -316,19 +337,22 @@ def accounting(model: nn.Module, entries: int) -> dict[str, int]:
     }
 
 
-def fits(found: Mapping[str, Any], device: torch.device, memory: int | None) -> dict[str, Any]:
-    """Whether the largest of the passes fits into the memory of the device."""
-    needs = {"training": found["memory_bytes"]["peak"]} | {
-        name: parts["peak"] for name, parts in found["memory_of_passes"].items()
+def fits(result: Mapping[str, Any], device: torch.device, memory: int | None) -> dict[str, Any]:
+    """Whether the largest of the passes in `result` fits into the memory of the device.
+
+    `memory` stands in for that of the device.
+    """
+    needs = {"training": result["memory_bytes"]["peak"]} | {
+        name: parts["peak"] for name, parts in result["memory_of_passes"].items()
     }
     worst = max(needs, key=lambda name: needs[name])
-    there = memory or device_memory(device)
+    available = memory or device_memory(device)
     return {
         "name": str(device),
-        "memory_bytes": there,
+        "memory_bytes": available,
         "needs_bytes": needs[worst],
         "needed_by": worst,
-        "fits": None if there is None else needs[worst] <= there,
+        "fits": None if available is None else needs[worst] <= available,
     }
 
 

@@ -7,27 +7,32 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from sift_cli.analysis.table import Comparison, TableRow
+
 MARKERS = "osD^vP*X"
 
 
-def plot_probe(found: dict[str, Any], out: Path) -> None:
-    """Writes `curve.png`, `kept.png` and, where there are classes, `classes.png` into `out`."""
-    _curve(found, out / "curve.png")
-    _kept(found, out / "kept.png")
-    if found["overlap"]["between_classes"]:
-        _classes(found, out / "classes.png")
+def plot_probe(probe: dict[str, Any], out: Path) -> None:
+    """Writes `curve.png`, `kept.png` and, where there are classes, `classes.png` into `out`.
+
+    `probe` is what probe.json holds.
+    """
+    _curve(probe, out / "curve.png")
+    _kept(probe, out / "kept.png")
+    if probe["overlap"]["between_classes"]:
+        _classes(probe, out / "classes.png")
 
 
-def _curve(found: dict[str, Any], path: Path) -> None:
-    densities = [100 * density for density in found["curve"]["densities"]]
-    steps = found["curve"]["norm_share"]
+def _curve(probe: dict[str, Any], path: Path) -> None:
+    densities = [100 * density for density in probe["curve"]["densities"]]
+    steps = probe["curve"]["norm_share"]
     figure = Figure(figsize=(5.5 * len(steps), 4))
     axes = figure.subplots(1, len(steps), sharey=True, squeeze=False)
     for axis, (step, kinds) in zip(axes[0], steps.items(), strict=True):
         for name, shares in kinds.items():
-            whole = name == "overall"
-            if whole or not name.endswith("bias"):
-                width, colour = (2.5, "black") if whole else (1.2, None)
+            overall = name == "overall"
+            if overall or not name.endswith("bias"):
+                width, colour = (2.5, "black") if overall else (1.2, None)
                 axis.plot(densities, shares, label=name, lw=width, color=colour, marker=".")
         axis.set(xscale="log", ylim=(0, 1.02), xlabel="largest entries, % of each weight")
         axis.set_title(step)
@@ -37,20 +42,20 @@ def _curve(found: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def _kept(found: dict[str, Any], path: Path) -> None:
+def _kept(probe: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8.5, 4))
     axis = figure.subplots()
-    for name, kept in found["kept_norm_share"].items():
+    for name, kept in probe["kept_norm_share"].items():
         axis.plot(range(1, len(kept["steps"]) + 1), kept["steps"], label=name, marker=".")
     axis.set(ylim=(0, 1.02), xlabel="training step", ylabel="share of the batch's gradient norm")
-    axis.set_title(f"what {found['density'] or found['budget']} of the entries keep")
+    axis.set_title(f"what {probe['density'] or probe['budget']} of the entries keep")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path)
 
 
-def _classes(found: dict[str, Any], path: Path) -> None:
-    table = found["overlap"]["between_classes"]
+def _classes(probe: dict[str, Any], path: Path) -> None:
+    table = probe["overlap"]["between_classes"]
     names = list(table)
     figure = Figure(figsize=(2.5 + 0.9 * len(names), 2 + 0.8 * len(names)))
     axis = figure.subplots()
@@ -66,20 +71,20 @@ def _classes(found: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_delta(found: dict[str, Any], path: Path) -> None:
+def plot_delta(inspected: dict[str, Any], path: Path) -> None:
     """Density of a delta by layer and kind of module; with a base, the relative change too.
 
-    White is what the delta does not touch.
+    `inspected` is what `inspect` returns. White is what the delta does not touch.
     """
     panels = {"density": "density of the change"}
-    if found["base_checked"]:
+    if inspected["base_checked"]:
         panels["relative"] = "size of the change, of the weight's norm"
-    numbers = [int(layer) for layer in found["layers"] if layer.isdigit()]
+    numbers = [int(layer) for layer in inspected["layers"] if layer.isdigit()]
     layers = [str(layer) for layer in range(max(numbers, default=-1) + 1)]
-    layers += [layer for layer in found["layers"] if not layer.isdigit()]
-    kinds = list(found["kinds"])
+    layers += [layer for layer in inspected["layers"] if not layer.isdigit()]
+    kinds = list(inspected["kinds"])
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for one in found["tensors"].values():
+    for one in inspected["tensors"].values():
         cells.setdefault((one["kind"], str(one["layer"])), []).append(one)
     width, height = min(16, 2 + 0.35 * len(layers)), min(20, 1 + 0.28 * len(kinds))
     figure = Figure(figsize=((width + 3) * len(panels), height + 1))
@@ -110,29 +115,31 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
-def plot_compare(found: dict[str, Any], path: Path) -> None:
+def plot_compare(comparison: Comparison, path: Path) -> None:
     """The metric against the number of trained entries; whiskers are standard deviations."""
-    metric = found["metric"]
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in found["rows"]:
-        lines.setdefault(row["method"], []).append(row)
+    metric = comparison.metric
+    lines: dict[str, list[TableRow]] = {}
+    for row in comparison.rows:
+        lines.setdefault(row.method, []).append(row)
     figure = Figure(figsize=(7.5, 4.5))
     axis = figure.subplots()
     for number, (method, rows) in enumerate(lines.items()):
-        rows = sorted(rows, key=lambda row: row["trained_entries"])
-        rows = [row for row in rows if row["metrics"][metric]["mean"] is not None]
-        means = [row["metrics"][metric]["mean"] for row in rows]
-        spreads = [row["metrics"][metric]["std"] or 0.0 for row in rows]
-        entries = [row["trained_entries"] for row in rows]
-        if not rows:
+        rows = sorted(rows, key=lambda row: row.trained_entries)
+        points = [
+            (row.trained_entries, score.mean, score.std or 0.0)
+            for row in rows
+            if (score := row.metrics[metric]).mean is not None
+        ]
+        if not points:
             continue
+        entries, means, spreads = zip(*points, strict=True)
         if not all(entries):  # the head alone: no place on a logarithmic axis
             axis.axhline(means[0], label=method, color="grey", ls="--", lw=1)
             continue
         marker = MARKERS[number % len(MARKERS)]
         axis.errorbar(entries, means, yerr=spreads, label=method, marker=marker, capsize=3, lw=1.3)
     axis.set(xscale="log", xlabel="trained entries, without the head", ylabel=metric)
-    axis.set_title(found["task"])
+    axis.set_title(comparison.task)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path)

@@ -35,6 +35,7 @@ from sift_cli.training.schedule import schedule_of
 from sift_cli.training.step import Rows, add_gradient, take_step
 from sift_cli.training.watch import Watch
 
+PROBE_FILE = "probe.json"
 CLASSES = 8  # at most so many classes are compared
 
 
@@ -65,7 +66,7 @@ def probe(
         walk.step(step, rows)
     found = findings_of(recipe, walk.steps, walk.seen, walk.masks, classes)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "probe.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    (out / PROBE_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     from sift_cli.analysis.plots import plot_probe
 
     plot_probe(found, out)

@@ -17,8 +17,8 @@ from sift_cli.runs.folder import (
     SUMMARY_FILE,
 )
 
-# What the library raises: for an answer, no network, a card it finds wrong, an upload that failed.
-# The bases of its own error are those of the HTTP client that it has.
+# What the library raises: for an error of the hub, no network, a card it refuses, a failed upload.
+# The bases of HfHubHTTPError are the errors of the HTTP client that it uses.
 REFUSALS: tuple[type[Exception], ...] = (
     *HfHubHTTPError.__bases__,
     OfflineModeIsEnabled,

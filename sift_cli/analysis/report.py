@@ -3,19 +3,22 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from sift_cli import __version__
 from sift_cli.analysis.charts import by_layer, charts, gradient_share
+from sift_cli.analysis.probe import PROBE_FILE
 from sift_cli.errors import SiftError
-from sift_cli.recipe import parse_recipe
+from sift_cli.recipe import Recipe, parse_recipe
 from sift_cli.runs.folder import (
     GRADIENT_FILE,
+    METRICS_FILE,
     PLOTS,
     PREDICTIONS_FILE,
     RECIPE_FILE,
@@ -24,6 +27,7 @@ from sift_cli.runs.folder import (
     WEIGHTS_FILE,
 )
 from sift_cli.runs.record import MISTAKES
+from sift_cli.runs.summary import Summary
 from sift_cli.tasks.metrics import shown
 
 TEMPLATE = "report.html.j2"
@@ -38,43 +42,39 @@ def report(
     no row of the data does. Returns the page's path. Raises SiftError where `run` holds no finished
     run or `probe` no probe.json.
     """
-    summary = _read(run / SUMMARY_FILE, "a finished run", json.loads)
-    text = _read(run / RECIPE_FILE, "a finished run", str)
-    recipe = parse_recipe(text, str(run / RECIPE_FILE))
-    lines, weights, predictions = (
-        _lines(run / name) for name in ("metrics.jsonl", WEIGHTS_FILE, PREDICTIONS_FILE)
-    )
-    gradient = {line["name"]: line for line in _lines(run / GRADIENT_FILE)}
-    for weight in weights:
-        if weight["name"] in gradient:
-            weight["gradient"] = gradient[weight["name"]]
-    probed = _read(probe / "probe.json", "what `sift probe` writes", json.loads) if probe else None
+    recorded = Recorded.read(run)
+    probed = _read(probe / PROBE_FILE, "what `sift probe` writes", json.loads) if probe else None
     folder = out or run
     plots = folder / PLOTS
     shutil.rmtree(plots, ignore_errors=True)
     plots.mkdir(parents=True)
-    labels = summary.get("labels")
-    drawn = charts(lines, weights, predictions, labels, summary["metrics_before"], probed, plots)
-    layered = by_layer(weights)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    summary, weights, predictions = recorded.summary, recorded.weights, recorded.predictions
+    drawn = charts(
+        recorded.metrics,
+        weights,
+        predictions,
+        summary.labels,
+        summary.metrics_before,
+        probed,
+        plots,
     )
-    page = environment.get_template(TEMPLATE).render(
+    layered = by_layer(weights)
+    page = _template().render(
         run=run,
         shown=shown,
-        base=recipe.model.path,
-        summary={"labels": None, **summary},
+        base=recorded.recipe.model.path,
+        summary=summary,
         tiles=_tiles(summary),
         charts=drawn,
         rest=[one for one in weights if one["whole"] or not by_layer([one])] if layered else [],
-        kept=gradient_share(list(gradient.values())),
-        by_chance=_by_chance(weights, gradient),
+        kept=gradient_share(list(recorded.gradient.values())),
+        by_chance=_by_chance(weights, recorded.gradient),
         says=probed["says"] if probed else [],
         splits=Counter(line["split"] for line in predictions),
-        mistakes=_worst(predictions, bool(labels)) if texts else [],
+        mistakes=_worst(predictions, bool(summary.labels)) if texts else [],
         texts=texts,
-        recipe=text,
-        numbers=_numbers(summary),
+        recipe=recorded.text,
+        numbers=_numbers(recorded.numbers),
         version=__version__,
         plots=PLOTS,
     )
@@ -82,7 +82,56 @@ def report(
     return folder / REPORT_FILE
 
 
-def _read(path: Path, what: str, parse: Any) -> Any:
+@dataclass(frozen=True)
+class Recorded:
+    """What a run folder holds of its run.
+
+    `numbers` is summary.json as it stands there, `text` the recipe's. `metrics`, `weights` and
+    `predictions` are the lines of the files of these names; a weight's line also holds its
+    `gradient`, which maps a weight's name to its line of gradient.jsonl.
+    """
+
+    summary: Summary
+    numbers: dict[str, Any]
+    recipe: Recipe
+    text: str
+    metrics: list[dict[str, Any]]
+    weights: list[dict[str, Any]]
+    predictions: list[dict[str, Any]]
+    gradient: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, run: Path) -> "Recorded":
+        """Reads the folder `run`. Raises SiftError where it holds no finished run."""
+        what = "a finished run"
+        summary, numbers = _read(run / SUMMARY_FILE, what, _parse_summary)
+        text = _read(run / RECIPE_FILE, what, str)
+        recipe = parse_recipe(text, str(run / RECIPE_FILE))
+        metrics, weights, predictions, gradients = (
+            _lines(run / name)
+            for name in (METRICS_FILE, WEIGHTS_FILE, PREDICTIONS_FILE, GRADIENT_FILE)
+        )
+        gradient = {line["name"]: line for line in gradients}
+        for weight in weights:
+            if weight["name"] in gradient:
+                weight["gradient"] = gradient[weight["name"]]
+        return cls(summary, numbers, recipe, text, metrics, weights, predictions, gradient)
+
+
+def _parse_summary(text: str) -> tuple[Summary, dict[str, Any]]:
+    numbers = json.loads(text)
+    return Summary.of(numbers), numbers
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template(TEMPLATE)
+
+
+def _read(path: Path, what: str, parse: Callable[[str], Any]) -> Any:
+    """A file of a folder that should be `what`, parsed. Raises SiftError where it is not."""
     try:
         return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -92,23 +141,23 @@ def _read(path: Path, what: str, parse: Any) -> Any:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that an older or a stopped run may lack."""
+    """The objects of a JSON Lines file; none where a run of an older version lacks it."""
     if not path.is_file():
         return []
-    found: list[dict[str, Any]] = _read(
+    lines: list[dict[str, Any]] = _read(
         path, "", lambda text: [json.loads(line) for line in text.split("\n") if line]
     )
-    return found
+    return lines
 
 
 def _worst(predictions: list[dict[str, Any]], classes: bool) -> list[dict[str, Any]]:
     """The mistakes to show, the most confident or the largest first."""
 
-    def size(one: Mapping[str, Any]) -> float:
-        return float(one["probability"] if classes else abs(one["predicted"] - one["label"]))
+    def size(row: Mapping[str, Any]) -> float:
+        return float(row["probability"] if classes else abs(row["predicted"] - row["label"]))
 
-    told = [one for one in predictions if "text" in one]
-    return sorted(told, key=size, reverse=True)[:MISTAKES]
+    mistakes = [row for row in predictions if "text" in row]  # a run keeps no other row's text
+    return sorted(mistakes, key=size, reverse=True)[:MISTAKES]
 
 
 def _by_chance(
@@ -126,26 +175,26 @@ def _by_chance(
     return gradient_share(by_chance) if weights else None
 
 
-def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     """Name, number and remark of what is told at the top."""
     return [
-        ("delta file", f"{summary['delta_bytes'] / 1e3:,.0f} kB", "with the head"),
-        ("one step", f"{summary['step_time_ms']:,.0f} ms", f"median of {summary['steps']:,}"),
-        ("whole run", f"{summary['wall_time_s']:,.0f} s", f"on {summary['device']}"),
-        ("peak memory", f"{summary['peak_memory_bytes'] / 1e6:,.0f} MB", "of the process"),
+        ("delta file", f"{summary.delta_bytes / 1e3:,.0f} kB", "with the head"),
+        ("one step", f"{summary.step_time_ms:,.0f} ms", f"median of {summary.steps:,}"),
+        ("whole run", f"{summary.wall_time_s:,.0f} s", f"on {summary.device}"),
+        ("peak memory", f"{summary.peak_memory_bytes / 1e6:,.0f} MB", "of the process"),
     ]
 
 
 def _numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """summary.json as rows."""
+    """Every key of summary.json, those of other versions included, and its value as text."""
 
-    def said(value: Any) -> str:
+    def text(value: Any) -> str:
         if isinstance(value, dict):
-            return ", ".join(f"{key}: {said(one)}" for key, one in value.items())
+            return ", ".join(f"{key}: {text(part)}" for key, part in value.items())
         if isinstance(value, list):
-            return ", ".join(map(said, value))
+            return ", ".join(map(text, value))
         if isinstance(value, float):
             return f"{value:,.4g}" if abs(value) < 1e3 else f"{value:,.1f}"
         return f"{value:,}" if type(value) is int else str(value)
 
-    return [(name.replace("_", " "), said(value)) for name, value in summary.items()]
+    return [(name.replace("_", " "), text(value)) for name, value in summary.items()]

@@ -43,12 +43,12 @@ def env(as_json: Json = False) -> None:
     """
     from sift_cli.system.environment import describe
 
-    found = describe()
+    facts = describe()
     if as_json:
-        print_json(found)
+        print_json(facts)
         return
     table = Table("what", "is", show_header=False)
-    for name, value in found.items():
+    for name, value in facts.items():
         table.add_row(name, str(value))
     print_table(table)
 

@@ -69,8 +69,8 @@ def parse_size(text: str) -> int:
 
     Raises SiftError for anything else.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(I?)B?", text.strip().upper())
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(I?)B?", text.strip().upper())
+    if match is None:
         raise SiftError(f"--memory {text}: give a size such as 24GB or 80GiB")
-    base = 1024 if found[3] else 1000
-    return round(float(found[1]) * float(base) ** (1 + "KMGT".index(found[2])))
+    base = 1024 if match[3] else 1000
+    return round(float(match[1]) * float(base) ** (1 + "KMGT".index(match[2])))

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -30,6 +30,9 @@ from sift_cli.cli.options import (
 )
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.tasks.metrics import shown
+
+if TYPE_CHECKING:
+    from sift_cli.runs.summary import Summary
 
 SHOWN = 4  # metrics in the summary of a training
 
@@ -78,29 +81,39 @@ def train(
         )
     page = _report(folder) if resolved.log.report else None
     if as_json:
-        print_json(summary)
+        print_json(summary.to_json())
         return
-    table = Table(f"metric ({summary['task']})", "before", "after", box=None, pad_edge=False)
-    before, after = summary["metrics_before"], summary["metrics"]
-    for name in list(after)[:SHOWN]:
-        table.add_row(name, shown(before[name]), shown(after[name]))
+    _show_metrics(summary)
+    if not quiet:
+        _show_numbers(summary, folder, page)
+
+
+def _show_metrics(summary: "Summary") -> None:
+    """The table of the first metrics, before and after training."""
+    table = Table(f"metric ({summary.task})", "before", "after", box=None, pad_edge=False)
+    for name in list(summary.metrics)[:SHOWN]:
+        table.add_row(name, shown(summary.metrics_before[name]), shown(summary.metrics[name]))
     print_table(table)
-    if quiet:
-        return
-    if len(after) > SHOWN:
-        stdout.print(f"and {len(after) - SHOWN} more in {folder}/summary.json")
-    trained, total = summary["trained_entries"], summary["total_entries"]
+
+
+def _show_numbers(summary: "Summary", folder: Path, page: Path | None) -> None:
+    """What trained, what it took, and what to do next."""
+    from sift_cli.runs.folder import DELTA_FILE, SUMMARY_FILE
+
+    if len(summary.metrics) > SHOWN:
+        stdout.print(f"and {len(summary.metrics) - SHOWN} more in {folder}/{SUMMARY_FILE}")
+    trained, total = summary.trained_entries, summary.total_entries
     stdout.print(
         f"{trained:,} of {total:,} entries trained ({trained / total:.2%}), and a head of "
-        f"{summary['dense_entries']:,}"
+        f"{summary.dense_entries:,}"
     )
     stdout.print(
-        f"step {summary['step_time_ms']:.0f} ms, peak memory "
-        f"{size(summary['peak_memory_bytes'])}, delta {size(summary['delta_bytes'])}"
+        f"step {summary.step_time_ms:.0f} ms, peak memory {size(summary.peak_memory_bytes)}, "
+        f"delta {size(summary.delta_bytes)}"
     )
     if page:
         stdout.print(f"Report: {page}")
-    stdout.print(f"Next: sift merge {folder}/delta.safetensors --out {folder}/merged")
+    stdout.print(f"Next: sift merge {folder}/{DELTA_FILE} --out {folder}/merged")
 
 
 @contextmanager
@@ -112,22 +125,24 @@ def telling_how_to_resume(folder: Path) -> Iterator[None]:
         code = error.code if isinstance(error, SiftError) else ExitCode.INTERRUPTED
         if code != ExitCode.INTERRUPTED:
             raise
-        said = str(error) or "interrupted"
-        if any(folder.glob("checkpoint/*.safetensors")):
+        from sift_cli.runs.folder import CHECKPOINTS
+
+        message = str(error) or "interrupted"
+        if any((folder / CHECKPOINTS).glob("*.safetensors")):
             given = [arg for arg in sys.argv[1:] if arg not in ("--overwrite", "--resume")]
-            said += f"\nGo on with: {shlex.join(['sift', *given, '--resume'])}"
-        raise SiftError(said, code) from None
+            message += f"\nGo on with: {shlex.join(['sift', *given, '--resume'])}"
+        raise SiftError(message, code) from None
 
 
 def _report(folder: Path) -> Path | None:
-    """The run's report; the run is whole without it, so that no failure here may cost it."""
+    """The page of the run's report; None where that fails, which must not fail the run itself."""
     from sift_cli.analysis.report import report
 
     try:
         return report(folder)
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        stderr.print(f"no report ({said}); `sift report {folder}` tries again", markup=False)
+        reason = f"{type(error).__name__}: {error}"
+        stderr.print(f"no report ({reason}); `sift report {folder}` tries again", markup=False)
         return None
 
 
@@ -196,7 +211,7 @@ def predict(
         return
     table = Table("text", "label", "probability" if "probability" in predictions[0] else "score")
     for one in predictions:
-        said = " / ".join([one["text"], one["pair"]] if "pair" in one else [one["text"]])
+        texts = " / ".join([one["text"], one["pair"]] if "pair" in one else [one["text"]])
         number = one.get("probability", one.get("score"))
-        table.add_row(escape(said), str(one.get("label", "")), f"{number:.4f}")
+        table.add_row(escape(texts), str(one.get("label", "")), f"{number:.4f}")
     print_table(table)

@@ -8,22 +8,25 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def folder() -> Path:
-    """Where they lie: inside an installed package, beside it in a source checkout."""
+    """The folder of recipes: inside an installed package, beside it in a source checkout."""
     inside = PACKAGE / "recipes"
     return inside if inside.is_dir() else PACKAGE.parent / "recipes"
 
 
 def listing() -> dict[str, str]:
-    """Name (such as glue/rte) -> the comment on its first line."""
-    found = {}
+    """The comment on the first line of each recipe, by its name (such as glue/rte)."""
+    recipes = {}
     for path in sorted(folder().rglob("*.yaml")):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
-        found[path.relative_to(folder()).with_suffix("").as_posix()] = first.lstrip("# ")
-    return found
+        recipes[path.relative_to(folder()).with_suffix("").as_posix()] = first.lstrip("# ")
+    return recipes
 
 
 def find(recipe: str, only_shipped: bool = False) -> Path:
-    """The file behind a path or the name of a shipped recipe; a path that exists wins."""
+    """The file of a recipe: the path `recipe` where it exists, else the shipped one of that name.
+
+    `only_shipped` takes no path, and raises SiftError for an unknown name.
+    """
     path = Path(recipe)
     if path.is_file() and not only_shipped:
         return path

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from sift_cli.cli import shipped
 from sift_cli.cli.options import (
@@ -16,13 +15,30 @@ from sift_cli.cli.options import (
     RecipeArg,
     parse_size,
     print_json,
-    print_table,
     silent,
     stderr,
     stdout,
 )
-from sift_cli.cli.tables import show_compare, show_plan
+from sift_cli.cli.tables import show_compare, show_plan, show_probe
 from sift_cli.errors import SiftError
+
+Methods = Annotated[
+    str, typer.Option(help="Policies, and lora, shira, full, head-only; with commas.")
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of each, from train.seed up.")]
+Densities = Annotated[
+    str, typer.Option(help="Several budgets, with commas; the recipe's if not given.")
+]
+Rates = Annotated[
+    list[str] | None,
+    typer.Option("--lr", metavar="METHOD=RATE", help="Learning rate of one method."),
+]
+Sweep = Annotated[
+    int, typer.Option("--lr-sweep", min=1, help="Try so many learning rates on the first seed.")
+]
+Workers = Annotated[
+    int, typer.Option("--jobs", min=1, help="Runs at a time; their times disturb each other.")
+]
 
 
 def probe(
@@ -48,38 +64,22 @@ def probe(
     resolved = load_recipe(path, overrides or [])
     folder = out or Path(f"runs/{path.stem}-probe")
     from sift_cli.analysis import probe as run
+    from sift_cli.analysis.probe import PROBE_FILE
 
-    more = [name.strip() for name in policies.split(",") if name.strip()]
-    found = run(
+    measured = run(
         resolved,
         folder,
-        policies=more,
+        policies=names(policies),
         steps=steps,
         device=device,
         allow_code=allow_code,
         console=silent if quiet else stderr,
     )
     if as_json:
-        print_json(found)
+        print_json(measured)
         return
-    table = Table(
-        "mask",
-        "first",
-        "mean",
-        "last",
-        "replaced",
-        "moment lost",
-        title=f"share of the gradient's norm kept over {found['steps']} steps",
-        caption="replaced: share of the entries, moment lost: share of Adam's, at each step",
-    )
-    for name, kept in found["kept_norm_share"].items():
-        shares = [f"{kept[key]:.3f}" for key in ("first", "mean", "last")]
-        rest = [kept["replaced_per_step"], kept["second_moment_lost_per_step"]]
-        table.add_row(name, *shares, *(f"{value:.3f}" for value in rest))
-    print_table(table)
-    for sentence in found["says"]:
-        stdout.print(sentence, highlight=False)
-    stdout.print(f"Plots and probe.json: {folder}")
+    show_probe(measured)
+    stdout.print(f"Plots and {PROBE_FILE}: {folder}")
 
 
 def plan(
@@ -105,50 +105,37 @@ def plan(
     from sift_cli.recipe import trace_recipe
 
     resolved, origins = trace_recipe(shipped.find(recipe), overrides or [])
-    there = None if memory is None else parse_size(memory)
+    capacity = None if memory is None else parse_size(memory)
     from sift_cli.analysis import plan as run
 
-    found = run(
+    planned = run(
         resolved,
         device=device,
-        memory=there,
+        memory=capacity,
         measure=measure,
         allow_code=allow_code,
         console=stderr,
     )
-    found = {"recipe": resolved.model_dump(mode="json"), "origins": origins, **found}
+    planned = {"recipe": resolved.model_dump(mode="json"), "origins": origins, **planned}
     if as_json:
-        print_json(found)
+        print_json(planned)
         return
-    show_plan(found, show_all)
+    show_plan(planned, show_all)
 
 
 def compare(
     what: Annotated[
         list[str], typer.Argument(help="A recipe, or folders of finished runs to tabulate.")
     ],
-    methods: Annotated[
-        str,
-        typer.Option(help="Policies, and lora, shira, full, head-only; with commas."),
-    ] = "sift,random,current-batch,lora,shira,full,head-only",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from train.seed up.")] = 3,
-    densities: Annotated[
-        str, typer.Option(help="Several budgets, with commas; the recipe's if not given.")
-    ] = "",
-    rates: Annotated[
-        list[str] | None,
-        typer.Option("--lr", metavar="METHOD=RATE", help="Learning rate of one method."),
-    ] = None,
-    sweep: Annotated[
-        int,
-        typer.Option("--lr-sweep", min=1, help="Try so many learning rates on the first seed."),
-    ] = 1,
+    methods: Methods = "sift,random,current-batch,lora,shira,full,head-only",
+    seeds: Seeds = 3,
+    densities: Densities = "",
+    rates: Rates = None,
+    sweep: Sweep = 1,
     out: Annotated[
         Path | None, typer.Option(help="The folder for the runs, the table and the plot.")
     ] = None,
-    workers: Annotated[
-        int, typer.Option("--jobs", min=1, help="Runs at a time; their times disturb each other.")
-    ] = 1,
+    workers: Workers = 1,
     overrides: Overrides = None,
     device: Device = None,
     allow_code: AllowCode = False,
@@ -161,24 +148,20 @@ def compare(
     if all(Path(one).is_dir() for one in what):
         from sift_cli.analysis import compare_runs
 
-        found = compare_runs([Path(one) for one in what], out)
-    elif len(what) > 1:
-        wrong = next(one for one in what if not Path(one).is_dir())
-        raise SiftError(f"{wrong}: no such run folder; give one recipe, or folders of runs")
+        comparison = compare_runs([Path(one) for one in what], out)
     else:
         from sift_cli.recipe import load_recipe
 
-        path = shipped.find(what[0])
+        path = only_recipe(what)
         resolved = load_recipe(path, overrides or [])
-        shares = numbers("--densities", densities)
-        given = learning_rates(rates or [])
+        shares, given = numbers("--densities", densities), learning_rates(rates or [])
         out = out or Path(f"runs/{path.stem}-compare")
         from sift_cli.analysis import compare as run
 
-        found = run(
+        comparison = run(
             resolved,
             out,
-            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            methods=names(methods),
             seeds=seeds,
             densities=shares,
             rates=given,
@@ -189,33 +172,46 @@ def compare(
             console=stderr,
         )
     if as_json:
-        print_json(found)
+        print_json(comparison.to_json())
         return
-    show_compare(found)
+    show_compare(comparison)
     if out:
         stdout.print(f"Table, plot and runs: {out}")
 
 
+def only_recipe(what: list[str]) -> Path:
+    """The recipe that `what` names. Raises SiftError where it is more, with the missing folder."""
+    if len(what) > 1:
+        wrong = next(one for one in what if not Path(one).is_dir())
+        raise SiftError(f"{wrong}: no such run folder; give one recipe, or folders of runs")
+    return shipped.find(what[0])
+
+
+def names(text: str) -> list[str]:
+    """The names in a text with commas between."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def numbers(option: str, text: str) -> list[float]:
-    """Shares between 0 and 1, with commas between."""
+    """The densities in a text with commas between. Raises SiftError for what is none."""
     try:
-        found = [float(one) for one in text.split(",") if one.strip()]
+        shares = [float(one) for one in text.split(",") if one.strip()]
     except ValueError:
         raise SiftError(f"{option} {text}: give numbers, with commas between") from None
-    if not all(0 < one <= 1 for one in found):
+    if not all(0 < one <= 1 for one in shares):
         raise SiftError(f"{option} {text}: a density lies above 0 and up to 1")
-    return found
+    return shares
 
 
 def learning_rates(given: list[str]) -> dict[str, float]:
-    """`lora=1e-3` and the like, by method."""
-    found = {}
+    """The rates in texts such as `lora=1e-3`, by method. Raises SiftError for what is none."""
+    rates = {}
     for one in given:
         method, _, rate = one.partition("=")
         try:
-            found[method.strip()] = float(rate)
+            rates[method.strip()] = float(rate)
         except ValueError:
             raise SiftError(f"--lr {one}: it reads METHOD=RATE, such as lora=1e-3") from None
-        if not 0 < found[method.strip()] < float("inf"):
+        if not 0 < rates[method.strip()] < float("inf"):
             raise SiftError(f"--lr {one}: a learning rate is above 0")
-    return found
+    return rates

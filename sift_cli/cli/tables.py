@@ -2,31 +2,22 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from sift_cli.cli.options import print_table, size, stdout
 
-PARTS = {
-    "weights": "weights",
-    "positions": "positions",
-    "base_values": "base values",
-    "masters": "masters",
-    "gradients": "gradients",
-    "moments": "moments",
-    "activations": "activations",
-    "transient": "transient",
-    "peak": "peak",
-}
+if TYPE_CHECKING:
+    from sift_cli.analysis.table import Comparison
 
 
-def show_plan(found: Mapping[str, Any], show_all: bool) -> None:
-    """Prints what `sift plan` found; `show_all` lists the values that are defaults as well."""
-    _show_recipe(found, show_all)
+def show_plan(plan: Mapping[str, Any], show_all: bool) -> None:
+    """Prints a plan as a person reads it; `show_all` lists the values that are defaults as well."""
+    _show_recipe(plan, show_all)
     for groups, title in (
-        (found["by_kind"], "kind of module"),
-        (together(found["by_layer"]), "layer"),
+        (plan["by_kind"], "kind of module"),
+        (together(plan["by_layer"]), "layer"),
     ):
         table = Table(title, "trained", "of", "share")
         for name, group in groups.items():
@@ -34,26 +25,26 @@ def show_plan(found: Mapping[str, Any], show_all: bool) -> None:
             table.add_row(name, f"{group['trained']:,}", f"{group['of']:,}", share)
         _right(table)
         print_table(table)
-    _show_memory(found)
-    for sentence in sentences(found):
+    _show_memory(plan)
+    for sentence in sentences(plan):
         stdout.print(sentence, highlight=False)
 
 
-def _show_recipe(found: Mapping[str, Any], show_all: bool) -> None:
-    table = Table("key", "value", "from", title=f"{found['model']}, {found['architecture']}")
+def _show_recipe(plan: Mapping[str, Any], show_all: bool) -> None:
+    table = Table("key", "value", "from", title=f"{plan['model']}, {plan['architecture']}")
     table.columns[0].no_wrap = True
-    for name, origin in found["origins"].items():
+    for name, origin in plan["origins"].items():
         if show_all or origin != "default":
             section, _, key = name.partition(".")
-            table.add_row(name, str(found["recipe"][section][key]), _short(origin))
+            table.add_row(name, str(plan["recipe"][section][key]), _short(origin))
     print_table(table)
-    defaults = sum(origin == "default" for origin in found["origins"].values())
+    defaults = sum(origin == "default" for origin in plan["origins"].values())
     if not show_all:
         stdout.print(f"{defaults} more at their defaults; --all shows them", highlight=False)
 
 
 def together(layers: Mapping[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """Runs of layers that are alike as one: `layer 0` to `layer 5` become `0-5`, each."""
+    """Neighbouring layers with the same counts as one: `layer 0-5, each`."""
     runs: list[tuple[str, str, dict[str, int]]] = []
     for name, group in layers.items():
         if runs and runs[-1][2] == group and name.startswith("layer"):
@@ -67,86 +58,110 @@ def together(layers: Mapping[str, dict[str, int]]) -> dict[str, dict[str, int]]:
 
 
 def _short(origin: str) -> str:
-    """`folder/rte.yaml:3:7` -> `rte.yaml:3`."""
+    """An origin without folder and column: `folder/rte.yaml:3:7` becomes `rte.yaml:3`."""
     if origin.startswith("--set"):
         return "--set"
     return re.sub(r"^.*?([^/]*:\d+):\d+$", r"\1", origin)
 
 
-def _show_memory(found: Mapping[str, Any]) -> None:
-    methods = {k: one for k, one in found["memory_of_methods"].items() if "missing" not in one}
-    batch = found["batch"]
+def _show_memory(plan: Mapping[str, Any]) -> None:
+    from sift_cli.analysis.memory import PARTS
+
+    methods = {k: parts for k, parts in plan["memory_of_methods"].items() if "missing" not in parts}
+    batch = plan["batch"]
     title = f"memory of a step with {batch['rows']} rows of {batch['tokens']} tokens"
     names = [name.replace(", checkpointing", "*") for name in methods]
     table = Table("part", *names, title=title, caption="*: with train.gradient_checkpointing")
-    for part, label in PARTS.items():
-        values = [one.get(part, 0) for one in methods.values()]
+    for part in (*PARTS, "peak"):
+        values = [parts.get(part, 0) for parts in methods.values()]
         if any(values):
             if part == "peak":
                 table.add_section()
-            table.add_row(label, *(size(value) if value else "" for value in values))
+            sizes = (size(value) if value else "" for value in values)
+            table.add_row(part.replace("_", " "), *sizes)
     _right(table)
     print_table(table)
-    for key, one in found["memory_of_methods"].items():
-        if "missing" in one and "," not in key:
-            stdout.print(f"{key}: {one['missing']}", highlight=False, markup=False)
+    for key, parts in plan["memory_of_methods"].items():
+        if "missing" in parts and "," not in key:
+            stdout.print(f"{key}: {parts['missing']}", highlight=False, markup=False)
 
 
-def sentences(found: Mapping[str, Any]) -> list[str]:
-    """What a plan comes to."""
-    trained, total = found["trained_entries"], found["total_entries"]
-    said = [
+def sentences(plan: Mapping[str, Any]) -> list[str]:
+    """A plan in sentences: what trains, the rows, the passes, and whether it fits the device."""
+    trained, total = plan["trained_entries"], plan["total_entries"]
+    lines = [
         f"{trained:,} of {total:,} entries train ({trained / total:.2%}), and a head of "
-        f"{found['dense_entries']:,}; the delta will take about {size(found['delta_bytes'])}."
+        f"{plan['dense_entries']:,}; the delta will take about {size(plan['delta_bytes'])}."
     ]
-    if found["only_in_sum"]:
-        said.append("All weights compete for one budget: entries per layer are in proportion.")
-    data = found["data"]
+    if plan["only_in_sum"]:
+        lines.append("All weights compete for one budget: entries per layer are in proportion.")
+    data = plan["data"]
     if "missing" in data:
-        said.append(f"Rows were not counted: {data['missing']}")
+        lines.append(f"Rows were not counted: {data['missing']}")
     else:
         rows = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())
         cut = sum(data["truncated"].values())
-        said.append(
+        lines.append(
             f"{rows} rows, {cut:,} of them cut to {data['max_length']} tokens; "
             f"{data['steps']:,} steps, {data['steps_per_epoch']:,} to an epoch."
         )
     passes = ", ".join(
-        f"{name} {size(parts['peak'])}" for name, parts in found["memory_of_passes"].items()
+        f"{name} {size(parts['peak'])}" for name, parts in plan["memory_of_passes"].items()
     )
-    said.append(f"Other passes at their peak: {passes}.")
-    device = found["device"]
+    lines.append(f"Other passes at their peak: {passes}.")
+    device = plan["device"]
     if device["fits"] is not None:
         verdict = "fits" if device["fits"] else "does not fit"
-        said.append(
+        lines.append(
             f"It {verdict}: {device['needed_by']} needs {size(device['needs_bytes'])} of the "
             f"{size(device['memory_bytes'])} of {device['name']}, what libraries take aside."
         )
         if not device["fits"]:
-            said.append(
+            lines.append(
                 "Try train.gradient_checkpointing=true, a smaller train.batch_size with "
                 "train.accumulate, model.dtype=bfloat16 or a smaller data.max_length."
             )
-    if "measured" in found:
-        one = found["measured"]
-        said.append(
-            f"Measured: {one['step_time_ms']:.0f} ms a step (median of {one['steps']}), about "
-            f"{one['epoch_s']:.0f} s an epoch."
+    if "measured" in plan:
+        timed = plan["measured"]
+        lines.append(
+            f"Measured: {timed['step_time_ms']:.0f} ms a step (median of {timed['steps']}), about "
+            f"{timed['epoch_s']:.0f} s an epoch."
         )
-    return said
+    return lines
 
 
-def show_compare(found: Mapping[str, Any]) -> None:
-    """Prints the table of `sift compare` and what is to be said of it."""
-    from sift_cli.analysis.compare import LEGEND, cells, headings
+def show_probe(probe: Mapping[str, Any]) -> None:
+    """Prints what `sift probe` measured: the share of the gradient that each mask keeps."""
+    table = Table(
+        "mask",
+        "first",
+        "mean",
+        "last",
+        "replaced",
+        "moment lost",
+        title=f"share of the gradient's norm kept over {probe['steps']} steps",
+        caption="replaced: share of the entries, moment lost: share of Adam's, at each step",
+    )
+    for name, kept in probe["kept_norm_share"].items():
+        shares = [f"{kept[key]:.3f}" for key in ("first", "mean", "last")]
+        rest = [kept["replaced_per_step"], kept["second_moment_lost_per_step"]]
+        table.add_row(name, *shares, *(f"{value:.3f}" for value in rest))
+    print_table(table)
+    for sentence in probe["says"]:
+        stdout.print(sentence, highlight=False)
 
-    table = Table(*headings(found), title=found["task"], caption=LEGEND)
+
+def show_compare(comparison: "Comparison") -> None:
+    """Prints the table of `sift compare` and its notes."""
+    from sift_cli.analysis.table import LEGEND, cells, headings
+
+    table = Table(*headings(comparison), title=comparison.task, caption=LEGEND)
     table.columns[0].no_wrap = table.columns[3].no_wrap = True
-    for row in found["rows"]:
-        table.add_row(*cells(row, found["metric"]))
+    for row in comparison.rows:
+        table.add_row(*cells(row, comparison.metric))
     _right(table)
     print_table(table)
-    for note in found["notes"]:
+    for note in comparison.notes:
         stdout.print(note, highlight=False)
 
 

@@ -7,7 +7,10 @@ the random numbers differ.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from itertools import islice
 from math import ceil, prod
 from typing import Any
 
@@ -131,10 +134,26 @@ class _Attention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None
 
 
+_most_parts: ContextVar[int | None] = ContextVar("most_parts", default=None)
+
+
+@contextmanager
+def first_part_alone() -> Iterator[None]:
+    """Within, attention computes the first part of its batch alone, and its results are wrong.
+
+    For counting memory: every part holds as much as the first, one after the other.
+    """
+    before = _most_parts.set(1)
+    try:
+        yield
+    finally:
+        _most_parts.reset(before)
+
+
 def _parts(scores: Tensor) -> Iterator[slice]:
     """Slices of the batch whose scores stay in a core's cache."""
     rows = max(1, IN_CACHE // max(1, scores[0].numel()))
-    for start in range(0, len(scores), rows):
+    for start in islice(range(0, len(scores), rows), _most_parts.get()):
         yield slice(start, start + rows)
 
 

@@ -24,7 +24,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 def as_list(value: object) -> object:
-    """One text stands for a list of it."""
+    """A text alone becomes a list of one."""
     return [value] if isinstance(value, str) else value
 
 
@@ -48,12 +48,12 @@ class _OneOf(NamedTuple):
 
 
 def one_of(known: Iterable[str]) -> _OneOf:
-    """A name among `known`."""
+    """The kind of a name that must be among `known`."""
     return _OneOf(tuple(known))
 
 
 def in_short(expected: str) -> WrapValidator:
-    """One message for a value of several types, in place of one for each type."""
+    """Gives a value of several types one error message, in place of one for each type."""
 
     def check(value: Any, inner: Callable[[Any], Any]) -> Any:
         try:
@@ -65,7 +65,7 @@ def in_short(expected: str) -> WrapValidator:
 
 
 def or_list(item: dict[str, Any]) -> WithJsonSchema:
-    """For the JSON schema: one or several."""
+    """The JSON schema of an item, or a list of them."""
     return WithJsonSchema({"anyOf": [item, {"type": "array", "items": item}]})
 
 
@@ -81,6 +81,6 @@ class Section(BaseModel):
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """The way out for an unknown word: the known one that is nearest, or all of them."""
+    """The end of an error on an unknown word: the known one that is nearest, or all of them."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

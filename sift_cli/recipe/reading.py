@@ -64,16 +64,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """As `load_recipe`, from the text of a recipe; `source` names it in errors."""
+    """Checks the text of a recipe as `load_recipe` does a file; `source` names it in errors."""
     return _parse(text, source, overrides)[0]
 
 
 def trace_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, str]]:
-    """As `load_recipe`, and where each value comes from: section.key -> origin.
+    """The recipe that `load_recipe` gives, and where each value comes from, by section.key.
 
     An origin is a place in the file, an override, the policy's row, or `default`.
     """
-    load_recipe(path, overrides)  # for its errors
+    load_recipe(path, overrides)  # raises for what cannot be read
     recipe, given, places = _parse(path.read_text(encoding="utf-8"), str(path), overrides)
     policy = recipe.selection.policy
     by_policy = {f"selection.{key}" for key in (*AXES, *POLICIES[policy].defaults)}
@@ -91,9 +91,10 @@ def trace_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, dic
 def _parse(
     text: str, source: str, overrides: Sequence[str]
 ) -> tuple[Recipe, dict[str, Any], dict[Place, str]]:
-    """The recipe, what was given, and the place of every key of that."""
+    """The recipe, the values that were given (no defaults), and the place of each of their keys."""
     problems: list[tuple[str, str]] = []
-    values, places = _read(text, source, problems)
+    reader = _Reader(text, source, problems)
+    values, places = reader.read(), reader.places
     for override in overrides:
         _override(values, places, override, problems)
     try:
@@ -106,73 +107,88 @@ def _parse(
     return recipe, values, places
 
 
-def _read(
-    text: str, source: str, problems: list[tuple[str, str]]
-) -> tuple[dict[str, Any], dict[Place, str]]:
-    """Values of the YAML text, and where each key stands as `source:line:column`."""
-    places: dict[Place, str] = {}
-    around: set[int] = set()  # nodes that hold the one that is read
+class _Reader:
+    """Reads a YAML text into plain values, and notes where each key stands and what is wrong."""
 
-    def locate(mark: yaml.Mark) -> str:
-        return f"{source}:{mark.line + 1}:{mark.column + 1}"
+    def __init__(self, text: str, source: str, problems: list[tuple[str, str]]) -> None:
+        self.text, self.source, self.problems = text, source, problems
+        self.places: dict[Place, str] = {}  # of each key: `source:line:column`
+        self._loader: _Loader
+        self._unfinished: set[int] = set()  # nodes around the one that is read, by id
 
-    def walk(node: yaml.Node, place: Place) -> Any:
-        places.setdefault(place, locate(node.start_mark))
-        if id(node) in around:
+    def read(self) -> dict[str, Any]:
+        """The values. Raises SiftError where the text is no YAML, or no mapping."""
+        try:
+            self._loader = _Loader(self.text)
+            node = self._loader.get_single_node()
+            values = {} if node is None else self._value(node, ())
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            raise self._refusal(mark, error.problem or error.context) from None
+        except yaml.reader.ReaderError as error:
+            raise self._refusal(_mark(error, self.text), "a character that text has not") from None
+        except RecursionError:
+            raise self._refusal(self._loader.get_mark(), "nested too deeply") from None
+        if not isinstance(values, dict):
             raise SiftError(
-                f"{locate(node.start_mark)} not valid YAML: an alias inside what it stands for"
+                f"{self.source}:1:1 a recipe is a mapping with sections such as model and data"
             )
-        around.add(id(node))
+        return values
+
+    def _value(self, node: yaml.Node, place: Place) -> Any:
+        """What a node stands for. Raises SiftError for an alias to a node around it."""
+        self.places.setdefault(place, self._locate(node.start_mark))
+        if id(node) in self._unfinished:
+            raise self._refusal(node.start_mark, "an alias inside what it stands for")
+        self._unfinished.add(id(node))
         try:
-            return values_of(node, place)
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, place)
+            if isinstance(node, yaml.SequenceNode):
+                items = enumerate(node.value)
+                return [self._value(item, (*place, index)) for index, item in items]
+            return self._construct(node)
         finally:
-            around.discard(id(node))
+            self._unfinished.discard(id(node))
 
-    def values_of(node: yaml.Node, place: Place) -> Any:
-        if isinstance(node, yaml.MappingNode):
-            own = {id(key_node) for key_node, _ in node.value}
-            loader.flatten_mapping(node)  # merge keys come first and may be given again
-            found: dict[Any, Any] = {}
-            seen = set()
-            for key_node, value_node in node.value:
-                key = loader.construct_object(key_node, deep=True)
-                if not isinstance(key, str):
-                    problems.append((locate(key_node.start_mark), f"{key!r}: a key must be text"))
-                    continue
-                if key in seen:
-                    twice = f"{_dotted((*place, key))}: given twice"
-                    problems.append((locate(key_node.start_mark), twice))
-                if id(key_node) in own:
-                    seen.add(key)
-                places[(*place, key)] = locate(key_node.start_mark)
-                found[key] = walk(value_node, (*place, key))
-            return found
-        if isinstance(node, yaml.SequenceNode):
-            return [walk(child, (*place, index)) for index, child in enumerate(node.value)]
+    def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
+        """The values of a mapping by key; keys given twice and keys that are no text are noted."""
+        own = {id(key_node) for key_node, _ in node.value}
+        self._loader.flatten_mapping(node)  # merge keys come first and may be given again
+        values: dict[str, Any] = {}
+        seen = set()
+        for key_node, value_node in node.value:
+            key = self._construct(key_node)
+            where = self._locate(key_node.start_mark)
+            if not isinstance(key, str):
+                self.problems.append((where, f"{key!r}: a key must be text"))
+                continue
+            if key in seen:
+                self.problems.append((where, f"{_dotted((*place, key))}: given twice"))
+            if id(key_node) in own:
+                seen.add(key)
+            self.places[(*place, key)] = where
+            values[key] = self._value(value_node, (*place, key))
+        return values
+
+    def _construct(self, node: yaml.Node) -> Any:
         try:
-            return loader.construct_object(node)
+            return self._loader.construct_object(node, deep=True)
         except ValueError as error:  # a date that is none
-            raise SiftError(f"{locate(node.start_mark)} not valid YAML: {error}") from None
+            raise self._refusal(node.start_mark, error) from None
 
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        values = {} if node is None else walk(node, ())
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = locate(mark) if mark else source
-        raise SiftError(f"{where} not valid YAML: {error.problem or error.context}") from None
-    except yaml.reader.ReaderError as error:
-        before = text[: error.position]
-        column = error.position - (before.rfind("\n") + 1) + 1
-        where = f"{source}:{before.count(chr(10)) + 1}:{column}"
-        raise SiftError(f"{where} not valid YAML: a character that text has not") from None
-    except RecursionError:
-        where = locate(loader.get_mark())
-        raise SiftError(f"{where} not valid YAML: nested too deeply") from None
-    if not isinstance(values, dict):
-        raise SiftError(f"{source}:1:1 a recipe is a mapping with sections such as model and data")
-    return values, places
+    def _locate(self, mark: Any) -> str:
+        return f"{self.source}:{mark.line + 1}:{mark.column + 1}" if mark else self.source
+
+    def _refusal(self, mark: Any, what: object) -> SiftError:
+        return SiftError(f"{self._locate(mark)} not valid YAML: {what}")
+
+
+def _mark(error: yaml.reader.ReaderError, text: str) -> yaml.Mark:
+    """The line and column of a character that YAML does not take: the error gives its index."""
+    before = text[: error.position]
+    column = error.position - (before.rfind("\n") + 1)
+    return yaml.Mark("", error.position, before.count("\n"), column, None, 0)
 
 
 def _override(
@@ -213,7 +229,7 @@ def _override(
 
 
 def _filled_in(section: Mapping[str, Any]) -> list[str]:
-    """The options of a selection that hold what its policy, or the default, gives them."""
+    """The options of a selection whose values its policy, or the default, would give as well."""
     row = POLICIES.get(str(section.get("policy", "sift")), POLICIES["sift"])
     usual = {
         "batches": 1,
@@ -224,7 +240,7 @@ def _filled_in(section: Mapping[str, Any]) -> list[str]:
 
 
 def _describe(error: Any, places: dict[Place, str], source: str) -> tuple[str, str]:
-    """Where one validation error stands, and what it says in the recipe's own terms."""
+    """The place of a validation error of pydantic, and its message in the terms of recipes."""
     kind, message = error["type"], str(error["msg"])
     place = error["loc"]
     if kind == "value_error":

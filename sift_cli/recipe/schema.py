@@ -123,7 +123,7 @@ UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
 def _interval(value: object) -> object:
-    """A number of steps, or a time; None for neither."""
+    """Takes a number of steps, a time such as 10min, or null."""
     steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
     time = isinstance(value, str) and re.fullmatch(r"\d*[1-9]\d*(s|min|h)", value)
     if value is None or steps or time:
@@ -140,7 +140,7 @@ class CheckpointSection(Section):
 
     @property
     def seconds(self) -> int | None:
-        """The time between two, where a time is given."""
+        """The seconds between two checkpoints, where `every` is a time."""
         if not isinstance(self.every, str):
             return None
         unit = self.every.lstrip("0123456789")

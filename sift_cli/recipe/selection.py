@@ -28,11 +28,11 @@ class Option(NamedTuple):
 
     @property
     def needs(self) -> str:
-        """What it belongs to, as a recipe would say it."""
+        """The settings that the key belongs to, as a recipe writes them."""
         return f"{self.axis}: {' or '.join(self.values)}"
 
     def applies(self, selection: Mapping[str, Any]) -> bool:
-        """Whether it does something there; a score of one's own may ask for anything."""
+        """Whether the key does something there; a score in a file may ask for any option."""
         value = str(selection.get(self.axis))
         return value in self.values or (self.axis == "score" and ".py:" in value)
 
@@ -54,15 +54,15 @@ AXES = ("score", "scope", "structure", "schedule")
 
 
 def _density(value: object) -> object:
-    """One share, or patterns with shares; the error is that of what was meant."""
+    """A share, or shares by pattern; the error is that of the kind that was given."""
     kind: Any = dict[str, Share] if isinstance(value, dict) else Share
     try:
         return None if value is None else TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{first['loc'][0]}: " if first["loc"] else ""
-        said = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-        raise ValueError(f"{where}{said}, got {first['input']!r}") from None
+        message = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        raise ValueError(f"{where}{message}, got {first['input']!r}") from None
 
 
 def _score_name(value: str) -> str:

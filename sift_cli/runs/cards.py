@@ -9,6 +9,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from sift_cli.recipe import Recipe
+from sift_cli.runs.folder import DELTA_FILE, REPORT_FILE
+from sift_cli.runs.summary import Summary
 from sift_cli.tasks.metrics import Metrics, shown
 from sift_cli.tasks.table import TASKS
 
@@ -21,37 +23,37 @@ classify({example})
 ```"""
 
 
-def delta_card(recipe: Recipe, summary: Mapping[str, Any]) -> str:
-    """The card of a run folder, from what summary.json holds."""
+def delta_card(recipe: Recipe, summary: Summary) -> str:
+    """The card of a run folder, from its recipe and summary."""
     settings = recipe.model_dump(mode="json")
-    metrics, before = summary["metrics"], summary["metrics_before"]
-    rows = "\n".join(f"| {one} | {shown(before[one])} | {shown(metrics[one])} |" for one in metrics)
-    trained, total = summary["trained_entries"], summary["total_entries"]
+    metrics, before = summary.metrics, summary.metrics_before
+    rows = "\n".join(f"| {key} | {shown(before[key])} | {shown(metrics[key])} |" for key in metrics)
+    trained, total = summary.trained_entries, summary.total_entries
     return f"""{_front(settings, metrics, "adapter")}
 # {_title(settings)}
 
 A sparse delta: {trained:,} entries of the {total:,} of `{_base(settings)}` trained
-({trained / total:.2%}; policy `{summary["policy"]}`, {PAPER}), and
-{summary["dense_entries"]:,} in modules that train whole.
-`delta.safetensors` ({summary["delta_bytes"]:,} bytes) turns the base into the trained model bit for
+({trained / total:.2%}; policy `{summary.policy}`, {PAPER}), and
+{summary.dense_entries:,} in modules that train whole.
+`{DELTA_FILE}` ({summary.delta_bytes:,} bytes) turns the base into the trained model bit for
 bit, and back.
 
 | metric ({settings["eval"]["split"]}) | before | after |
 | --- | --- | --- |
 {rows}
 
-{summary["steps"]:,} steps of {summary["step_time_ms"]:.0f} ms (median); the weights are those of
-step {summary["kept_step"]:,}. `report.html` shows the run.
+{summary.steps:,} steps of {summary.step_time_ms:.0f} ms (median); the weights are those of
+step {summary.kept_step:,}. `{REPORT_FILE}` shows the run.
 
 ## How to use
 
 ```sh
-sift merge delta.safetensors --out merged    # an ordinary Hugging Face folder
-sift predict delta.safetensors {_shell_example(settings)}
+sift merge {DELTA_FILE} --out merged    # an ordinary Hugging Face folder
+sift predict {DELTA_FILE} {_shell_example(settings)}
 sift eval .                                  # the metrics again
 ```
 
-{_ending(settings, summary["labels"])}"""
+{_ending(settings, summary.labels)}"""
 
 
 def model_card(about: Mapping[str, Any]) -> str:

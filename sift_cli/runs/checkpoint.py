@@ -22,10 +22,11 @@ from torch import Tensor
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import CheckpointSection, load_recipe
 from sift_cli.runs.facts import Facts, differences, recipe_changes, settings_of
-from sift_cli.runs.folder import RECIPE_FILE, read_summary
+from sift_cli.runs.folder import CHECKPOINTS, RECIPE_FILE
+from sift_cli.runs.summary import Summary
+from sift_cli.runs.timing import Used
 from sift_cli.system.files import sha256_of, sync
 
-FOLDER = "checkpoint"
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
 KEPT = 2  # files
 
@@ -43,8 +44,8 @@ class Best:
 class Checkpoint:
     """All of a run after `step`: `tensors` by name, and what stands as JSON beside them.
 
-    `supports` has shape and count of each support by kind and name; `schedule`, `random` and `used`
-    are for those who gave them: the learning rate, the generators, the clock.
+    `supports` has shape and count of each support by kind and name; `schedule` and `random` are for
+    those who gave them: the learning rate and the generators.
     """
 
     tensors: Mapping[str, Tensor]
@@ -54,28 +55,36 @@ class Checkpoint:
     kept: Best
     skipped: int
     random: Mapping[str, Any]
-    used: Mapping[str, Any]
+    used: Used
     facts: Facts
     metrics_before: dict[str, float | None]
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> "Checkpoint":
         """From the tensors of a file and the JSON in it."""
-        own = {"kept": Best(**values["kept"]), "facts": Facts(**values["facts"])}
+        own = {
+            "kept": Best(**values["kept"]),
+            "used": Used(**values["used"]),
+            "facts": Facts(**values["facts"]),
+        }
         return cls(tensors=tensors, **{**values, **own})
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         del values["tensors"]
-        return values | {"kept": asdict(self.kept), "facts": asdict(self.facts)}
+        return values | {
+            "kept": asdict(self.kept),
+            "used": asdict(self.used),
+            "facts": asdict(self.facts),
+        }
 
 
 class Checkpoints:
     """The checkpoints of the run in `out`: when one is due, the files, the newest that is whole."""
 
     def __init__(self, out: Path, section: CheckpointSection, console: Console) -> None:
-        self.out, self.folder = out, out / FOLDER
+        self.out, self.folder = out, out / CHECKPOINTS
         self.section, self.console = section, console
         self._saved_at = time.monotonic()
 
@@ -148,7 +157,7 @@ class Checkpoints:
 
     def finished(
         self, settings: Mapping[str, Any], *, resume: bool, overwrite: bool
-    ) -> dict[str, Any] | None:
+    ) -> Summary | None:
         """The summary of the run in the folder where it is the one to resume, and has finished.
 
         Raises SiftError where the folder holds a run, and neither way to deal with it is chosen, or
@@ -156,7 +165,7 @@ class Checkpoints:
         """
         if overwrite:
             return None
-        summary, files = read_summary(self.out), self.files()
+        summary, files = Summary.read(self.out), self.files()
         if summary is None:
             if files and not resume:
                 raise SiftError(

@@ -10,19 +10,18 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sift_cli.errors import SiftError
+from sift_cli.runs.folder import LOCK_FILE
 from sift_cli.system.faults import FREE_SPACE, fault_of
-
-LOCK_FILE = ".lock"
 
 
 @contextmanager
 def guarded(out: Path) -> Iterator[None]:
-    """Holds the folder `out` for one run, and tells faults of the disk and of memory in one line.
+    """Holds the folder `out` for one run, and explains faults of the disk and of memory.
 
-    The folder is made if need be, and goes again where nothing was written into it. Raises
+    The folder is made if need be, and removed again where nothing was written into it. Raises
     SiftError where it cannot be written, or where another process trains into it.
     """
-    with told(out):
+    with explained_faults(out):
         made = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         try:
@@ -36,9 +35,9 @@ def guarded(out: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps other processes from training into `out`; ends with the process, however that ends.
+    """Keeps other processes from training into `out`, until this one ends at the latest.
 
-    Raises SiftError where another one does.
+    Raises SiftError where another one trains into it.
     """
     path = out / LOCK_FILE
     descriptor = _lock(path)
@@ -83,8 +82,8 @@ def require_space(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def told(out: Path) -> Iterator[None]:
-    """Turns what disks and memories do into a SiftError that says what to change."""
+def explained_faults(out: Path) -> Iterator[None]:
+    """Turns a fault of the disk or of memory into a SiftError that says what to change."""
     try:
         yield
     except (OSError, MemoryError, RuntimeError, SafetensorError) as error:

@@ -15,17 +15,17 @@ from sift_cli.errors import SiftError
 from sift_cli.system.files import write_text
 from sift_cli.tasks.metrics import shown
 
-Record = Mapping[str, Any]
+StepRecord = Mapping[str, Any]  # the numbers of a logged step by name, or its `metrics`
 
 
 class Sink(Protocol):
-    """Takes one record per logged step; `metrics` in a record are those of an evaluation."""
+    """Takes a record for each logged step, and one for each evaluation, which has `metrics`."""
 
-    def log(self, record: Record) -> None:
-        """Takes one record."""
+    def log(self, record: StepRecord) -> None:
+        """Takes the next record."""
 
     def close(self) -> None:
-        """Called once, however the run ends."""
+        """Ends the sink; called once, however the run ends."""
 
 
 class JsonLines:
@@ -38,9 +38,9 @@ class JsonLines:
         write_text(path, "".join(_lines_until(path, after)) if after else "")
         self._file = path.open("a", encoding="utf-8")
 
-    def log(self, record: Record) -> None:
+    def log(self, record: StepRecord) -> None:
         """Writes one line; a number that is not finite becomes null."""
-        plain = {key: value if _is_said(value) else None for key, value in record.items()}
+        plain = {key: value if _fits_json(value) else None for key, value in record.items()}
         self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -63,7 +63,7 @@ class TensorBoard:
             raise SiftError(_missing("tensorboard")) from None
         self._writer: Any = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
 
-    def log(self, record: Record) -> None:
+    def log(self, record: StepRecord) -> None:
         """Adds every number of the record as a scalar."""
         for name, value in _numbers(record).items():
             self._writer.add_scalar(name, value, record["step"])
@@ -74,20 +74,22 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run; one that is resumed after a step goes on under its old id."""
+    """A Weights & Biases run; one that is resumed after a step goes on under its old id.
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], after: int = 0) -> None:
+    `note` is the file that keeps the id; wandb's own files go beside it.
+    """
+
+    def __init__(self, note: Path, config: Mapping[str, Any], after: int = 0) -> None:
         try:
             import wandb
         except ImportError:
             raise SiftError(_missing("wandb")) from None
-        note = folder / "wandb.id"
         known = note.read_text(encoding="utf-8") if after and note.is_file() else None
         again = {"id": known, "resume": "allow"} if known else {}
-        self._run = wandb.init(project="sift", dir=str(folder), config=dict(config), **again)
+        self._run = wandb.init(project="sift", dir=str(note.parent), config=dict(config), **again)
         write_text(note, str(self._run.id))
 
-    def log(self, record: Record) -> None:
+    def log(self, record: StepRecord) -> None:
         """Logs every number of the record."""
         self._run.log(_numbers(record), step=record["step"])
 
@@ -97,7 +99,7 @@ class WandB:
 
 
 class Bar:
-    """A progress bar with loss, metric, speed and time left; plain lines where no one watches."""
+    """A progress bar with loss, metric, speed and time left; plain lines where no terminal is."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -105,17 +107,17 @@ class Bar:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("training", total=None, said="")
+        self._task = self._progress.add_task("training", total=None, numbers="")
         self._metric = ""
         self._tenths = 0  # of the steps that plain lines have told of
         self._progress.start()
 
-    def log(self, record: Record) -> None:
+    def log(self, record: StepRecord) -> None:
         """Moves the bar; an evaluation also stays on the screen as a line."""
         if "metrics" in record:
             self._metric = "  ".join(f"{name} {shown(x)}" for name, x in record["metrics"].items())
@@ -124,11 +126,11 @@ class Bar:
         else:
             step, steps = record["step"], record["steps"]
             speed = f"{record['rows_per_second']:.0f} rows/s"
-            said = "  ".join(filter(None, [f"loss {record['loss']:.4f}", self._metric, speed]))
-            self._progress.update(self._task, completed=step, total=steps, said=said)
+            numbers = "  ".join(filter(None, [f"loss {record['loss']:.4f}", self._metric, speed]))
+            self._progress.update(self._task, completed=step, total=steps, numbers=numbers)
             if not self._console.is_terminal and 10 * step // steps > self._tenths:
                 self._tenths = 10 * step // steps
-                self._console.print(f"step {step} of {steps}: {said}", highlight=False)
+                self._console.print(f"step {step} of {steps}: {numbers}", highlight=False)
 
     def close(self) -> None:
         """Takes the bar down."""
@@ -136,13 +138,13 @@ class Bar:
 
 
 class Sinks:
-    """The lines of metrics.jsonl and more sinks, as one."""
+    """metrics.jsonl and all other sinks of a run behind one `log`."""
 
     def __init__(self, lines: JsonLines, more: Sequence[Sink]) -> None:
         self._lines, self._sinks = lines, [*more, lines]
 
-    def log(self, record: Record) -> None:
-        """Hands the record to each."""
+    def log(self, record: StepRecord) -> None:
+        """Hands the record to every sink."""
         for sink in self._sinks:
             sink.log(record)
 
@@ -151,12 +153,13 @@ class Sinks:
         self._lines.sync()
 
     def close(self) -> None:
-        """Closes each."""
+        """Closes every sink."""
         for sink in self._sinks:
             sink.close()
 
 
-def _numbers(record: Record) -> dict[str, float]:
+def _numbers(record: StepRecord) -> dict[str, float]:
+    """Every number of a record but the step; those of an evaluation as metrics/NAME."""
     flat = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
     metrics = record.get("metrics", {}).items()
     return flat | {f"metrics/{name}": value for name, value in metrics if value is not None}
@@ -172,7 +175,7 @@ def _lines_until(path: Path, step: int) -> Iterator[str]:
                 yield line + "\n"
 
 
-def _is_said(value: object) -> bool:
+def _fits_json(value: object) -> bool:
     return not isinstance(value, float) or isfinite(value)
 
 

@@ -3,11 +3,20 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+
+
+@dataclass(frozen=True)
+class Used:
+    """Seconds and bytes that a run took so far, and the steps after which it was resumed."""
+
+    wall_time_s: float
+    peak_memory_bytes: int
+    resumed_at: list[int]
 
 
 class Timing:
@@ -25,7 +34,7 @@ class Timing:
 
     @contextmanager
     def step(self, device: torch.device) -> Iterator[None]:
-        """Times one step on `device`, and waits for none."""
+        """Times a step on `device` without waiting for a GPU."""
         if device.type == "cuda":
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
@@ -37,19 +46,19 @@ class Timing:
         yield
         self._step_ms.append((time.perf_counter() - began) * 1e3)
 
-    def used(self, device: torch.device) -> dict[str, Any]:
-        """What the run took so far, and the steps after which it was resumed."""
-        return {
-            "wall_time_s": time.perf_counter() - self._started,
-            "peak_memory_bytes": max(peak_memory(device), self._peak_memory),
-            "resumed_at": self.resumed_at,
-        }
+    def used(self, device: torch.device) -> Used:
+        """What the run took so far."""
+        return Used(
+            wall_time_s=time.perf_counter() - self._started,
+            peak_memory_bytes=max(peak_memory(device), self._peak_memory),
+            resumed_at=self.resumed_at,
+        )
 
-    def resume(self, step: int, step_ms: list[float], used: Mapping[str, Any]) -> None:
-        """Counts on from where `used` and the milliseconds of each step were taken."""
-        self._started -= used["wall_time_s"]
-        self._peak_memory = used["peak_memory_bytes"]
-        self.resumed_at = [*used["resumed_at"], step]
+    def resume(self, step: int, step_ms: list[float], used: Used) -> None:
+        """Counts on after `step` of an earlier process, with its step times and what it `used`."""
+        self._started -= used.wall_time_s
+        self._peak_memory = used.peak_memory_bytes
+        self.resumed_at = [*used.resumed_at, step]
         self._step_ms = step_ms
 
     @property
@@ -63,7 +72,7 @@ class Timing:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on a GPU, else the process's largest resident size."""
+    """The most bytes allocated so far on a GPU; else the process's largest resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -42,29 +42,29 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
 def describe() -> dict[str, str]:
-    """What a bug report needs. Of tokens it says whether they are set, and no more."""
-    found = {"sift": __version__, "python": platform.python_version()}
+    """Versions, devices and settings by name; of tokens, only which are set."""
+    facts = {"sift": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            facts[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    found["platform"] = platform.platform()
-    found["processors"] = f"{os.cpu_count()}, {torch.get_num_threads()} threads"
-    found["memory"] = f"{memory() / 1e9:.1f} GB"
-    found["disk"] = f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free here"
+            facts[name] = "not installed"
+    facts["platform"] = platform.platform()
+    facts["processors"] = f"{os.cpu_count()}, {torch.get_num_threads()} threads"
+    facts["memory"] = f"{memory() / 1e9:.1f} GB"
+    facts["disk"] = f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free here"
     cards = [
         f"{card.name}, {card.total_memory / 1e9:.0f} GB"
         for card in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]
-    found["cuda"] = f"{torch.version.cuda}: {'; '.join(cards)}" if cards else "none"
-    found["mps"] = "yes" if torch.backends.mps.is_available() else "none"
+    facts["cuda"] = f"{torch.version.cuda}: {'; '.join(cards)}" if cards else "none"
+    facts["mps"] = "yes" if torch.backends.mps.is_available() else "none"
     set_here = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
-    found["variables"] = ", ".join(set_here) or "none"
-    found["tokens"] = ", ".join(name for name in TOKENS if name in os.environ) or "none set"
-    return found
+    facts["variables"] = ", ".join(set_here) or "none"
+    facts["tokens"] = ", ".join(name for name in TOKENS if name in os.environ) or "none set"
+    return facts
 
 
 def memory() -> int:
-    """Bytes of memory that the machine has."""
+    """Bytes of memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

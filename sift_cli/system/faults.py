@@ -1,4 +1,4 @@
-"""Faults of disks and memories, told in one line with what to change."""
+"""Faults of disks and memories, explained in one line with what to change."""
 
 import errno
 import re
@@ -27,18 +27,18 @@ LESS_MEMORY = (
 
 
 def fault_of(error: Exception, where: object = "") -> SiftError | None:
-    """What a user needs to know of an error where it is a fault of disk or memory; else None.
+    """The error as a SiftError with the way out, where it is a fault of disk or memory; else None.
 
     `where` names the place if the error does not.
     """
-    said = str(error).strip().partition("\n")[0]
+    message = str(error).strip().partition("\n")[0]  # the rest is advice and traces
     if isinstance(error, MemoryError | RuntimeError):
-        if isinstance(error, RuntimeError) and not _is_memory(said):
+        if isinstance(error, RuntimeError) and not _is_memory(message):
             return None
-        on_host = isinstance(error, MemoryError) or "out of memory" not in said
-        what = "on the host" if on_host else said.partition(". ")[0]
+        on_host = isinstance(error, MemoryError) or "out of memory" not in message
+        what = "on the host" if on_host else message.partition(". ")[0]
         return SiftError(f"out of memory: {what}; {LESS_MEMORY}")
-    number = re.search(r"os error (\d+)", said)  # as safetensors says it
+    number = re.search(r"os error (\d+)", message)  # of safetensors, which raises no OSError
     code = error.errno if isinstance(error, OSError) else number and int(number[1])
     if code not in FAULTS:
         return None
@@ -47,5 +47,5 @@ def fault_of(error: Exception, where: object = "") -> SiftError | None:
     return SiftError(f"{place}: {what}; {way_out}" if place else f"{what}; {way_out}")
 
 
-def _is_memory(said: str) -> bool:
-    return "out of memory" in said or "can't allocate memory" in said
+def _is_memory(message: str) -> bool:
+    return "out of memory" in message or "can't allocate memory" in message

@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place aside to write to, which becomes `path` once all of it is on the disk.
+    """A path beside `path` to write to, which replaces it once all of it is on the disk.
 
-    Where an error comes first, `path` stays what it was, and nothing is left aside.
+    Where an error comes first, `path` stays what it was, and nothing is left beside it.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -26,19 +26,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder aside to fill, which becomes `path` once all is well; otherwise nothing is left.
+    """A folder beside `path` to fill, which becomes `path` at the end; an error leaves neither.
 
-    `path` may be an empty folder, or not there.
+    `path` may be an empty folder, or may not exist.
     """
-    whole = path.absolute()
-    partial = whole.with_name(whole.name + ".partial")
+    target = path.absolute()
+    partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        if whole.exists():
-            whole.rmdir()
-        partial.rename(whole)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -50,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file's bytes, or a folder's list of names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,8 +60,8 @@ def sync(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """The hash of a file's bytes, in hex digits."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def hears(number: signal.Signals) -> bool:
-    """Whether a handler that is set here would be called.
+    """Whether a handler that is set now, in this thread, would be called.
 
     A signal that the process was started deaf to, as jobs in the background are to SIGINT, stays
     unheard, and signals arrive in the main thread alone.
@@ -21,9 +21,10 @@ def hears(number: signal.Signals) -> bool:
 
 
 class Stop:
-    """Within it, the first signal is noted in `asked`; a second one does what it always did.
+    """Within it, the first of SIGNALS sets `asked` and gives the handlers from before back, so that
+    a second one acts at once.
 
-    Where the process does not hear one (`hears`), nothing changes.
+    A signal that the process does not hear (`hears`) is left alone.
     """
 
     def __init__(self) -> None:
@@ -44,13 +45,13 @@ class Stop:
     ) -> None:
         self._give_back()
 
-    def interruptible(self, work: Callable[[], Found]) -> Found | None:
-        """What `work` returns; None where a signal came before its end, which breaks it off."""
+    def interruptible(self, work: Callable[[], Result]) -> Result | None:
+        """What `work` returns; None where a signal came before its end, and broke it off."""
         try:
             self._breaks = True
-            found = None if self.asked else work()
+            result = None if self.asked else work()
             self._breaks = False
-            return found
+            return result
         except _AskedError:
             return None
 
@@ -68,4 +69,4 @@ class Stop:
 
 
 class _AskedError(BaseException):
-    """Not an Exception, so that no one on the way takes it for a failure."""
+    """Breaks work off; no Exception, so that no `except Exception` on the way swallows it."""

@@ -16,15 +16,16 @@ from sift_cli.models.prepare import frozen
 from sift_cli.recipe import Recipe, SelectionSection, TrainSection
 from sift_cli.runs.cards import delta_card
 from sift_cli.runs.checkpoint import Checkpoint
-from sift_cli.runs.folder import DELTA_FILE
+from sift_cli.runs.folder import CARD_FILE, DELTA_FILE
 from sift_cli.runs.record import write_weights
 from sift_cli.runs.session import Session
-from sift_cli.runs.summary import Written
+from sift_cli.runs.summary import Entries, Summary, Written
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Held, Rule, check, select
 from sift_cli.selection.targets import choose_weights
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
 from sift_cli.sparse.parameters import whole
+from sift_cli.system.files import write_text
 from sift_cli.training.batches import Batches
 from sift_cli.training.method import Build
 from sift_cli.training.packing import Packed, entries_in, supports_in
@@ -219,18 +220,17 @@ class Chooser:
         write_weights(out, session.model, parameters, self.dense)
         counts = {segment.name: len(segment.support) for segment in parameters}
         dense = sum(counts[name] for name in self.dense)
-        return Written(
-            bytes=(out / DELTA_FILE).stat().st_size,
-            sha256=digest,
+        entries = Entries(
             trained=sum(counts.values()) - dense,
             dense=dense,
-            total=sum(weight.numel() for weight in session.model.parameters()),
             changed=sum(w.count for name, w in delta.weights.items() if name not in self.dense),
+            total=sum(weight.numel() for weight in session.model.parameters()),
         )
+        return Written((out / DELTA_FILE).stat().st_size, digest, entries)
 
-    def card(self, recipe: Recipe, summary: Mapping[str, Any]) -> str:
-        """The card of a sparse delta."""
-        return delta_card(recipe, summary)
+    def describe(self, out: Path, recipe: Recipe, summary: Summary) -> None:
+        """Writes the card."""
+        write_text(out / CARD_FILE, delta_card(recipe, summary))
 
     def _optimizer(self, parameters: SparseParameters) -> SparseAdamW:
         return SparseAdamW(

@@ -17,7 +17,7 @@ from sift_cli.recipe import Recipe, TrainSection
 from sift_cli.runs.checkpoint import Checkpoint
 from sift_cli.runs.folder import TRAINED_FILE
 from sift_cli.runs.session import Session
-from sift_cli.runs.summary import Written
+from sift_cli.runs.summary import Entries, Summary, Written
 from sift_cli.sparse import Support
 from sift_cli.system.files import sha256_of
 from sift_cli.training.packing import Packed, entries_in
@@ -170,14 +170,9 @@ class Dense:
         file = out / TRAINED_FILE
         tensors = self._adapted.save()
         save_file({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, file)
-        return Written(
-            bytes=file.stat().st_size,
-            sha256=sha256_of(file),
-            trained=len(optimizer.parameters) - self.dense,
-            dense=self.dense,
-            total=self.total,
-            rank=self._adapted.rank,
-        )
+        trained = len(optimizer.parameters) - self.dense
+        entries = Entries(trained=trained, dense=self.dense, total=self.total)
+        return Written(file.stat().st_size, sha256_of(file), entries, self._adapted.rank)
 
-    def card(self, recipe: Recipe, summary: Mapping[str, Any]) -> None:
-        """None: a card describes a delta."""
+    def describe(self, out: Path, recipe: Recipe, summary: Summary) -> None:
+        """Writes nothing: a card describes a delta."""

@@ -1,12 +1,10 @@
 """Fine-tuning, from top to bottom."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from torch import Tensor
@@ -16,14 +14,13 @@ from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import EvalSection, Recipe, TrainSection
 from sift_cli.runs.checkpoint import Checkpoints
 from sift_cli.runs.facts import Facts, settings_of
-from sift_cli.runs.folder import CARD_FILE, SUMMARY_FILE, open_run_folder
+from sift_cli.runs.folder import open_run_folder
 from sift_cli.runs.guard import guarded, require_space
 from sift_cli.runs.record import write_gradient, write_predictions
 from sift_cli.runs.session import Session, open_session, tell_emulated
 from sift_cli.runs.sinks import Sinks
-from sift_cli.runs.summary import describe, summarize
+from sift_cli.runs.summary import Summary, describe, summarize
 from sift_cli.runs.timing import Timing
-from sift_cli.system.files import write_text
 from sift_cli.system.stopping import Stop
 from sift_cli.tasks.metrics import Metrics
 from sift_cli.training.batches import Batches
@@ -46,7 +43,7 @@ def train(
     overwrite: bool = False,
     allow_code: bool = False,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Trains, evaluates and writes the run folder `out`; returns what its summary.json holds.
 
     What trains is what the recipe selects, or what `build` makes of the session. `resume` goes on
@@ -211,7 +208,7 @@ def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
         )
 
 
-def finish(run: Run, recipe: Recipe) -> dict[str, Any]:
+def finish(run: Run, recipe: Recipe) -> Summary:
     """Writes the run folder with the weights that are kept; returns what summary.json holds."""
     out, session, state = run.checkpoints.out, run.session, run.state
     state.kept.restore()
@@ -233,10 +230,8 @@ def finish(run: Run, recipe: Recipe) -> dict[str, Any]:
         steps=run.batches.steps,
         skipped=state.watch.skipped,
     )
-    card = run.method.card(recipe, summary)
-    if card is not None:
-        write_text(out / CARD_FILE, card)
-    write_text(out / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    run.method.describe(out, recipe, summary)
+    summary.write(out)  # last: it marks the run as whole
     run.checkpoints.remove()
     return summary
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sift_cli.recipe import Recipe
 from sift_cli.runs.checkpoint import Checkpoint
 from sift_cli.runs.session import Session
-from sift_cli.runs.summary import Written
+from sift_cli.runs.summary import Summary, Written
 from sift_cli.sparse import Support
 from sift_cli.training.batches import Batches
 from sift_cli.training.packing import Packed
@@ -105,8 +105,8 @@ class Method(Protocol):
         `marks` are fingerprints of the base's tensors, `header` makes what a delta says of itself.
         """
 
-    def card(self, recipe: Recipe, summary: Mapping[str, Any]) -> str | None:
-        """The README.md of the run folder, if it has one."""
+    def describe(self, out: Path, recipe: Recipe, summary: Summary) -> None:
+        """Writes the README.md of the run folder, where it has one."""
 
 
 Build = Callable[[Session, Batches], Method]

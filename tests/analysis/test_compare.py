@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from sift_cli.analysis.adapted import main, train_adapted
-from sift_cli.analysis.compare import compare, compare_runs, tabulated
+from sift_cli.analysis.compare import compare, compare_runs
 from sift_cli.analysis.jobs import Job, Runner, rates_of
 from sift_cli.analysis.methods import adapted_layers, rank_for
+from sift_cli.analysis.table import Difference, Run, Spread, markdown, tabulated
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe, parse_recipe
 from sift_cli.runs.folder import TRAINED_FILE
+from sift_cli.runs.summary import Summary
 from sift_cli.runs.tuned import load_tuned
 from sift_cli.training import train
 from tests.support.command import ENV, sift, until
@@ -64,11 +66,11 @@ def test_full_is_training_at_density_1(recipe_file: Path, tmp_path: Path) -> Non
         if name.endswith("key.bias"):  # its gradient is 0, so Adam follows rounding errors
             continue
         assert torch.allclose(weight, weights[name], atol=1e-5), name
-    assert other["metrics"] == own["metrics"]
-    assert other["metrics_before"] == own["metrics_before"]
-    assert other["steps"] == own["steps"]
+    assert other.metrics == own.metrics
+    assert other.metrics_before == own.metrics_before
+    assert other.steps == own.steps
     only = {"changed_entries", "truncated", "delta_sha256", "labels", "resumed_at", "skipped_steps"}
-    assert own.keys() - other.keys() <= only
+    assert own.to_json().keys() - other.to_json().keys() <= only
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of SHiRA's sparse tensors
@@ -78,16 +80,16 @@ def test_what_a_method_trains(method: str, recipe_file: Path, tmp_path: Path) ->
     own = train(recipe, tmp_path / "own")
     found = train_adapted(recipe, method, tmp_path / method)
     again = train_adapted(recipe, method, tmp_path / "again")
-    assert found["metrics"] == again["metrics"]
+    assert found.metrics == again.metrics
     saved = load_file(tmp_path / method / TRAINED_FILE)
-    assert found["dense_entries"] == own["dense_entries"]
+    assert found.dense_entries == own.dense_entries
     assert any(name.endswith("classifier.weight") for name in saved)
     if method == "head-only":
-        assert found["trained_entries"] == 0
+        assert found.trained_entries == 0
     else:
         across = 2 * (4 * (16 + 16) + 2 * (16 + 32)) + 16 + 16  # and the pooler
-        assert found["trained_entries"] == found["rank"] * across
-        assert abs(found["trained_entries"] - own["trained_entries"]) <= across / 2
+        assert found.trained_entries == found.rank * across
+        assert abs(found.trained_entries - own.trained_entries) <= across / 2
 
 
 def test_the_rank_comes_nearest() -> None:
@@ -107,27 +109,27 @@ def test_a_comparison(recipe_file: Path, tmp_path: Path, here: list[str]) -> Non
     methods = ["sift", "random", "lora", "full"]
     found = compare(recipe, out, methods=methods, seeds=2, densities=[0.02, 0.1])
     assert len(here) == 2 * (3 * 2 + 1)
-    assert json.loads((out / "compare.json").read_text()) == found
+    assert json.loads((out / "compare.json").read_text()) == found.to_json()
     assert (out / "compare.png").stat().st_size > 5000
     table = (out / "compare.md").read_text()
     assert all(f"| {method}" in table for method in ("sift at 0.1", "lora at 0.02", "full |"))
-    rows = {(row["method"], row["density"]): row for row in found["rows"]}
-    assert rows["full", None]["learning_rate"] == pytest.approx(recipe.train.learning_rate / 20)
+    rows = {(row.method, row.density): row for row in found.rows}
+    assert rows["full", None].learning_rate == pytest.approx(recipe.train.learning_rate / 20)
     other, own = rows["random", 0.1], rows["sift", 0.1]
-    assert other["trained_entries"] == own["trained_entries"]
-    scores = [row["metrics"]["accuracy"]["values"] for row in (other, own)]
-    against = other["against_sift"]
-    assert against["difference"] == pytest.approx(sum(scores[0]) / 2 - sum(scores[1]) / 2)
-    if against["p"] is not None:
-        assert against["p"] == pytest.approx(stats.ttest_rel(*scores).pvalue)
-    assert own["against_sift"] is None
+    assert other.trained_entries == own.trained_entries
+    scores = [row.metrics["accuracy"].values for row in (other, own)]
+    against = other.against_sift
+    assert against.difference == pytest.approx(sum(scores[0]) / 2 - sum(scores[1]) / 2)
+    if against.p is not None:
+        assert against.p == pytest.approx(stats.ttest_rel(*scores).pvalue)
+    assert own.against_sift is None
     alone = load_recipe(recipe_file, ["train.max_steps=2", "selection.density=0.1"])
     single = train(alone, tmp_path / "single")
-    assert own["metrics"]["accuracy"]["values"][0] == single["metrics"]["accuracy"]
+    assert own.metrics["accuracy"].values[0] == single.metrics["accuracy"]
     here.clear()
     more = compare(recipe, out, methods=[*methods, "head-only"], seeds=2, densities=[0.02, 0.1])
     assert len(here) == 2
-    assert more["rows"][:-1] == found["rows"]
+    assert more.rows[:-1] == found.rows
     unfinished = next((out / "runs").glob("random-*"))
     (unfinished / "summary.json").unlink()
     here.clear()
@@ -144,9 +146,9 @@ def test_a_sweep_takes_the_best_rate(recipe_file: Path, tmp_path: Path, here: li
         method, rate = summary.parent.name.split("-r")[0], summary.parent.name.split("-r")[-1]
         value = json.loads(summary.read_text())["metrics"]["accuracy"]
         scores[method][float(rate.rpartition("-s")[0])] = value
-    for row in found["rows"]:
-        own = scores[row["method"]]
-        assert own[row["learning_rate"]] == max(own.values())
+    for row in found.rows:
+        own = scores[row.method]
+        assert own[row.learning_rate] == max(own.values())
     assert any("evaluation split" in note for note in found["notes"])
 
 
@@ -201,14 +203,14 @@ def test_finished_runs_side_by_side(recipe_file: Path, tmp_path: Path) -> None:
             train(load_recipe(recipe_file, changes), tmp_path / f"{policy}-{seed}")
     folders = [tmp_path / f"{policy}-{seed}" for policy in ("sift", "random") for seed in (1, 2)]
     found = compare_runs(folders)
-    assert [(row["method"], row["seeds"]) for row in found["rows"]] == [("sift", 2), ("random", 2)]
+    assert [(row.method, row.seeds) for row in found["rows"]] == [("sift", 2), ("random", 2)]
     done = sift("compare", *folders)
     assert done.returncode == 0, done.stderr
     assert "random at 0.05" in done.stdout
     train_adapted(load_recipe(recipe_file, changes), "head-only", tmp_path / "head")
-    head = compare_runs([*folders, tmp_path / "head"])["rows"][-1]
-    assert (head["method"], head["density"]) == ("head-only", None)  # whatever the recipe says
-    assert head["against_sift"]["seeds"] == 1
+    head = compare_runs([*folders, tmp_path / "head"]).rows[-1]
+    assert (head.method, head.density) == ("head-only", None)  # whatever the recipe says
+    assert head.against_sift.seeds == 1
     wrong = sift("compare", folders[0], tmp_path / "none")
     assert wrong.returncode == 2
     assert "no such run folder" in wrong.stderr
@@ -216,10 +218,54 @@ def test_finished_runs_side_by_side(recipe_file: Path, tmp_path: Path) -> None:
     assert "no finished run" in sift("compare", tmp_path / "empty").stderr
 
 
+def run(
+    method: str, seed: int, density: float = 0.1, task: str = "rte", **metrics: float | None
+) -> Run:
+    """A run of which no more is known than its scores."""
+    measured = {"step_time_ms": 1.0, "train_time_s": 1.0, "wall_time_s": 1.0}
+    measured |= {"peak_memory_bytes": 1, "delta_bytes": 1, "device": "cpu", "bf16_autocast": False}
+    counts = {"trained_entries": round(1000 * density), "dense_entries": 2, "total_entries": 1000}
+    summary = Summary(
+        task=task,
+        policy=method,
+        seed=seed,
+        metrics=metrics,
+        metrics_before=metrics,
+        steps=1,
+        kept_step=1,
+        train_rows=1,
+        **measured,
+        **counts,
+    )
+    return Run(summary, method, density, 1e-3)
+
+
+def test_rows_are_held_against_sift_at_their_density_by_seed() -> None:
+    runs = [run("sift", seed, f1=0.5, loss=None) for seed in (1, 2)]
+    runs += [run("sift", seed, density=0.2, f1=0.7, loss=1.0) for seed in (1, 2)]
+    scores = {("rows", 0.1): (0.6, 0.8), ("rows", 0.3): (0.9, 0.9), ("random", 0.1): (None, 0.4)}
+    for (method, density), values in scores.items():
+        for seed, score in enumerate(values, start=1):
+            runs.append(run(method, seed, density=density, f1=score, loss=1.0))
+    found = tabulated(runs, ["a note"])
+    assert found.metric == "f1"
+    small, large, same, other, undefined = found.rows
+    assert small.metrics == {
+        "f1": Spread(0.5, 0.0, [0.5, 0.5]),
+        "loss": Spread(None, None, [None] * 2),
+    }
+    assert small.against_sift is large.against_sift is None
+    assert same.against_sift.difference == pytest.approx(0.2)
+    assert other.against_sift == Difference(pytest.approx(0.2), 2, None)  # from sift at 0.2
+    assert undefined.metrics["f1"] == Spread(None, None, [None, 0.4])
+    assert undefined.against_sift == Difference(pytest.approx(-0.1), 1, None)
+    assert found.notes[0] == "a note"
+    assert found.notes[1].startswith("p: paired t-test over 2 seeds")
+    assert "| random at 0.1 | 100 | 0.001 | undefined | -0.1000 |  | 1 | 0 | 0 |" in markdown(found)
+
+
 def test_runs_of_two_tasks_are_refused() -> None:
-    run = {"method": "sift", "density": 0.1, "rate": 1.0, "seed": 1}
-    runs = [{**run, "task": "rte", "metrics": {"accuracy": 1.0}}]
-    runs.append({**run, "task": "cola", "metrics": {"matthews": 1.0}})
+    runs = [run("sift", 1, accuracy=1.0), run("sift", 1, task="cola", matthews=1.0)]
     with pytest.raises(SiftError, match="runs of rte, cola; compare one task at a time"):
         tabulated(runs, [])
 

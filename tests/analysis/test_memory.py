@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 
 from sift_cli.analysis.ledger import Ledger
-from sift_cli.analysis.memory import PARTS, Batch, Plan, hit, ordinary, sparse
+from sift_cli.analysis.memory import PARTS, Batch, PeakMemory, hit, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, trained
 from sift_cli.models.dropout import quicken_dropout
 from sift_cli.models.prepare import recompute_activations
@@ -80,7 +80,7 @@ def test_a_sparse_step_holds_what_was_counted(architecture: str, density: float)
         optimizer = SparseAdamW(attach(model, supports), 1e-3)
         return model, optimizer.step
 
-    found = Plan(builder(architecture), BATCH).step(sparse(counts, []))
+    found = PeakMemory(builder(architecture), BATCH).step(sparse(counts, []))
     assert sum(found.values()) == pytest.approx(really(architecture, prepare), rel=0.05)
     assert found["masters"] == found["gradients"] == 4 * sum(counts.values())
 
@@ -107,7 +107,7 @@ def test_other_methods_hold_what_was_counted(method: str, checkpointing: bool) -
 
         return model, update
 
-    found = Plan(lambda: adapted(build()), BATCH, checkpointing).step(ordinary)
+    found = PeakMemory(lambda: adapted(build()), BATCH, checkpointing).step(ordinary)
     counted = really("bert", prepare, checkpointing)
     assert sum(found.values()) == pytest.approx(counted, rel=0.05)
     entries = sum(weight.numel() for weight in trained(adapted(build())).values())
@@ -117,17 +117,17 @@ def test_other_methods_hold_what_was_counted(method: str, checkpointing: bool) -
 def test_checkpointing_and_a_gpu_s_attention_hold_less() -> None:
     counts = chosen(builder("bert")(), 0.05)
     batch = Batch(8, 128)
-    plain = Plan(builder("bert"), batch).step(sparse(counts, []))
-    again = Plan(builder("bert"), batch, checkpointing=True).step(sparse(counts, []))
+    plain = PeakMemory(builder("bert"), batch).step(sparse(counts, []))
+    again = PeakMemory(builder("bert"), batch, checkpointing=True).step(sparse(counts, []))
     assert again["activations"] < plain["activations"] / 2
-    gpu = Plan(builder("bert"), batch, gpu=True).step(sparse(counts, [], gpu=True))
+    gpu = PeakMemory(builder("bert"), batch, gpu=True).step(sparse(counts, [], gpu=True))
     probabilities = 2 * 8 * 2 * 128 * 128 * 4  # layers x rows x heads x tokens^2, fp32
     assert plain["activations"] - gpu["activations"] > probabilities / 2
     assert set(plain) == set(PARTS)
 
 
 def test_other_passes() -> None:
-    plan = Plan(builder("bert"), BATCH)
+    plan = PeakMemory(builder("bert"), BATCH)
     names = list(chosen(builder("bert")(), 0.05))
     one, several = plan.selection(names), plan.selection(names, batches=3)
     dense = sum(4 * builder("bert")().get_parameter(name).numel() for name in names)

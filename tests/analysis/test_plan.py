@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from sift_cli.analysis.memory import Batch, Plan, sparse
+from sift_cli.analysis.memory import Batch, PeakMemory, sparse
 from sift_cli.analysis.plan import (
     HOST_IF_OFFLOADED,
     Outline,
@@ -82,7 +82,7 @@ def test_llama_7b_in_16_5_gb_with_offloaded_moments(tmp_path: Path) -> None:
         "llama.yaml",
     )
     one = Outline.of(recipe)
-    step = Plan(one.build, Batch(1, 2048), checkpointing=True, gpu=True)
+    step = PeakMemory(one.build, Batch(1, 2048), checkpointing=True, gpu=True)
     parts = step.step(sparse(one.counts, one.dense, gpu=True))
     memory = with_peak(parts, torch.device("cuda"), HOST_IF_OFFLOADED)
     assert memory["weights"] > 13.2e9
@@ -96,16 +96,16 @@ def test_a_plan_is_what_training_does(recipe_file: Path, tmp_path: Path) -> None
     found = json.loads(done.stdout)
     summary = train(load_recipe(recipe_file), tmp_path / "run")
     for key in ("trained_entries", "dense_entries", "total_entries"):
-        assert found[key] == summary[key]
-    assert found["data"]["steps"] == summary["steps"]
-    assert found["data"]["truncated"] == summary["truncated"]
-    assert found["delta_bytes"] == pytest.approx(summary["delta_bytes"], rel=0.5)
+        assert found[key] == getattr(summary, key)
+    assert found["data"]["steps"] == summary.steps
+    assert found["data"]["truncated"] == summary.truncated
+    assert found["delta_bytes"] == pytest.approx(summary.delta_bytes, rel=0.5)
     assert found["measured"]["steps"] == 3
     assert found["measured"]["epoch_s"] > 0
     memory = found["memory_bytes"]
     assert memory["peak"] == sum(size for part, size in memory.items() if part != "peak")
-    assert memory["masters"] == 4 * (summary["trained_entries"] + summary["dense_entries"])
-    assert found["memory_of_methods"]["full"]["moments"] > 7 * summary["total_entries"]
+    assert memory["masters"] == 4 * (summary.trained_entries + summary.dense_entries)
+    assert found["memory_of_methods"]["full"]["moments"] > 7 * summary.total_entries
     assert {"sift", "lora", "full", "lora, checkpointing"} <= set(found["memory_of_methods"])
     assert found["device"]["fits"]
 

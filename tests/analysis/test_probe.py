@@ -139,9 +139,9 @@ def test_what_it_writes_and_says(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_a_later_run_is_the_same(recipe: Recipe, tmp_path: Path) -> None:
-    before = train(recipe, tmp_path / "a")["delta_sha256"]
+    before = train(recipe, tmp_path / "a").delta_sha256
     probe(recipe, tmp_path / "probe", steps=3)
-    assert train(recipe, tmp_path / "b")["delta_sha256"] == before
+    assert train(recipe, tmp_path / "b").delta_sha256 == before
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,9 @@ def test_every_shipped_recipe_trains_a_small_twin(name: str, tmp_path: Path) -> 
     small = [f"model.path={tmp_path}/base", f"data.path={tmp_path}/data", "data.max_length=16"]
     small += ["train.batch_size=4", "train.max_steps=2"]
     summary = train(load_recipe(path, small), tmp_path / "run")
-    assert summary["steps"] == 2
-    assert summary["changed_entries"] > 0
-    assert set(summary["metrics"]) >= set(TASKS[recipe.data.task].metrics)
+    assert summary.steps == 2
+    assert summary.changed_entries > 0
+    assert set(summary.metrics) >= set(TASKS[recipe.data.task].metrics)
 
 
 def test_the_paper_s_recipes_are_the_paper_s() -> None:

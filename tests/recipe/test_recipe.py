@@ -88,6 +88,7 @@ def test_a_key_that_is_no_text_is_located() -> None:
         ("\tout: a\n", ":6:1 not valid YAML: found character '\\t' that cannot start any token"),
         ("out: *there\n", ":6:6 not valid YAML: found undefined alias 'there'"),
         ("out: 2024-13-45\n", ":6:6 not valid YAML: month must be in 1..12"),
+        ("2024-13-45: a\n", ":6:1 not valid YAML: month must be in 1..12"),
         ("out: &a [*a]\n", ":6:6 not valid YAML: an alias inside what it stands for"),
         ("out: \x01\n", ":6:6 not valid YAML: a character that text has not"),
         (

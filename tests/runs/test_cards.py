@@ -1,6 +1,7 @@
 """Cards as the hub reads them: front matter, numbers, commands."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from sift_cli.convert import merge
 from sift_cli.delta import load_delta
 from sift_cli.recipe import load_recipe
 from sift_cli.runs.cards import delta_card, model_card
+from sift_cli.runs.summary import Summary
 from sift_cli.training import train
 
 
@@ -47,7 +49,8 @@ def test_a_turned_back_model_has_no_card(run: Path, tmp_path: Path) -> None:
 
 
 def test_ids_of_the_hub_are_linked_and_pairs_shown(run: Path, recipe_file: Path) -> None:
-    summary = json.loads((run / "summary.json").read_text())
+    summary = Summary.read(run)
+    assert summary is not None
     hub = ["model.path=owner/base", "data.path=nyu-mll/glue", "data.task=rte"]
     recipe = load_recipe(recipe_file, hub)
     card = ModelCard(delta_card(recipe, summary))
@@ -72,15 +75,17 @@ def test_ids_of_the_hub_are_linked_and_pairs_shown(run: Path, recipe_file: Path)
 def test_a_base_goes_by_a_name_that_tells(
     run: Path, recipe_file: Path, path: str, shown: str
 ) -> None:
-    summary = json.loads((run / "summary.json").read_text())
+    summary = Summary.read(run)
+    assert summary is not None
     recipe = load_recipe(recipe_file, [f"model.path={path}"])
     assert f"# sst2 on {shown}\n" in delta_card(recipe, summary)
 
 
 def test_a_regression_and_a_recipe_with_fences(run: Path, recipe_file: Path) -> None:
-    summary = json.loads((run / "summary.json").read_text()) | {"labels": None}
+    summary = Summary.read(run)
+    assert summary is not None
     ticks = "```\n# not a heading"
     recipe = load_recipe(recipe_file, [f"data.label={json.dumps(ticks)}"])
-    card = delta_card(recipe, summary)
+    card = delta_card(recipe, replace(summary, labels=None))
     assert "It predicts a number." in card
     assert "\n````yaml\n" in card

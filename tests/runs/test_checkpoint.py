@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import load_recipe, parse_recipe
-from sift_cli.runs.checkpoint import FOLDER
+from sift_cli.runs.folder import CHECKPOINTS
 from sift_cli.training import train
 from tests.support.interruptions import (
     SELECTIONS,
@@ -67,9 +67,9 @@ def test_a_resumed_run_gives_the_same_delta(
     summary = train(recipe, out, resume=True)
     assert delta(out) == delta(tmp_path / "calm")
     same = {"metrics", "metrics_before", "steps", "kept_step", "delta_sha256", "trained_entries"}
-    assert {key: summary[key] for key in same} == {key: calm[key] for key in same}
-    assert summary["resumed_at"] == [4, 8]
-    assert not (out / FOLDER).exists()
+    assert [getattr(summary, key) for key in same] == [getattr(calm, key) for key in same]
+    assert summary.resumed_at == [4, 8]
+    assert not (out / CHECKPOINTS).exists()
 
     def logged(run: Path) -> list[dict[str, object]]:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -144,7 +144,7 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_made_up_for(
     assert delta(tmp_path / "run") == delta(tmp_path / "calm")
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if '"metrics"' in line] == [6, 12]
-    assert summary["resumed_at"] == [6]
+    assert summary.resumed_at == [6]
 
 
 def test_a_second_signal_ends_at_once(recipe_file: Path, tmp_path: Path, hearing: None) -> None:
@@ -159,7 +159,7 @@ def test_the_last_two_are_kept_and_a_damaged_one_is_passed_over(
     train(recipe, tmp_path / "calm")
     out = tmp_path / "run"
     killed_at(8, recipe, out)
-    older, newer = sorted((out / FOLDER).iterdir())
+    older, newer = sorted((out / CHECKPOINTS).iterdir())
     assert older.name.startswith("step-00000006-")
     assert newer.name.startswith("step-00000007-")
     raw = bytearray(newer.read_bytes())
@@ -171,9 +171,9 @@ def test_the_last_two_are_kept_and_a_damaged_one_is_passed_over(
     said = console.export_text()
     assert f"{newer} is damaged" in said
     assert "resuming after step 6 of 12" in said
-    kept = sorted(path.name[:13] for path in (out / FOLDER).iterdir())
+    kept = sorted(path.name[:13] for path in (out / CHECKPOINTS).iterdir())
     assert kept == ["step-00000006", "step-00000007"]
-    for path in (out / FOLDER).iterdir():
+    for path in (out / CHECKPOINTS).iterdir():
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(SiftError, match="every checkpoint is damaged") as caught:
         train(recipe, out, resume=True)
@@ -191,7 +191,7 @@ def test_another_recipe_is_refused_with_what_differs(recipe_file: Path, tmp_path
     assert "train.learning_rate: it was 0.01, now it is 0.5" in str(caught.value)
     assert "eval.every: it was epoch, now it is 2" in str(caught.value)
     free = load_recipe(recipe_file, ["checkpoint.every=2", "log.every=1", "out=elsewhere"])
-    assert train(free, tmp_path / "run", resume=True)["steps"] == 6
+    assert train(free, tmp_path / "run", resume=True).steps == 6
     with pytest.raises(SiftError, match=r"train.learning_rate: it was 0.01, now it is 0.5"):
         train(load_recipe(recipe_file, other), tmp_path / "run", resume=True)
 
@@ -221,7 +221,7 @@ def test_a_folder_with_an_interrupted_run_asks_what_to_do(
     with pytest.raises(SiftError, match=r"after step 3; go on with --resume, or begin anew with"):
         train(recipe, tmp_path / "run")
     train(recipe, tmp_path / "run", overwrite=True)
-    assert not (tmp_path / "run" / FOLDER).exists()
+    assert not (tmp_path / "run" / CHECKPOINTS).exists()
 
 
 def test_resuming_without_a_checkpoint_starts_and_a_finished_run_stays(
@@ -232,7 +232,7 @@ def test_resuming_without_a_checkpoint_starts_and_a_finished_run_stays(
     console = Console(record=True, width=300)
     summary = train(recipe, tmp_path / "run", resume=True, console=console)
     assert "holds no checkpoint; starting from the beginning" in console.export_text()
-    assert summary["resumed_at"] == []
+    assert summary.resumed_at == []
     before = (tmp_path / "run/summary.json").stat().st_mtime_ns
     again = train(recipe, tmp_path / "run", resume=True, console=console)
     assert again == summary
@@ -249,7 +249,7 @@ def test_what_was_chosen_is_saved_before_the_first_step(
     train(recipe, tmp_path / "calm")
     killed_at(1, recipe, tmp_path / "run")
     monkeypatch.setattr(Chooser, "begin", None)  # neither warms up nor chooses again
-    assert train(recipe, tmp_path / "run", resume=True)["resumed_at"] == [0]
+    assert train(recipe, tmp_path / "run", resume=True).resumed_at == [0]
     assert delta(tmp_path / "run") == delta(tmp_path / "calm")
 
 
@@ -283,7 +283,7 @@ def test_a_checkpoint_holds_trained_entries_alone(recipe_file: Path, tmp_path: P
     killed_at(3, load_recipe(recipe_file, ["checkpoint.every=2"]), tmp_path / "run")
     from safetensors.torch import load_file
 
-    path = sorted((tmp_path / "run" / FOLDER).iterdir())[-1]
+    path = sorted((tmp_path / "run" / CHECKPOINTS).iterdir())[-1]
     tensors = load_file(path)
     entries = len(tensors["masters"])
     fixed = {"random/cpu", "step_ms", "optimizer/step"}

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe
 from sift_cli.runs import guard
-from sift_cli.runs.guard import LOCK_FILE, guarded, locked, require_space, told
+from sift_cli.runs.folder import LOCK_FILE
+from sift_cli.runs.guard import explained_faults, guarded, locked, require_space
 from sift_cli.training import train
 from tests.support.interruptions import hold
 
@@ -80,7 +81,7 @@ def test_a_file_in_the_place_of_the_folder(recipe_file: Path, tmp_path: Path) ->
     ],
 )
 def test_faults_are_one_line_with_a_way_out(error: Exception, said: str) -> None:
-    with pytest.raises(SiftError) as caught, told(Path("run")):
+    with pytest.raises(SiftError) as caught, explained_faults(Path("run")):
         raise error
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
@@ -88,7 +89,7 @@ def test_faults_are_one_line_with_a_way_out(error: Exception, said: str) -> None
 
 @pytest.mark.parametrize("error", [OSError(errno.EINVAL, ""), RuntimeError("x"), ValueError("x")])
 def test_other_errors_stay_what_they_are(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, told(Path("run")):
+    with pytest.raises(type(error)) as caught, explained_faults(Path("run")):
         raise error
     assert caught.value is error
 

@@ -49,7 +49,7 @@ def test_wandb_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     recorder = Recorder()
     monkeypatch.setitem(sys.modules, "wandb", recorder)
-    sink = WandB(tmp_path, {"a": 1})
+    sink = WandB(tmp_path / "wandb.id", {"a": 1})
     sink.log(EVALUATION)
     sink.close()
     assert recorder.seen[0] == {"a": 1}
@@ -57,7 +57,7 @@ def test_wandb_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert recorder.seen[1][1]["metrics/accuracy"] == 0.5
     assert recorder.seen[2] == "finished"
     assert "id" not in recorder.given
-    WandB(tmp_path, {"a": 1}, after=3)
+    WandB(tmp_path / "wandb.id", {"a": 1}, after=3)
     assert recorder.given["id"] == "abc"
 
 

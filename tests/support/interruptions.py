@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from sift_cli.recipe import Recipe
-from sift_cli.runs.checkpoint import FOLDER
+from sift_cli.runs.folder import CHECKPOINTS
 from sift_cli.runs.guard import locked
 from sift_cli.training import loop, train
 
@@ -70,7 +70,7 @@ def killed_at(step: int, recipe: Recipe, out: Path, resume: bool = False) -> Non
 
 def names(run: Path) -> list[str]:
     """The checkpoints in the folder of a run."""
-    return [path.name for path in (run / FOLDER).iterdir()]
+    return [path.name for path in (run / CHECKPOINTS).iterdir()]
 
 
 def delta(run: Path) -> bytes:

@@ -11,8 +11,7 @@ from torch import nn
 from sift_cli.analysis.adapted import train_adapted
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import load_recipe
-from sift_cli.runs.checkpoint import FOLDER
-from sift_cli.runs.folder import TRAINED_FILE
+from sift_cli.runs.folder import CHECKPOINTS, TRAINED_FILE
 from sift_cli.training.dense import DenseAdamW, DenseParameters
 from tests.support.interruptions import Killed, at_call, kill, signalled
 
@@ -73,11 +72,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     one, other = (load_file(tmp_path / name / TRAINED_FILE) for name in ("calm", "rough"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert rough["resumed_at"] == [2, 4]
-    assert rough["metrics"] == calm["metrics"]
-    assert rough["kept_step"] == calm["kept_step"]
-    assert rough["delta_sha256"] == calm["delta_sha256"]
-    assert not (tmp_path / "rough" / FOLDER).exists()
+    assert rough.resumed_at == [2, 4]
+    assert rough.metrics == calm.metrics
+    assert rough.kept_step == calm.kept_step
+    assert rough.delta_sha256 == calm.delta_sha256
+    assert not (tmp_path / "rough" / CHECKPOINTS).exists()
 
 
 def test_a_signal_ends_it_with_all_saved(recipe_file: Path, tmp_path: Path) -> None:

@@ -198,17 +198,17 @@ def test_a_run_repeats_to_the_byte_and_its_delta_is_the_trained_model(
 ) -> None:
     recipe = resolved(recipe_file, policy, structure)
     runs = [train(recipe, tmp_path / name) for name in "ab"]
-    assert runs[0]["delta_sha256"] == runs[1]["delta_sha256"]
+    assert runs[0].delta_sha256 == runs[1].delta_sha256
     delta = load_delta(tmp_path / "a/delta.safetensors")
-    assert delta.entries == runs[0]["changed_entries"] >= runs[0]["trained_entries"]
+    assert delta.entries == runs[0].changed_entries >= runs[0].trained_entries
     if recipe.selection.schedule not in CHANGING or recipe.selection.score in (
         "random",
         "magnitude",
     ):
-        assert delta.entries == runs[0]["trained_entries"]
+        assert delta.entries == runs[0].trained_entries
     loaded, _ = load_tuned(str(tmp_path / "a"))  # checks the fingerprint of every trained weight
     session = open_session(recipe, train=False, tuned=loaded)
-    assert session.evaluate() == runs[0]["metrics"]
+    assert session.evaluate() == runs[0].metrics
 
 
 @pytest.mark.parametrize(

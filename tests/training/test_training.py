@@ -158,24 +158,25 @@ def test_the_first_batch_trains_and_the_last_step_is_in_the_weights(
 def test_run_folder_and_summary(recipe_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     summary = train(load_recipe(recipe_file, ["log.every=2", "train.epochs=2"]), out)
-    assert json.loads((out / "summary.json").read_text()) == summary
+    written = json.loads((out / "summary.json").read_text())
+    assert written == summary.to_json()
     assert {
         "task", "policy", "seed", "metrics", "metrics_before", "trained_entries", "dense_entries",
         "total_entries", "steps", "step_time_ms", "train_time_s", "wall_time_s",
         "peak_memory_bytes", "delta_bytes", "delta_sha256",
-    } <= summary.keys()  # fmt: skip
-    assert summary["dense_entries"] == 2 * 16 + 2
+    } <= written.keys()  # fmt: skip
+    assert summary.dense_entries == 2 * 16 + 2
     delta = load_delta(out / "delta.safetensors")
-    assert summary["trained_entries"] == delta.entries
-    assert summary["steps"] == 12
-    assert summary["delta_bytes"] == (out / "delta.safetensors").stat().st_size
+    assert summary.trained_entries == delta.entries
+    assert summary.steps == 12
+    assert summary.delta_bytes == (out / "delta.safetensors").stat().st_size
     saved = parse_recipe((out / "recipe.yaml").read_text(), "saved")
     assert saved.selection.score == "gradient"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
     assert [line["step"] for line in lines if "metrics" in line] == [6, 12]
     card = (out / "README.md").read_text()
-    assert f"{summary['trained_entries']:,} entries" in card
+    assert f"{summary.trained_entries:,} entries" in card
     assert yaml.safe_load(card.split("```yaml")[1].split("```")[0])["train"]["seed"] == 3
 
 
@@ -195,7 +196,7 @@ def test_a_finished_run_is_not_overwritten(recipe_file: Path, tmp_path: Path) ->
 
 def test_runs_are_deterministic_and_seeds_differ(recipe_file: Path, tmp_path: Path) -> None:
     hashes = [
-        train(load_recipe(recipe_file, [f"train.seed={seed}"]), tmp_path / name)["delta_sha256"]
+        train(load_recipe(recipe_file, [f"train.seed={seed}"]), tmp_path / name).delta_sha256
         for name, seed in (("a", 3), ("b", 3), ("c", 4))
     ]
     assert hashes[0] == hashes[1] != hashes[2]
@@ -204,8 +205,8 @@ def test_runs_are_deterministic_and_seeds_differ(recipe_file: Path, tmp_path: Pa
 def test_training_learns_what_can_be_learnt(recipe_file: Path, tmp_path: Path) -> None:
     changes = ["train.epochs=20", "selection.density=0.2", "train.learning_rate=0.01"]
     summary = train(load_recipe(recipe_file, changes), tmp_path / "run")
-    assert summary["metrics"]["accuracy"] == 1.0
-    assert summary["metrics_before"]["accuracy"] < 0.8
+    assert summary.metrics["accuracy"] == 1.0
+    assert summary.metrics_before["accuracy"] < 0.8
 
 
 def test_summary_metrics_are_those_of_the_kept_weights(recipe_file: Path, tmp_path: Path) -> None:
@@ -214,11 +215,11 @@ def test_summary_metrics_are_those_of_the_kept_weights(recipe_file: Path, tmp_pa
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     scores = [json.loads(line) for line in lines if '"metrics"' in line]
     best = max(one["metrics"]["accuracy"] for one in scores)
-    assert summary["metrics"]["accuracy"] == best
+    assert summary.metrics["accuracy"] == best
     loaded, recipe = load_tuned(str(tmp_path / "run"))
     assert recipe is not None
     again = open_session(recipe, train=False, tuned=loaded).evaluate()
-    assert again == summary["metrics"]
+    assert again == summary.metrics
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -228,7 +229,7 @@ def test_decoders_train_too(
     save_base(tmp_path / architecture, architecture)
     changes = [f"model.path={tmp_path / architecture}", "train.gradient_checkpointing=true"]
     summary = train(load_recipe(recipe_file, changes), tmp_path / "run")
-    assert summary["dense_entries"] == 2 * 16
+    assert summary.dense_entries == 2 * 16
 
 
 def test_bfloat16_base_and_autocast(recipe_file: Path, tmp_path: Path) -> None:
@@ -236,9 +237,9 @@ def test_bfloat16_base_and_autocast(recipe_file: Path, tmp_path: Path) -> None:
     assert {w.dtype for w in load_delta(tmp_path / "half/delta.safetensors").weights.values()} == {
         torch.bfloat16
     }
-    assert not half["bf16_autocast"]
+    assert not half.bf16_autocast
     cast = train(load_recipe(recipe_file, ["train.precision=bfloat16"]), tmp_path / "cast")
-    assert cast["bf16_autocast"]
+    assert cast.bf16_autocast
 
 
 @pytest.mark.parametrize("key", ["model.dtype", "train.precision"])
@@ -287,8 +288,8 @@ def test_regression_and_pairs(tmp_path: Path, recipe_text: str) -> None:
         ],
     )
     summary = train(recipe, tmp_path / "run")
-    assert set(summary["metrics"]) == {"pearson", "spearman"}
-    assert summary["dense_entries"] == 16 + 1
+    assert set(summary.metrics) == {"pearson", "spearman"}
+    assert summary.dense_entries == 16 + 1
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
@@ -441,9 +442,9 @@ def test_kept_weights_follow_the_first_best_or_the_last() -> None:
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_and_its_evaluation_agree(recipe_file: Path, tmp_path: Path) -> None:
     summary = train(load_recipe(recipe_file), tmp_path / "run", device="cuda")
-    assert summary["device"] == "cuda"
-    assert summary["bf16_autocast"] == torch.cuda.is_bf16_supported()
+    assert summary.device == "cuda"
+    assert summary.bf16_autocast == torch.cuda.is_bf16_supported()
     loaded, recipe = load_tuned(str(tmp_path / "run"))
     assert recipe is not None
     again = open_session(recipe, device="cuda", train=False, tuned=loaded).evaluate()
-    assert again == summary["metrics"]
+    assert again == summary.metrics

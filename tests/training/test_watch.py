@@ -101,7 +101,7 @@ def test_skipped_steps_are_counted_and_leave_the_weights_alone(
     recipe_file, _ = poisoned
     changes = ["train.skip_nonfinite=1", "train.max_steps=3", "eval.keep=last", "log.every=1"]
     summary = train(load_recipe(recipe_file, changes), tmp_path / "run")
-    assert summary["skipped_steps"] == 1
+    assert summary.skipped_steps == 1
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines if '"loss"' in line][-1] is None
     # the third step, at the last of three rates, is what differs from a run that stops before it
@@ -135,7 +135,7 @@ def test_the_count_of_skipped_steps_survives_an_interruption(
     train(enough, tmp_path / "calm")
     killed_at(5, enough, tmp_path / "rough")
     summary = train(enough, tmp_path / "rough", resume=True)
-    assert summary["skipped_steps"] == 3
+    assert summary.skipped_steps == 3
     assert delta(tmp_path / "rough") == delta(tmp_path / "calm")
 
 

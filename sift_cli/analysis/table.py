@@ -1,0 +1,227 @@
+"""The table of a comparison: a row for the runs that differ in their seeds alone."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import mean, stdev
+from typing import Any
+
+from sift_cli.errors import SiftError
+from sift_cli.runs.summary import Summary
+from sift_cli.tasks.metrics import shown
+
+REFERENCE = "sift"
+FEW_SEEDS = 6  # with fewer, the notes say what p is worth
+
+Density = float | dict[str, float] | None  # as a recipe gives it
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run; runs with the same method, density and `settings` make one row.
+
+    `settings` is a name for all that may differ beside method, density and seed; None where nothing
+    does.
+    """
+
+    summary: Summary
+    method: str
+    density: Density
+    rate: float | None
+    settings: str | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A metric over seeds: None where a value is undefined; `std` also where there is one alone."""
+
+    mean: float | None
+    std: float | None
+    values: list[float | None]
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> "Spread":
+        """That of the values of one metric, a run each."""
+        defined = [value for value in values if value is not None]
+        if len(defined) < len(values):
+            return cls(None, None, list(values))
+        return cls(mean(defined), stdev(defined) if len(defined) > 1 else None, list(values))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean difference from `sift` over the `seeds` that both have, and a paired t-test's p.
+
+    p is None with fewer than two seeds, or where all differences are the same.
+    """
+
+    difference: float
+    seeds: int
+    p: float | None
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """The runs of one method that differ in their seeds; numbers without a spread are means.
+
+    `run` is the name of their settings, `rank` that of an adapter.
+    """
+
+    method: str
+    density: Density
+    run: str | None
+    rank: int | None
+    learning_rate: float | None
+    seeds: int
+    metrics: dict[str, Spread]
+    step_time_ms: float
+    peak_memory_bytes: float
+    delta_bytes: float
+    trained_entries: float
+    dense_entries: float
+    against_sift: Difference | None = None
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], metrics: Sequence[str]) -> "TableRow":
+        """The row of `runs` with these of their metrics, not yet held against another one."""
+        first, summaries = runs[0], [run.summary for run in runs]
+        return cls(
+            method=first.method,
+            density=first.density,
+            run=first.settings,
+            rank=first.summary.rank,
+            learning_rate=first.rate,
+            seeds=len(runs),
+            metrics={name: Spread.of([one.metrics[name] for one in summaries]) for name in metrics},
+            step_time_ms=mean(one.step_time_ms for one in summaries),
+            peak_memory_bytes=mean(one.peak_memory_bytes for one in summaries),
+            delta_bytes=mean(one.delta_bytes for one in summaries),
+            trained_entries=mean(one.trained_entries for one in summaries),
+            dense_entries=mean(one.dense_entries for one in summaries),
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What compare.json holds: `metric` is the one that decides, `notes` what to know of it."""
+
+    task: str
+    metric: str
+    rows: list[TableRow]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As compare.json holds it."""
+        return asdict(self)
+
+
+def tabulated(runs: Sequence[Run], notes: Sequence[str]) -> Comparison:
+    """Mean and standard deviation of each group of runs, and the difference from `sift`.
+
+    Raises SiftError for runs of several tasks.
+    """
+    tasks = list(dict.fromkeys(run.summary.task for run in runs))
+    if len(tasks) > 1:
+        raise SiftError(f"these are runs of {', '.join(tasks)}; compare one task at a time")
+    metrics = list(runs[-1].summary.metrics)
+    grouped: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        grouped.setdefault((run.method, str(run.density), run.settings), []).append(run)
+    groups = list(grouped.values())
+    alone = [TableRow.of(group, metrics) for group in groups]
+    rows = []
+    for row, group in zip(alone, groups, strict=True):
+        reference = reference_of(row, alone)
+        if reference is not None and alone[reference] is not row:
+            row = replace(row, against_sift=paired(group, groups[reference], metrics[0]))
+        rows.append(row)
+    return Comparison(tasks[0], metrics[0], rows, [*notes, *notes_on_seeds(rows)])
+
+
+def notes_on_seeds(rows: Sequence[TableRow]) -> list[str]:
+    """How far a difference can be trusted, given the row with the fewest seeds."""
+    fewest = min(row.seeds for row in rows)
+    if fewest == 1:
+        return ["One seed: differences may be chance alone."]
+    if fewest < FEW_SEEDS:
+        return [
+            f"p: paired t-test over {fewest} seeds, which shows large and steady differences only; "
+            "not corrected for the number of methods."
+        ]
+    return []
+
+
+def reference_of(row: TableRow, rows: Sequence[TableRow]) -> int | None:
+    """The place of the row of `sift` that `row` is held against: at its density, else the one with
+    the most entries; None where `sift` is not among them."""
+    own = [place for place, one in enumerate(rows) if one.method == REFERENCE]
+    same = [place for place in own if rows[place].density == row.density]
+    return next(iter(same or sorted(own, key=lambda place: -rows[place].trained_entries)), None)
+
+
+def paired(runs: Sequence[Run], reference: Sequence[Run], metric: str) -> Difference | None:
+    """The difference of `runs` from `reference` by seed; None where they share none."""
+    own, other = scores_by_seed(runs, metric), scores_by_seed(reference, metric)
+    seeds = sorted(own.keys() & other.keys())
+    if not seeds:
+        return None
+    pairs = [own[seed] for seed in seeds], [other[seed] for seed in seeds]
+    differences = [one - two for one, two in zip(*pairs, strict=True)]
+    p = None
+    if len(seeds) > 1 and max(differences) > min(differences):  # else the test divides by zero
+        from scipy import stats
+
+        p = float(stats.ttest_rel(*pairs).pvalue)
+    return Difference(mean(differences), len(seeds), p)
+
+
+def scores_by_seed(runs: Sequence[Run], metric: str) -> dict[int, float]:
+    """The metric of each run in which it is defined."""
+    scores = {run.summary.seed: run.summary.metrics[metric] for run in runs}
+    return {seed: score for seed, score in scores.items() if score is not None}
+
+
+def label(method: str, density: Density) -> str:
+    """What a row is called."""
+    return method if density is None else f"{method} at {density}"
+
+
+HEADINGS = ("method", "entries", "rate", "metric", "to sift", "p", "ms", "MB", "kB")
+LEGEND = (
+    "entries: trained, without the head; to sift: mean difference from it; ms: median step; MB: "
+    "peak memory of the process (on a GPU: of the device); kB: the file with what was trained."
+)
+
+
+def cells(row: TableRow, metric: str) -> list[str]:
+    """The cells of one row under HEADINGS."""
+    score, against = row.metrics[metric], row.against_sift
+    spread = "" if score.std is None else f" ± {score.std:.4f}"
+    rank = "" if row.rank is None else f", r {row.rank}"
+    return [
+        label(row.method, row.density) + rank,
+        f"{row.trained_entries:,.0f}",
+        "" if row.learning_rate is None else f"{row.learning_rate:g}",
+        f"{shown(score.mean)}{spread}",
+        "" if against is None else f"{against.difference:+.4f}",
+        "" if against is None or against.p is None else f"{against.p:.2g}",
+        f"{row.step_time_ms:,.0f}",
+        f"{row.peak_memory_bytes / 1e6:,.0f}",
+        f"{row.delta_bytes / 1e3:,.0f}",
+    ]
+
+
+def headings(comparison: Comparison) -> list[str]:
+    """HEADINGS with the name of the metric and the number of seeds."""
+    seeds = sorted({row.seeds for row in comparison.rows})
+    counted = "-".join(str(count) for count in (seeds[0], seeds[-1])[: len(seeds)])
+    metric = f"{comparison.metric} (n={counted})"
+    return [metric if one == "metric" else one for one in HEADINGS]
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table and its notes."""
+    lines = [f"# {comparison.task}", "", "| " + " | ".join(headings(comparison)) + " |"]
+    lines.append("|" + " --- |" * len(HEADINGS))
+    for row in comparison.rows:
+        lines.append("| " + " | ".join(cells(row, comparison.metric)) + " |")
+    return "\n".join([*lines, "", LEGEND, "", *(f"- {note}" for note in comparison.notes)]) + "\n"
