@@ -19,7 +19,7 @@ from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe
 from sift_cli.runs.session import open_session
 from sift_cli.training import train
-from sift_cli.training.choosing import batches_of
+from sift_cli.training.batches import Batches
 from tests.support.browser import CHROMIUM, CUT_OFF, LOADED, UNLOADED, browser
 from tests.support.command import sift
 from tests.support.models import WORDS
@@ -130,7 +130,7 @@ def test_the_kept_gradient_against_a_dense_one(
     session = open_session(recipe)
     session.model.train()  # the tiny model has no dropout
     assert session.train is not None
-    rows = next(batches_of(recipe, session.train.lengths).since(1))
+    rows = next(Batches.of(recipe.train, session.train.lengths).since(1))
     for part in rows:
         (session.model(**session.collate(session.train.take(part))).loss / len(rows)).backward()
     delta = load_delta(tmp_path / "run/delta.safetensors")
