@@ -149,7 +149,7 @@ def test_a_sweep_takes_the_best_rate(recipe_file: Path, tmp_path: Path, here: li
     for row in found.rows:
         own = scores[row.method]
         assert own[row.learning_rate] == max(own.values())
-    assert any("evaluation split" in note for note in found["notes"])
+    assert any("evaluation split" in note for note in found.notes)
 
 
 def test_rates_lie_around_the_given_one() -> None:
@@ -203,7 +203,7 @@ def test_finished_runs_side_by_side(recipe_file: Path, tmp_path: Path) -> None:
             train(load_recipe(recipe_file, changes), tmp_path / f"{policy}-{seed}")
     folders = [tmp_path / f"{policy}-{seed}" for policy in ("sift", "random") for seed in (1, 2)]
     found = compare_runs(folders)
-    assert [(row.method, row.seeds) for row in found["rows"]] == [("sift", 2), ("random", 2)]
+    assert [(row.method, row.seeds) for row in found.rows] == [("sift", 2), ("random", 2)]
     done = sift("compare", *folders)
     assert done.returncode == 0, done.stderr
     assert "random at 0.05" in done.stdout
