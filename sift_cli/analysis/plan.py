@@ -6,21 +6,19 @@ The model is built on the meta device from its configuration: counts need no wei
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import lgamma, log
 from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from sift_cli.analysis.memory import Batch, PeakMemory, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, rank_for
+from sift_cli.analysis.sizes import accounting, delta_bytes, grouped
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import DTYPES, load_tokenizer, model_folder, quiet, task_config
@@ -40,9 +38,7 @@ from sift_cli.training.step import take_step
 from sift_cli.training.watch import Watch
 
 STEPS = 3  # timed, after one that warms up
-VALUE_BYTES = {"float32": 3.25, "bfloat16": 1.24}  # measured of MiniLM (docs/benchmarks-delta.md)
 HOST_IF_OFFLOADED = ("masters", "gradients", "moments")
-HEADER_BYTES, ROW_BYTES = 2_000, 130  # recipe and the like, and what each weight adds
 
 
 def plan(
@@ -288,53 +284,6 @@ def with_peak(
         host = ("base_values", *moved)
         parts = {name: nbytes for name, nbytes in parts.items() if name not in host}
     return {**parts, "peak": sum(parts.values())}
-
-
-def grouped(
-    counts: Mapping[str, int], sizes: Mapping[str, int], by: int
-) -> dict[str, dict[str, int]]:
-    """Trained and all entries of the targeted weights: `by` layer (0) or kind of module (1)."""
-    groups: dict[str, dict[str, int]] = {}
-    for name, count in counts.items():
-        group = groups.setdefault(layer_and_kind(name)[by], {"trained": 0, "of": 0})
-        group["trained"] += count
-        group["of"] += sizes[name]
-    return groups
-
-
-def layer_and_kind(name: str) -> tuple[str, str]:
-    """`a.layer.3.b.query.weight` -> (`layer 3`, `b.query`); what is in no layer is `outside`."""
-    inside = re.search(r"\.(\d+)\.(.+)\.(?:weight|bias)$", name)
-    if inside:
-        return f"layer {inside[1]}", inside[2]
-    return "outside", name.rpartition(".")[0]
-
-
-def delta_bytes(
-    counts: Mapping[str, int], sizes: Mapping[str, int], dense: Sequence[str], dtype: str
-) -> int:
-    """About the bytes of the delta: the entropy of the positions, the values, the head."""
-    bits = sum(log_choices(sizes[name], count) for name, count in counts.items()) / log(2)
-    values = VALUE_BYTES[dtype] * sum(counts.values())
-    head = DTYPES[dtype].itemsize * sum(sizes[name] for name in dense)
-    return round(bits / 8 + values + head + HEADER_BYTES + ROW_BYTES * len(counts))
-
-
-def log_choices(size: int, count: int) -> float:
-    """Natural logarithm of the number of ways to choose `count` of `size`."""
-    return lgamma(size + 1) - lgamma(count + 1) - lgamma(size - count + 1)
-
-
-def accounting(model: nn.Module, entries: int) -> dict[str, int]:
-    """Bytes as papers count them: the gradients of the trained entries in the dtype of the weights,
-    two fp32 moments for each, and no masters, positions or buffers (SIFT, arXiv 2312.11875, table
-    1, which counts in units of 2**30)."""
-    weights = list(model.parameters())
-    return {
-        "weights": sum(weight.numel() * weight.element_size() for weight in weights),
-        "gradients": entries * weights[0].element_size(),
-        "moments": entries * 2 * 4,
-    }
 
 
 def fits(result: Mapping[str, Any], device: torch.device, memory: int | None) -> dict[str, Any]:

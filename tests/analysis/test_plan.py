@@ -9,16 +9,8 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from sift_cli.analysis.memory import Batch, PeakMemory, sparse
-from sift_cli.analysis.plan import (
-    HOST_IF_OFFLOADED,
-    Outline,
-    accounting,
-    delta_bytes,
-    layer_and_kind,
-    memory_of,
-    plan,
-    with_peak,
-)
+from sift_cli.analysis.plan import HOST_IF_OFFLOADED, Outline, memory_of, plan, with_peak
+from sift_cli.analysis.sizes import accounting, delta_bytes, layer_and_kind
 from sift_cli.cli.options import parse_size
 from sift_cli.cli.tables import together
 from sift_cli.errors import SiftError
