@@ -113,14 +113,14 @@ def test_a_disk_that_is_full_when_the_delta_is_written(
 
     folder = disk("8m")
     out = folder / "run"
-    real = loop.write_run
+    real = loop.finish
 
     def full(*args: object, **more: object) -> object:
         fill(folder)
         return real(*args, **more)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "write_run", full)
+        patch.setattr(loop, "finish", full)
         done = sift("train", recipe_file, "--out", out, "--set", "checkpoint.every=4")
     one_line(done, "no space is left on the disk")
     left = {"checkpoint", "gradient.jsonl", "metrics.jsonl", "predictions.jsonl", "recipe.yaml"}
