@@ -1,25 +1,17 @@
 """The selected entries of a model as one flat parameter."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from sift_cli.sparse.kernels import Kernel, choose
-from sift_cli.sparse.linear import selected_forward
-from sift_cli.sparse.segments import (
-    Segment,
-    origin_of,
-    positions_of,
-    segments_of,
-    writer,
-)
+from sift_cli.sparse.kernels import choose
+from sift_cli.sparse.segments import Segment, origin_of, positions_of, segments_of, writer
 from sift_cli.sparse.support import Support
 from sift_cli.sparse.touched import Touched
-
-KernelFor = Callable[[Support, torch.device], Kernel]
+from sift_cli.sparse.wiring import KernelFor, wire
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +46,7 @@ class SparseParameters:
         offload: bool = False,
     ) -> None:
         self.model, self._kernel_for, self._offload = model, kernel_for, offload
-        self._undo: list[Callable[[], object]] = []
+        self._undo = ExitStack()  # what gives the model back
         self.touched = touched or Touched()
         self.segments = segments_of(model, supports, offload)
         wide = torch.float32
@@ -134,7 +126,7 @@ class SparseParameters:
         left = torch.ones(len(self), dtype=torch.bool, device=origin.device)
         left[origin[stays]] = False
         for segment in before if revert else ():
-            self._send_home(segment, left[segment.span])
+            self._revert(segment, left[segment.span])
         for segment in after:
             self.touched.add(segment.name, segment.support, segment.weight)
         kept = self.flat.data[origin[stays]]
@@ -149,27 +141,12 @@ class SparseParameters:
 
     def wire(self) -> None:
         """Makes backward passes deliver the selected gradients, and only these."""
-        named = dict(self.model.named_parameters())
-        _freeze(named.values(), self._undo)
-        layers = _plain_linear_layers(self.model)
-        for segment in self.segments:
-            layer = layers.get(id(segment.weight))
-            if layer is None:
-                _hook(segment, self)
-            else:
-                kernel = self._kernel_for(segment.support, segment.weight.device)
-                _replace_forward(layer, self._leaf(segment), kernel, self._undo)
+        masters = self.flat.detach()
+        wire(self.model, self.segments, masters, self.grad, self._kernel_for, self._undo)
 
     def detach(self) -> None:
         """Gives the model its own forward passes and `requires_grad` flags back; values stay."""
-        while self._undo:
-            self._undo.pop()()
-
-    def _leaf(self, segment: Segment) -> Tensor:
-        """A view of the masters whose gradient is the segment's view of the gradient buffer."""
-        leaf = self.flat.detach()[segment.span].requires_grad_()
-        leaf.grad = self.grad[segment.span]
-        return leaf
+        self._undo.close()
 
     def _write(self, entries: Iterable[tuple[str, Support, Tensor]]) -> None:
         named = dict(self.model.named_parameters())
@@ -182,7 +159,7 @@ class SparseParameters:
             values = segment.support.gather(segment.weight)
             self.flat.data[segment.span] = values.to(self.flat)
 
-    def _send_home(self, segment: Segment, left: Tensor) -> None:
+    def _revert(self, segment: Segment, left: Tensor) -> None:
         if not bool(left.any()):
             return
         gone = Support.of(segment.support.shape, positions_of(segment.support, left))
@@ -211,53 +188,6 @@ def attach(
     parameters = SparseParameters(model, supports, kernel_for, touched, offload)
     parameters.wire()
     return parameters
-
-
-def _freeze(weights: Iterable[nn.Parameter], undo: list[Callable[[], object]]) -> None:
-    for weight in weights:
-        undo.append(partial(weight.requires_grad_, weight.requires_grad))
-        weight.requires_grad_(False)
-
-
-def _plain_linear_layers(model: nn.Module) -> dict[int, nn.Linear]:
-    """Linear layers whose weight nothing else uses, by the weight's id.
-
-    Subclasses are left out: their forward, or their owner's, may read the weight in other ways.
-    """
-    uses: dict[int, int] = {}
-    layers = {}
-    for module in model.modules():
-        for weight in module._parameters.values():
-            uses[id(weight)] = uses.get(id(weight), 0) + 1
-        if type(module) is nn.Linear:
-            layers[id(module.weight)] = module
-    return {key: layer for key, layer in layers.items() if uses[key] == 1}
-
-
-def _hook(segment: Segment, parameters: SparseParameters) -> None:
-    segment.weight.requires_grad_(True)
-    target = parameters.grad[segment.span]
-
-    def gather(weight: Tensor) -> None:
-        assert weight.grad is not None
-        target.add_(segment.support.gather(weight.grad).to(target.device))
-        weight.grad = None
-
-    parameters._undo.append(segment.weight.register_post_accumulate_grad_hook(gather).remove)
-
-
-def _replace_forward(
-    layer: nn.Linear,
-    leaf: Tensor,
-    kernel: Kernel,
-    undo: list[Callable[[], object]],
-) -> None:
-    layer.forward = selected_forward(layer, leaf, kernel)  # type: ignore[assignment, method-assign]
-
-    def restore() -> None:
-        del layer.forward
-
-    undo.append(restore)
 
 
 def whole(model: nn.Module, names: Sequence[str]) -> dict[str, Support]:
