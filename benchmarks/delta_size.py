@@ -23,9 +23,10 @@ from torch import Tensor
 from sift_cli.delta import Delta, load_delta
 from sift_cli.delta.coding import COLUMNS, decode_positions, encode_positions
 from sift_cli.delta.planes import decode_bits, encode_bits
-from sift_cli.models.loading import DTYPES, load_model, model_folder, task_config
+from sift_cli.models.loading import DTYPES, load_model, model_folder
 from sift_cli.runs.folder import DELTA_FILE
 from sift_cli.runs.tuned import load_tuned
+from sift_cli.tasks.classification import task_of_labels
 
 PEFT = {"LoRA": methods.lora, "SHiRA": methods.shira, "Super-Tuning": methods.super_tuning}
 LARGE = (4096, 11008)
@@ -80,8 +81,9 @@ def sizes(run: Path, delta: Delta) -> Iterator[tuple[str, int, int, str]]:
             yield f"int32 + {dtype}", count, Path(folder, "plain").stat().st_size, exact
         base = model_folder(about["path"], about["revision"])
         for name, method in PEFT.items():
-            config = task_config(base, delta.about["labels"])
-            model = load_model(base, config, DTYPES[about["dtype"]]).model
+            task = task_of_labels(delta.about["labels"])
+            config = task.configure(base)
+            model = load_model(base, task.auto, config, DTYPES[about["dtype"]]).model
             ready = method(model, {}, list(delta.dense), density)
             ready.model.save_pretrained(f"{folder}/{name}")
             file = Path(folder, name, "adapter_model.safetensors")

@@ -3,7 +3,6 @@
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sift_cli.runs.folder import RECIPE_FILE, SUMMARY_FILE
 from sift_cli.runs.session import tell_emulated
 from sift_cli.runs.summary import Summary
 from sift_cli.selection.policies import POLICIES
+from sift_cli.tasks.metrics import better
 from sift_cli.training.choosing import rule_of
 
 UNTUNED = (
@@ -112,18 +112,19 @@ def best_rate(
 
     Raises SiftError where all of them diverged.
     """
-    scores: dict[Job, float] = {}
+    best, highest = None, None
     for job in jobs:
         summary = summaries[job]
-        if summary is not None:
-            score = next(iter(summary.metrics.values()))
-            scores[job] = -inf if score is None else score
-    if not scores:
+        if summary is None:
+            continue
+        name, score = next(iter(summary.metrics.items()))
+        if best is None or (score is not None and better(name, score, highest)):
+            best, highest = job, score
+    if best is None:
         raise SiftError(
             f"{jobs[0].method} diverged at every learning rate; give a lower one with "
             f"--lr {jobs[0].method}=RATE"
         )
-    best = max(scores, key=lambda job: scores[job])
     if best.rate not in (jobs[0].rate, jobs[-1].rate):
         return best, []
     return best, [

@@ -25,9 +25,12 @@ from sift_cli.models.prepare import recompute_activations
 from sift_cli.selection.evidence import observed_gradients
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.kernels import CROWDED, Axis, Kernel, dense, product, samples, take, widen
+from sift_cli.tasks.classification import task_of_labels
+from sift_cli.tasks.task import Task
 
 GPU_ATTENTION = "sift_plan"
 RATE, CLIP = 1e-3, 1.0  # any: tensors without data take the same memory
+TWO_CLASSES = task_of_labels(("0", "1"))
 PARTS = (
     "weights",
     "positions",
@@ -42,19 +45,17 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """The shape of a batch: rows x tokens, with a mask if `padded`, with labels that are numbers
-    if `regression`."""
+    """The shape of a batch: rows x tokens, with a mask if `padded`, and the task it is of."""
 
     rows: int
     tokens: int
     padded: bool = True
-    regression: bool = False
+    task: Task = TWO_CLASSES
 
     def make(self) -> dict[str, Tensor]:
         """The tensors that the model is called with."""
         ids = torch.ones(self.rows, self.tokens, dtype=torch.long)
-        labels = torch.zeros(self.rows, dtype=torch.float if self.regression else torch.long)
-        made = {"input_ids": ids, "labels": labels}
+        made = self.task.example(ids)
         return made | ({"attention_mask": torch.ones_like(ids)} if self.padded else {})
 
 
@@ -136,7 +137,7 @@ class PeakMemory:
             model.eval()
             with ledger, torch.inference_mode(), autocast(torch.device("cpu"), self.bf16):
                 ledger.phase = "activations"
-                model(**self.batch.make())
+                self.batch.task.outputs(model, self.batch.make())
         return self._parts(ledger)
 
     def _open(self) -> tuple[Any, Ledger]:
@@ -157,7 +158,7 @@ class PeakMemory:
     def _pass(self, model: Any, inputs: dict[str, Tensor], ledger: Ledger) -> None:
         ledger.phase = "activations"
         with autocast(torch.device("cpu"), self.bf16):
-            loss = model(**inputs).loss
+            loss = self.batch.task.loss(model, inputs).sum
         ledger.phase = "transient"
         loss.backward()
 

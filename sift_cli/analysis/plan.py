@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification
 
 from sift_cli.analysis.memory import Batch, PeakMemory, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, rank_for
 from sift_cli.analysis.sizes import accounting, delta_bytes, grouped
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.models.loading import DTYPES, load_tokenizer, model_folder, quiet, task_config
+from sift_cli.models.loading import DTYPES, load_tokenizer, model_folder, quiet
 from sift_cli.models.names import head_of
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import EvalSection, Recipe, TrainSection
@@ -30,8 +29,9 @@ from sift_cli.runs.timing import Timing
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import check, planned
 from sift_cli.selection.targets import choose_weights
-from sift_cli.tasks.table import TASKS
-from sift_cli.tasks.tokens import Encoded, encode
+from sift_cli.tasks.classification import expected_task
+from sift_cli.tasks.task import Task
+from sift_cli.tasks.tokens import Encoded
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import rule_of, selecting
 from sift_cli.training.step import take_step
@@ -84,10 +84,10 @@ class Outline:
         rule, chosen = rule_of(recipe.selection, allow_code), recipe.selection
         folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
         rows = PlannedRows.of(recipe, folder)
-        config = task_config(folder, rows.labels)
+        config = rows.task.configure(folder)
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0
-        build = builder(config, DTYPES[recipe.model.dtype])
+        build = builder(rows.task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
         names, dense = choose_weights(
             model, chosen.target, chosen.exclude, chosen.dense, head_of(model)
@@ -120,12 +120,12 @@ class Outline:
         }
 
 
-def builder(config: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    """Makes the classification model of a configuration on the meta device, without weights."""
+def builder(auto: Any, config: Any, dtype: torch.dtype) -> Callable[[], Any]:
+    """Makes the Auto class's model of a configuration on the meta device, without weights."""
 
     def build() -> Any:
         with torch.device("meta"), quiet():
-            return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+            return auto.from_config(config, dtype=dtype)
 
     try:
         build()
@@ -138,28 +138,26 @@ def builder(config: Any, dtype: torch.dtype) -> Callable[[], Any]:
 class PlannedRows:
     """The tokenised rows of a recipe; where they cannot be read, `missing` says why."""
 
-    labels: tuple[str, ...] | None
+    task: Task
     train: Encoded | None
     evaluation: dict[str, Encoded]
     missing: str | None
 
     @classmethod
     def of(cls, recipe: Recipe, folder: Any) -> PlannedRows:
-        """Reads and tokenises; where that fails, the labels are those of the recipe or the task."""
-        data, spec = recipe.data, TASKS.get(recipe.data.task)
+        """Reads and tokenises; without rows, the task is what the recipe says of it."""
+        data = recipe.data
         try:
             task = load_rows(recipe)
             tokenizer = load_tokenizer(folder)
         except SiftError as error:
-            known = data.labels or (spec.labels if spec else ("0", "1"))
-            labels = None if known is None else tuple(known)
-            return cls(labels, None, {}, str(error).splitlines()[0])
+            return cls(expected_task(data.task, data.labels), None, {}, str(error).splitlines()[0])
         assert task.train is not None
         return cls(
-            task.labels,
-            encode(task.train, tokenizer, data.max_length),
+            task,
+            task.encode(task.train, tokenizer, data.max_length),
             {
-                key: encode(rows, tokenizer, data.max_length)
+                key: task.encode(rows, tokenizer, data.max_length)
                 for key, rows in task.evaluation.items()
             },
             None,
@@ -208,9 +206,9 @@ def full(settings: TrainSection | EvalSection, tokens: int) -> tuple[int, int]:
 def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[str, Any]:
     """Bytes at the peak by part: of a step with the largest batch, and of the passes before and
     after training."""
-    shapes, labels = outline.rows.shapes(outline.recipe), outline.rows.labels
+    shapes = outline.rows.shapes(outline.recipe)
     tallest, longest = max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
-    batch = Batch(tallest, longest, padded=True, regression=labels is None)
+    batch = Batch(tallest, longest, padded=True, task=outline.rows.task)
     methods = memory_of_methods(outline, batch, device, console)
     checkpointing = outline.recipe.train.gradient_checkpointing
     return {

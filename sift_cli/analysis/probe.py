@@ -182,25 +182,18 @@ def _with_policy(recipe: Recipe, policy: str) -> Recipe:
 def _class_masks(
     session: Session, mask: "TrackedMask", batch_size: int
 ) -> dict[str, dict[str, Tensor]]:
-    """The mask of one batch of each class alone, by label and weight; none for regression.
+    """The mask of one batch of each class alone, by label and weight; none where there are none.
 
     Each is as large as `mask`.
     """
     chooser, supports = mask.chooser, mask.supports
     assert session.train is not None
-    labels = session.task.labels
-    if labels is None:
-        return {}
-    rows: dict[int, list[int]] = {}
-    column = session.train.rows["label"]
-    for row, label in enumerate(column):
-        if len(rows.setdefault(int(label), [])) < batch_size:
-            rows[int(label)].append(row)
+    rows = session.task.groups(session.train)
     found = {}
     named = dict(session.model.named_parameters())
     counts = {name: len(supports[name]) for name in chooser.sparse if name in supports}
     weights = {name: named[name] for name in counts}
-    for label in sorted(rows)[:CLASSES]:
+    for label in list(rows)[:CLASSES]:
         masks: dict[str, Tensor] = {}
 
         def take(name: str, gradient: Tensor, masks: dict[str, Tensor] = masks) -> None:
@@ -211,6 +204,6 @@ def _class_masks(
             kept_randomness(session.device),
             observed_gradients(weights, take),
         ):
-            add_gradient(session, [rows[label]])
-        found[labels[label]] = masks
+            add_gradient(session, [rows[label][:batch_size]])
+        found[label] = masks
     return found

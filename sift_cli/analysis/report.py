@@ -26,8 +26,8 @@ from sift_cli.runs.folder import (
     SUMMARY_FILE,
     WEIGHTS_FILE,
 )
-from sift_cli.runs.record import MISTAKES
 from sift_cli.runs.summary import Summary
+from sift_cli.tasks.classification import MISTAKES
 from sift_cli.tasks.metrics import shown
 
 TEMPLATE = "report.html.j2"

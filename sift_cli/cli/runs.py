@@ -201,11 +201,12 @@ def predict(
         raise SiftError(f"{len(text)} texts, but {len(pair)} --pair; give one for each")
     from sift_cli.models.devices import pick_device
     from sift_cli.runs.tuned import load_tuned
-    from sift_cli.tasks.classification import predict as run
+    from sift_cli.tasks.classification import task_of_config
 
     loaded, recipe = load_tuned(tuned, base)
     limit = recipe.data.max_length if recipe else None
-    predictions = run(loaded, text, pair, device=pick_device(device), max_length=limit)
+    task = task_of_config(loaded.model.config)
+    predictions = task.predict(loaded, text, pair, device=pick_device(device), max_length=limit)
     if as_json:
         print_json({"predictions": predictions})
         return

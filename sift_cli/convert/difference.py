@@ -14,7 +14,7 @@ from sift_cli.delta.build import describe_base, versions
 from sift_cli.delta.file import SIGNED, Delta, WeightDelta, save_delta, weight_delta
 from sift_cli.delta.identity import rest_fingerprints
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.fingerprints import probe_logits, state_fingerprints
+from sift_cli.models.fingerprints import state_fingerprints
 from sift_cli.models.loading import (
     DTYPES,
     UNLOADABLE,
@@ -22,7 +22,6 @@ from sift_cli.models.loading import (
     load_model,
     load_tokenizer,
     model_folder,
-    task_config,
 )
 from sift_cli.models.names import all_names
 from sift_cli.models.stored import Stored, stored_kinds
@@ -30,6 +29,9 @@ from sift_cli.recipe import parse_recipe
 from sift_cli.runs.folder import RECIPE_FILE
 from sift_cli.selection.budget import Global, PerWeight, share
 from sift_cli.sparse import Support
+from sift_cli.tasks.classification import task_of_tuned
+from sift_cli.tasks.evaluation import probe
+from sift_cli.tasks.task import Task
 
 SCOPES = ("tensor", "global")
 LISTED = 10  # names in a message
@@ -58,7 +60,7 @@ def difference(
     number that is not finite.
     """
     _check_options(out, density, scope, dtype)
-    pair, about, notes = _open(base, tuned, dtype)
+    task, pair, about, notes = _open(base, tuned, dtype)
     model, named = pair.loaded.model, pair.base
     marks = state_fingerprints(model, pair.new)
     weights, sizes = _apply(pair, _choose(pair, density, scope), marks)
@@ -74,7 +76,7 @@ def difference(
         "norm": sizes.norm,
         "norm_share": sizes.norm_share,
     }
-    about["logits"] = probe_logits(model, model.config).tolist()
+    about["logits"] = probe(task, model, model.config).tolist()
     out.parent.mkdir(parents=True, exist_ok=True)
     digest = save_delta(out, Delta(weights, dense, rest_fingerprints(marks, weights), about))
     return {
@@ -103,13 +105,16 @@ def _check_options(out: Path, density: float | None, scope: str, dtype: str | No
         raise SiftError(f"--dtype {dtype}: use {' or '.join(DTYPES)}")
 
 
-def _open(base: str, tuned: str, dtype: str | None) -> tuple["Pair", dict[str, Any], list[str]]:
-    """Both models, checked; what the delta says of them; what it will not hold of the tuned one."""
+def _open(
+    base: str, tuned: str, dtype: str | None
+) -> tuple[Task, "Pair", dict[str, Any], list[str]]:
+    """The task and both models, checked; what the delta says of them, and what it will not hold."""
     folder, tuned_folder = model_folder(base), model_folder(tuned)
     config = _config(tuned_folder)
-    labels = _labels(config, tuned)
+    task = task_of_tuned(config, tuned)
     held_in = dtype or _common_dtype(base, folder, tuned, tuned_folder)
-    loaded = load_model(folder, _base_config(folder, labels, config, tuned), DTYPES[held_in])
+    base_config = _base_config(folder, task, config, tuned)
+    loaded = load_model(folder, task.auto, base_config, DTYPES[held_in])
     architecture = type(loaded.model).__name__
     if architecture not in (config.architectures or []):
         raise SiftError(f"{tuned} is {config.architectures}; the base becomes a {architecture}")
@@ -119,12 +124,12 @@ def _open(base: str, tuned: str, dtype: str | None) -> tuple["Pair", dict[str, A
         "base": describe_base(loaded.model, base, None, held_in),
         "architecture": architecture,
         **_origin(tuned_folder),
-        "labels": labels,
+        **task.header(),
         "policy": "difference",
         "metrics": {},
         "versions": versions(),
     }
-    return pair, about, _notes(pair, tuned_folder, config)
+    return task, pair, about, _notes(pair, tuned_folder, config)
 
 
 def _config(folder: Path) -> PretrainedConfig:
@@ -135,24 +140,10 @@ def _config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _labels(config: PretrainedConfig, tuned: str) -> list[str] | None:
-    """The labels of the tuned model; None where it is a regression."""
-    named = ", ".join(config.architectures or ["no model"])
-    if "ForSequenceClassification" not in named:
-        raise SiftError(
-            f"{tuned} is {named}; a delta turns a base into a model for sequence classification or "
-            "regression"
-        )
-    if config.problem_type == "multi_label_classification":
-        raise SiftError(f"{tuned} gives several labels at once; sift knows one label, or a score")
-    names: dict[Any, str] = {**(config.id2label or {})}
-    return None if len(names) == 1 else [names[code] for code in range(len(names))]
-
-
 def _base_config(
-    folder: Path, labels: Sequence[str] | None, tuned_config: PretrainedConfig, tuned: str
+    folder: Path, task: Task, tuned_config: PretrainedConfig, tuned: str
 ) -> PretrainedConfig:
-    config = task_config(folder, labels)
+    config = task.configure(folder)
     if config.model_type != tuned_config.model_type:
         raise SiftError(
             f"{tuned} is of the kind {tuned_config.model_type}, the base {config.model_type}: "

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from sift_cli.delta.file import Delta, load_delta
 from sift_cli.delta.serving import apply_delta
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.fingerprints import probe_logits
-from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folder, task_config
+from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folder
 from sift_cli.runs.folder import CARD_FILE
 from sift_cli.sparse import Support
 from sift_cli.system.files import new_folder
+from sift_cli.tasks.classification import task_of_labels
+from sift_cli.tasks.evaluation import probe
+from sift_cli.tasks.task import Task
 
-HEADS = ("classifier", "score")  # what PEFT saves whole for SEQ_CLS, asked or not
 PREFIX = "base_model.model."
 # Of logits whose weights PEFT adds up in another order than training did.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -52,10 +53,11 @@ def export(
     if out.exists():
         raise SiftError(f"{out} exists already; choose another --out or remove it")
     source = base or delta.about["base"]["path"]
-    load = _loader(delta, base, source)
+    task = task_of_labels(delta.about["labels"])
+    load = _loader(task, delta, base, source)
     model = load().model
     apply_delta(model, delta, source)
-    plan = make_plan(model, delta, whole)
+    plan = make_plan(model, delta, task.published.peft_heads, whole)
     if plan.refused and not partial:
         raise _refusal(plan.refused)
     tensors, inexact = _tensors(model, delta, plan)
@@ -63,7 +65,8 @@ def export(
         weights = aside / "adapter_model.safetensors"
         save_file(tensors, weights, metadata={"format": "pt"})
         weights.chmod(0o644)  # safetensors makes files private
-        (aside / "adapter_config.json").write_text(_config(plan, source, delta), encoding="utf-8")
+        config = _config(plan, source, task.published.peft_type, delta)
+        (aside / "adapter_config.json").write_text(config, encoding="utf-8")
         report = {
             "out": str(out),
             "base": source,
@@ -77,19 +80,19 @@ def export(
             "inexact": inexact,
             "bytes": weights.stat().st_size,
         }
-        (aside / CARD_FILE).write_text(_card(report, delta), encoding="utf-8")
+        (aside / CARD_FILE).write_text(_card(report, task, delta), encoding="utf-8")
         del model
         report["logits_difference"] = None
         if verify and find_spec("peft") is not None:
-            report["logits_difference"] = _verify(aside, load(), delta, bool(plan.refused))
+            report["logits_difference"] = _verify(aside, load(), task, delta, bool(plan.refused))
     return report
 
 
-def _loader(delta: Delta, base: str | None, source: str) -> Callable[[], LoadedModel]:
+def _loader(task: Task, delta: Delta, base: str | None, source: str) -> Callable[[], LoadedModel]:
     about = delta.about["base"]
     folder = model_folder(source, None if base else about["revision"])
-    config = task_config(folder, delta.about["labels"])
-    return lambda: load_model(folder, config, DTYPES[about["dtype"]])
+    config = task.configure(folder)
+    return lambda: load_model(folder, task.auto, config, DTYPES[about["dtype"]])
 
 
 @dataclass
@@ -109,11 +112,14 @@ class Plan:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def make_plan(model: nn.Module, delta: Delta, whole: bool) -> Plan:
-    """Sorts every changed tensor into what PEFT's SHiRA layout has for it."""
+def make_plan(model: nn.Module, delta: Delta, heads: tuple[str, ...], whole: bool) -> Plan:
+    """Sorts every changed tensor into what PEFT's SHiRA layout has for it.
+
+    PEFT stores modules whose names end with one of `heads` whole, asked or not.
+    """
     modules = dict(model.named_modules())
     saved = {_module(name) for name in delta.dense}
-    saved |= {name for name in modules if name.endswith(HEADS)}
+    saved |= {name for name in modules if name.endswith(heads)}
     saved = _with_suffixes(saved, modules)
     plan = Plan()
     tied = _tied(model)
@@ -250,10 +256,10 @@ def shira_entries(
     return torch.stack([flat // width, flat % width]).to(torch.int32), change
 
 
-def _config(plan: Plan, source: str, delta: Delta) -> str:
+def _config(plan: Plan, source: str, task_type: str, delta: Delta) -> str:
     config = {
         "peft_type": "SHIRA",
-        "task_type": "SEQ_CLS",
+        "task_type": task_type,
         "base_model_name_or_path": source,
         "revision": delta.about["base"]["revision"],
         "inference_mode": True,
@@ -268,20 +274,18 @@ def _config(plan: Plan, source: str, delta: Delta) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 
-def _card(report: Mapping[str, Any], delta: Delta) -> str:
-    labels, about = delta.about["labels"], delta.about["base"]
-    outputs = 1 if labels is None else len(labels)
-    names = "" if labels is None else f", id2label={dict(enumerate(labels))!r}"
+def _card(report: Mapping[str, Any], task: Task, delta: Delta) -> str:
+    auto, dtype = task.auto.__name__, delta.about["base"]["dtype"]
     notes = "\n".join(f"- {line}" for line in describe(report))
     return f"""# A sift delta as a PEFT adapter
 
 ```python
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import {auto}
 
-base = AutoModelForSequenceClassification.from_pretrained(
-    {report["base"]!r}, num_labels={outputs}{names}, dtype=torch.{about["dtype"]}
+base = {auto}.from_pretrained(
+    {report["base"]!r}, {task.published.arguments}, dtype=torch.{dtype}
 )
 model = PeftModel.from_pretrained(base, "this folder")
 ```
@@ -327,7 +331,7 @@ def _few(names: Collection[str]) -> str:
     return ", ".join(shown) + more
 
 
-def _verify(folder: Path, loaded: LoadedModel, delta: Delta, partial: bool) -> float:
+def _verify(folder: Path, loaded: LoadedModel, task: Task, delta: Delta, partial: bool) -> float:
     """How far the logits of base + adapter are from the trained model's, loaded with PEFT."""
     from peft import PeftModel
 
@@ -335,7 +339,7 @@ def _verify(folder: Path, loaded: LoadedModel, delta: Delta, partial: bool) -> f
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse invariant checks")
         adapted = PeftModel.from_pretrained(loaded.model, str(folder))
-        again = probe_logits(adapted, config)
+        again = probe(task, adapted, config)
     trained = torch.tensor(delta.about["logits"])
     difference = float((again - trained).abs().max())
     limit = TOLERANCE[delta.about["base"]["dtype"]] * max(1.0, float(trained.abs().max()))

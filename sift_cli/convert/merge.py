@@ -26,14 +26,7 @@ from sift_cli.convert.undo import (
 from sift_cli.delta.file import Delta, WeightDelta, load_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
-from sift_cli.models.loading import (
-    DTYPES,
-    INDEX_FILE,
-    load_tokenizer,
-    model_folder,
-    quiet,
-    task_config,
-)
+from sift_cli.models.loading import DTYPES, INDEX_FILE, load_tokenizer, model_folder, quiet
 from sift_cli.models.names import tensor_names
 from sift_cli.models.stored import stored_kinds
 from sift_cli.models.tensors import header_text, write_file, write_index
@@ -41,6 +34,8 @@ from sift_cli.recipe import parse_recipe
 from sift_cli.runs.cards import model_card
 from sift_cli.runs.folder import CARD_FILE, RECIPE_FILE, delta_file
 from sift_cli.system.files import new_folder
+from sift_cli.tasks.classification import task_of_labels
+from sift_cli.tasks.task import Task
 
 COMPOSED_FILE = "composed.safetensors"
 ASIDE = 0.05  # tensors that the model has not are kept for undo up to this share of its size
@@ -102,8 +97,9 @@ def merge(
         hint = "" if base else "; give the base with --base"
         raise SiftError(f"{error}{hint}", error.code) from None
     record = read_record(folder) if undo else None
-    config = _config(folder, delta, undo)
-    names = tensor_names(config)
+    task = task_of_labels(delta.about["labels"])
+    config = _config(folder, task, delta, undo)
+    names = tensor_names(config, task.auto)
     plan = plan_undo(folder, names, record) if record else plan_merge(folder, names, delta)
     require_whole(plan, names, delta, source)
     if not undo:
@@ -287,16 +283,15 @@ def _require_space(out: Path, plan: Plan, folder: Path) -> None:
         )
 
 
-def _config(folder: Path, delta: Delta, undo: bool) -> PretrainedConfig:
+def _config(folder: Path, task: Task, delta: Delta, undo: bool) -> PretrainedConfig:
     about = delta.about["base"]
     if undo:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.architectures = about["architectures"]
-        if delta.dense:  # the head was new, and its labels with it
-            config.num_labels = 2
-            config.problem_type = None
+        if delta.dense:  # the head was new, and what it is for with it
+            task.unconfigure(config)
     else:
-        config = task_config(folder, delta.about["labels"])
+        config = task.configure(folder)
         config.architectures = [delta.about["architecture"]]
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = load_tokenizer(folder).pad_token_id

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.fingerprints import fingerprint, probe_logits
-from sift_cli.models.loading import LoadedModel, load_model, weight_files
+from sift_cli.models.fingerprints import fingerprint
+from sift_cli.models.loading import LoadedModel, weight_files
 from sift_cli.models.tensors import list_file
 from sift_cli.recipe import Recipe
 from sift_cli.runs.session import open_session
+from sift_cli.tasks.classification import load_as_it_is, task_of_config
+from sift_cli.tasks.evaluation import probe
 from sift_cli.tasks.metrics import Metrics, shown
 
 # For numbers from another machine or library version; on the same one they are equal.
@@ -45,20 +47,21 @@ def prove_files(folder: Path, wanted: Mapping[str, tuple[str, torch.dtype]]) -> 
 
 def reload(folder: Path) -> LoadedModel:
     """The folder's model through transformers; SiftError (exit code 5) where it lacks a tensor."""
-    loaded = load_model(folder)
+    loaded = load_as_it_is(folder)
     if loaded.new:
         raise SiftError(f"{folder} lacks {loaded.new[0]}", ExitCode.NOT_VERIFIED)
     return loaded
 
 
 def reloaded_logits(folder: Path) -> Tensor:
-    """Logits of four made-up inputs ([4, outputs]) by the folder's model.
+    """The outputs of four made-up inputs ([4, ...]) by the folder's model.
 
     The weights stay on disk: each module reads its own as it computes.
     """
     loaded = reload(folder)
+    config = loaded.model.config
     with _weights_on_disk(loaded.model, folder):
-        return probe_logits(loaded.model, loaded.model.config)
+        return probe(task_of_config(config), loaded.model, config)
 
 
 @contextmanager

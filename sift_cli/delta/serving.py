@@ -25,6 +25,7 @@ from sift_cli.models.fingerprints import (
     state_tensors,
     tied_names,
 )
+from sift_cli.tasks.table import head_width
 
 SOURCE = "the model"
 Note = tuple[object, ...]
@@ -174,10 +175,9 @@ def _check_dense(state: Mapping[str, Tensor], delta: Delta) -> None:
         shape = tuple(state[name].shape) if name in state else None
         if shape != tuple(tensor.shape):
             has = "lacks it" if shape is None else f"has shape {shape}"
-            labels = delta.about.get("labels")
             raise SiftError(
                 f"{name}: the delta brings one of shape {tuple(tensor.shape)}, the model {has}; "
-                f"load the base for {1 if labels is None else len(labels)} labels",
+                f"load the base for {head_width(delta.about.get('labels'))} labels",
                 ExitCode.WRONG_FILE,
             )
 

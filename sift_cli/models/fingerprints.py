@@ -1,4 +1,4 @@
-"""What tells one model from another: fingerprints of its tensors, and its logits."""
+"""What tells one model from another: fingerprints of its tensors, and inputs to try it on."""
 
 from __future__ import annotations
 
@@ -68,12 +68,11 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {name: first[id(weight)] for name, weight in every if name != first[id(weight)]}
 
 
-@torch.no_grad()
-def probe_logits(model: nn.Module, config: PretrainedConfig) -> Tensor:
-    """Logits of four made-up inputs, fp32 [4, outputs]: the model's mark, and no one's data."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
+def probe_inputs(config: PretrainedConfig) -> Tensor:
+    """Token ids of four made-up inputs (int64 [4, 16]), on the host; none is a special token.
+
+    But for the last one, which is the end-of-text token where the model has one.
+    """
     text = config.get_text_config()
     special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "sep")}
     plain = [token for token in range(text.vocab_size) if token not in special]
@@ -81,7 +80,4 @@ def probe_logits(model: nn.Module, config: PretrainedConfig) -> Tensor:
     ids = torch.tensor(plain)[spread].view(4, 16)
     if isinstance(text.eos_token_id, int):
         ids[:, -1] = text.eos_token_id  # some heads read the state at the end-of-text token
-    inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
-    logits: Tensor = model(**inputs).logits.float().cpu()
-    model.train(training)
-    return logits
+    return ids

@@ -1,4 +1,4 @@
-"""Hugging Face classification models: where they lie, how they load, what they were given anew."""
+"""Hugging Face models: where they lie, how they load, what they were given anew."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -127,25 +126,6 @@ def _download(path: str, revision: str | None, weights: bool) -> Path:
         ) from error
 
 
-def task_config(folder: Path, labels: Sequence[str] | None) -> PretrainedConfig:
-    """The base's configuration with a head for `labels`; None asks for regression."""
-    names = dict(enumerate(labels if labels is not None else ["score"]))
-    kind = "regression" if labels is None else "single_label_classification"
-    try:
-        with quiet():  # about the labels that go
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                folder,
-                trust_remote_code=False,
-                num_labels=len(names),
-                id2label=names,
-                label2id={name: code for code, name in names.items()},
-                problem_type=kind,
-            )
-        return config
-    except UNLOADABLE as error:
-        raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
-
-
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer; it pads with what the folder's model takes for padding.
 
@@ -175,13 +155,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    folder: Path, config: PretrainedConfig | None = None, dtype: torch.dtype | None = None
+    folder: Path,
+    auto: Any,
+    config: PretrainedConfig | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
-    """Loads the folder's model for sequence classification or regression, on the host.
+    """Loads the folder's model with the head that the Auto class `auto` gives it, on the host.
 
-    `config` comes from `task_config` (default: the folder's own), `dtype` is that of the folder
-    unless given. Raises SiftError for an architecture without a classification head, and (exit code
-    3) for damaged weights.
+    `config` and `dtype` are those of the folder unless given. Raises SiftError for an architecture
+    without such a head, and (exit code 3) for damaged weights.
     """
     weight_files(folder)
     tokenizer = load_tokenizer(folder)
@@ -190,7 +172,7 @@ def load_model(
         config.pad_token_id = tokenizer.pad_token_id
     try:
         with quiet():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, info = auto.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype or "auto",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.loading import UNLOADABLE, quiet
@@ -14,11 +14,14 @@ from sift_cli.models.loading import UNLOADABLE, quiet
 RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
 
-def tensor_names(config: PretrainedConfig) -> dict[str, str]:
-    """Everything that the model saves, with the name its storage goes by where it is tied."""
+def tensor_names(config: PretrainedConfig, auto: Any) -> dict[str, str]:
+    """Everything that the Auto class's model saves, with the name of the storage where it is tied.
+
+    Raises SiftError (exit code 3) where the configuration makes no model.
+    """
     try:
         with torch.device("meta"), quiet():
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+            model = auto.from_config(config, trust_remote_code=False)
     except UNLOADABLE as error:
         said = str(error).partition("\n")[0]
         raise SiftError(f"config.json makes no model: {said}", ExitCode.WRONG_FILE) from error

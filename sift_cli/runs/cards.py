@@ -11,16 +11,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from sift_cli.recipe import Recipe
 from sift_cli.runs.folder import DELTA_FILE, REPORT_FILE
 from sift_cli.runs.summary import Summary
+from sift_cli.tasks.classification import task_of_labels
 from sift_cli.tasks.metrics import Metrics, shown
-from sift_cli.tasks.table import TASKS
+from sift_cli.tasks.table import text_columns
+from sift_cli.tasks.task import Published
 
 PAPER = "[SIFT, Song et al., ICML 2024](https://arxiv.org/abs/2312.11875)"
-USE = """```python
-from transformers import pipeline
-
-classify = pipeline("text-classification", model="PATH_OR_ID_OF_THIS_FOLDER")
-classify({example})
-```"""
 
 
 def delta_card(recipe: Recipe, summary: Summary) -> str:
@@ -29,7 +25,8 @@ def delta_card(recipe: Recipe, summary: Summary) -> str:
     metrics, before = summary.metrics, summary.metrics_before
     rows = "\n".join(f"| {key} | {shown(before[key])} | {shown(metrics[key])} |" for key in metrics)
     trained, total = summary.trained_entries, summary.total_entries
-    return f"""{_front(settings, metrics, "adapter")}
+    task = task_of_labels(summary.labels)
+    return f"""{_front(settings, metrics, "adapter", task.published)}
 # {_title(settings)}
 
 A sparse delta: {trained:,} entries of the {total:,} of `{_base(settings)}` trained
@@ -53,17 +50,16 @@ sift predict {DELTA_FILE} {_shell_example(settings)}
 sift eval .                                  # the metrics again
 ```
 
-{_ending(settings, summary.labels)}"""
+{_ending(settings, task.published)}"""
 
 
 def model_card(about: Mapping[str, Any]) -> str:
     """The card of a merged model, from what its delta says of itself (`Delta.about`)."""
     settings, metrics = about["recipe"], about["metrics"]
     rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in metrics.items())
-    pair = '{"text": "First text.", "text_pair": "Second text."}'
-    example = pair if _paired(settings) else '"A text."'
+    task = task_of_labels(about["labels"])
     versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
-    return f"""{_front(settings, metrics, "finetune")}
+    return f"""{_front(settings, metrics, "finetune", task.published)}
 # {_title(settings)}
 
 `{_base(settings)}`, fine-tuned by changing few of its entries (policy `{about["policy"]}`,
@@ -75,14 +71,14 @@ def model_card(about: Mapping[str, Any]) -> str:
 
 ## How to use
 
-{USE.replace("{example}", example)}
+{task.usage(_paired(settings))}
 
-{_ending(settings, about["labels"])}
+{_ending(settings, task.published)}
 Versions: {versions}.
 """
 
 
-def _front(settings: Mapping[str, Any], metrics: Metrics, relation: str) -> str:
+def _front(settings: Mapping[str, Any], metrics: Metrics, relation: str, said: Published) -> str:
     """The YAML block that the hub reads."""
     data, model = settings["data"], settings["model"]
     hub_data = _hub_id(data["path"])
@@ -90,7 +86,7 @@ def _front(settings: Mapping[str, Any], metrics: Metrics, relation: str) -> str:
     more: dict[str, Any] = {"base_model_relation": relation} if hub_base else {}
     results = [
         EvalResult(
-            task_type="text-classification",
+            task_type=said.pipeline_tag,
             dataset_type=hub_data or "other",
             dataset_name=_dataset(data),
             dataset_split=settings["eval"]["split"],
@@ -108,21 +104,20 @@ def _front(settings: Mapping[str, Any], metrics: Metrics, relation: str) -> str:
         license=model["license"],
         metrics=list(metrics),
         model_name=_title(settings),
-        pipeline_tag="text-classification",
+        pipeline_tag=said.pipeline_tag,
         tags=["sift", "sparse-fine-tuning"],
         **more,
     )
     return f"---\n{card.to_yaml()}\n---\n"
 
 
-def _ending(settings: Mapping[str, Any], labels: list[str] | None) -> str:
-    """Labels, licence and recipe: the same on both cards."""
-    said = "a number" if labels is None else ", ".join(f"`{label}`" for label in labels)
+def _ending(settings: Mapping[str, Any], said: Published) -> str:
+    """What it predicts, licence and recipe: the same on both cards."""
     recipe = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))])
     license = settings["model"]["license"]
     told = "not stated" if license == "unknown" else license
-    return f"""It predicts {said}.
+    return f"""It predicts {said.predicts}.
 
 Licence: {told}; that of the base, `{_base(settings)}`, holds too.
 
@@ -160,8 +155,7 @@ def _hub_id(path: str) -> str | None:
 
 def _paired(settings: Mapping[str, Any]) -> bool:
     data = settings["data"]
-    columns = data["text"] or TASKS[data["task"]].text
-    return len(columns) > 1
+    return len(text_columns(data["task"], data["text"])) > 1
 
 
 def _shell_example(settings: Mapping[str, Any]) -> str:

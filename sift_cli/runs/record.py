@@ -14,54 +14,25 @@ from sift_cli.runs.session import Session
 from sift_cli.selection.targets import linear_layers
 from sift_cli.sparse import SparseParameters, Support
 from sift_cli.system.files import write_text
-
-MISTAKES = 10  # so many rows of a split keep their text
+from sift_cli.tasks.metrics import short
 
 
 def write_predictions(
-    out: Path, session: Session, logits: Mapping[str, Tensor], split: str
+    out: Path, session: Session, outputs: Mapping[str, Tensor], split: str
 ) -> None:
-    """Writes predictions.jsonl: a line for each row, in order, of each split's logits.
+    """Writes predictions.jsonl: a line for each row, in order, of each split's outputs.
 
-    A line holds the row's number in its source split, label and prediction (with its probability,
-    where there are classes). The ten worst mistakes of a split also hold their text.
+    A line holds the split, the row's number there, and what the task says of the row.
     """
+    task = session.task
     _write_lines(
         out / PREDICTIONS_FILE,
         (
             {"split": split + suffix, **line}
-            for suffix, outputs in logits.items()
-            for line in _predictions(session, suffix, outputs)
+            for suffix, one in outputs.items()
+            for line in task.lines(one, task.evaluation[suffix])
         ),
     )
-
-
-def _predictions(session: Session, suffix: str, logits: Tensor) -> list[dict[str, Any]]:
-    rows, names = session.task.evaluation[suffix], session.task.labels
-    labels = torch.tensor(rows["label"][:])
-    if names is None:
-        predicted = logits.squeeze(-1)
-        error = (predicted - labels).abs()
-        said: list[dict[str, Any]] = [
-            {"label": _short(label), "predicted": _short(value)}
-            for label, value in zip(labels.tolist(), predicted.tolist(), strict=True)
-        ]
-    else:
-        probability, code = logits.softmax(-1).max(-1)
-        error = probability.where(code != labels, 0.0)
-        said = [
-            {"label": names[label], "predicted": names[one], "probability": _short(value)}
-            for label, one, value in zip(
-                labels.tolist(), code.tolist(), probability.tolist(), strict=True
-            )
-        ]
-    lines = [{"row": row, **one} for row, one in zip(rows["row"][:], said, strict=True)]
-    worst = error.sort(descending=True, stable=True).indices[:MISTAKES].tolist()
-    for at in worst:
-        if float(error[at]) > 0:
-            one = rows[at]
-            lines[at] |= {key: one[key] for key in ("text", "pair") if key in one}
-    return lines
 
 
 def write_gradient(out: Path, gathered: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
@@ -74,7 +45,7 @@ def write_gradient(out: Path, gathered: Mapping[str, Tensor], norms: Mapping[str
     _write_lines(
         out / GRADIENT_FILE,
         (
-            {"name": name, "norm": _short(norm), "kept": _short(kept)}
+            {"name": name, "norm": short(norm), "kept": short(kept)}
             for name, norm, kept in pairs
             if isfinite(norm) and isfinite(kept)
         ),
@@ -106,9 +77,9 @@ def write_weights(
             "entries": 0 if support is None else len(support),
             "touched": len(touched),
             "whole": name in whole,
-            "rms": _short(_rms(change)),
-            "largest": _short(float(change.abs().max())),
-            "base_rms": _short(_rms(before)),
+            "rms": short(_rms(change)),
+            "largest": short(float(change.abs().max())),
+            "base_rms": short(_rms(before)),
         }
         if name in layers and weight.dim() == 2 and support is not None and name not in whole:
             held = support.positions
@@ -116,7 +87,7 @@ def write_weights(
                 width = weight.shape[1]
                 inputs = held // width if layers[name].transposed else held % width
                 size = weight.shape[0 if layers[name].transposed else 1]
-                found["half_in_inputs"] = _short(_half(inputs, size))
+                found["half_in_inputs"] = short(_half(inputs, size))
         return found
 
     _write_lines(out / WEIGHTS_FILE, (line(*one) for one in parameters.touched))
@@ -135,11 +106,6 @@ def _norm(values: Tensor | None) -> float:
 
 def _rms(values: Tensor) -> float:
     return sqrt(float(values.square().mean()))
-
-
-def _short(value: float) -> float:
-    """Six digits: what a report shows, and no rounding noise."""
-    return float(f"{value:.6g}")
 
 
 def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

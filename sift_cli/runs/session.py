@@ -7,23 +7,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.models.loading import (
-    DTYPES,
-    LoadedModel,
-    check_length,
-    load_model,
-    model_folder,
-    task_config,
-)
+from sift_cli.models.loading import DTYPES, LoadedModel, check_length, load_model, model_folder
 from sift_cli.recipe import Recipe
-from sift_cli.tasks.classification import load_task, score_splits
-from sift_cli.tasks.evaluation import predict_splits
+from sift_cli.tasks.evaluation import collect_outputs
+from sift_cli.tasks.labelled import load_task
 from sift_cli.tasks.task import Task
-from sift_cli.tasks.tokens import Encoded, encode
+from sift_cli.tasks.tokens import Encoded
 
 
 @dataclass(frozen=True)
@@ -47,24 +39,38 @@ class Session:
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
         """One batch of tensors, padded to its longest row."""
-        batch: Mapping[str, Tensor] = DataCollatorWithPadding(self.tokenizer)(list(features))  # type: ignore[arg-type]
-        return batch
+        return self.task.collate(features, self.tokenizer)
+
+    def counted(self, rows: Sequence[Sequence[int]]) -> int:
+        """What the mean loss of a step is the mean of; `rows` are its micro-batches."""
+        assert self.train is not None
+        return sum(self.task.counted(self.train, part) for part in rows)
 
     def predict(self) -> dict[str, Tensor]:
-        """The logits of every row to evaluate on, fp32 [N, outputs], by the split's suffix."""
-        return predict_splits(
-            self.model,
-            self.evaluation,
-            self.collate,
-            batch_size=self.eval_batch_size,
-            max_tokens=self.eval_max_tokens,
-            bf16=self.bf16,
-        )
+        """The outputs of every row to evaluate on, fp32 [N, ...], by the split's suffix.
 
-    def score(self, logits: Mapping[str, Tensor]) -> dict[str, float | None]:
-        """The task's metrics of what `predict` returned."""
-        regression = self.task.labels is None
-        return score_splits(logits, self.evaluation, self.task.metrics, regression)
+        Raises SiftError (exit code 4) where they are not finite.
+        """
+        return {
+            suffix: collect_outputs(
+                self.task,
+                self.model,
+                data,
+                self.collate,
+                batch_size=self.eval_batch_size,
+                max_tokens=self.eval_max_tokens,
+                bf16=self.bf16,
+            )
+            for suffix, data in self.evaluation.items()
+        }
+
+    def score(self, outputs: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """The task's metrics of what `predict` returned, each with the suffix of its split."""
+        return {
+            name + suffix: value
+            for suffix, data in self.evaluation.items()
+            for name, value in self.task.score(outputs[suffix], data).items()
+        }
 
     def evaluate(self) -> dict[str, float | None]:
         """The task's metrics of the model as it is now."""
@@ -116,17 +122,15 @@ def open_session(
     if tuned is None:
         assert folder is not None
         torch.manual_seed(recipe.train.seed)
-        tuned = load_model(folder, task_config(folder, task.labels), DTYPES[recipe.model.dtype])
-    elif tuned.model.config.num_labels != task.outputs:
-        raise SiftError(
-            f"the model has {tuned.model.config.num_labels} outputs, the task {task.name} needs "
-            f"{task.outputs}"
-        )
+        config = task.configure(folder)
+        tuned = load_model(folder, task.auto, config, DTYPES[recipe.model.dtype])
+    else:
+        task.require_fit(tuned.model.config)
     tuned.model.to(where)  # type: ignore[arg-type]
     check_length(data.max_length, tuned.model, tuned.tokenizer)
 
     def encoded(rows: Any) -> Encoded:
-        return encode(rows, tuned.tokenizer, data.max_length)
+        return task.encode(rows, tuned.tokenizer, data.max_length)
 
     return Session(
         task=task,

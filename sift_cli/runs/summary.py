@@ -9,13 +9,13 @@ from typing import Any
 
 from sift_cli.delta.build import describe_base, versions
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.fingerprints import probe_logits
 from sift_cli.recipe import Recipe
 from sift_cli.runs.facts import settings_of
 from sift_cli.runs.folder import SUMMARY_FILE
 from sift_cli.runs.session import Session
 from sift_cli.runs.timing import Timing
 from sift_cli.system.files import write_text
+from sift_cli.tasks.evaluation import probe
 from sift_cli.tasks.metrics import Metrics
 
 LEFT_OUT = ("rank", "changed_entries", "delta_sha256")  # of the file, where they are None
@@ -151,7 +151,7 @@ def summarize(
         policy=policy,
         rank=written.rank,
         seed=seed,
-        labels=None if task.labels is None else list(task.labels),
+        **task.header(),
         metrics=dict(metrics),
         metrics_before=dict(metrics_before),
         trained_entries=entries.trained,
@@ -182,10 +182,10 @@ def describe(recipe: Recipe, session: Session, metrics: Metrics) -> dict[str, An
         "base": describe_base(session.model, base.path, base.revision, base.dtype),
         "architecture": type(session.model).__name__,
         "task": session.task.name,
-        "labels": None if session.task.labels is None else list(session.task.labels),
+        **session.task.header(),
         "policy": recipe.selection.policy,
         "recipe": settings_of(recipe),
         "metrics": dict(metrics),
-        "logits": probe_logits(session.model, session.model.config).tolist(),
+        "logits": probe(session.task, session.model, session.model.config).tolist(),
         "versions": versions(),
     }

@@ -7,10 +7,11 @@ import yaml
 from sift_cli.delta.file import load_delta
 from sift_cli.delta.serving import apply_delta
 from sift_cli.errors import SiftError
-from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folder, task_config
+from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folder
 from sift_cli.models.stored import stored_kinds
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 from sift_cli.runs.folder import DELTA_FILE, RECIPE_FILE, delta_file
+from sift_cli.tasks.classification import load_as_it_is, task_of_labels
 
 
 def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe | None]:
@@ -26,7 +27,7 @@ def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe 
         raise SiftError(f"{path}: neither a run (no {DELTA_FILE}) nor a model (no config.json)")
     folder = model_folder(path)
     recipe = folder / RECIPE_FILE
-    return load_model(folder), load_recipe(recipe) if recipe.is_file() else None
+    return load_as_it_is(folder), load_recipe(recipe) if recipe.is_file() else None
 
 
 def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | None]:
@@ -34,8 +35,8 @@ def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | Non
     about = delta.about["base"]
     source = base or about["path"]
     folder = model_folder(source, None if base else about["revision"])
-    config = task_config(folder, delta.about["labels"])
-    loaded = load_model(folder, config, DTYPES[about["dtype"]])
+    task = task_of_labels(delta.about["labels"])
+    loaded = load_model(folder, task.auto, task.configure(folder), DTYPES[about["dtype"]])
     apply_delta(loaded.model, delta, source, stored_kinds(folder))
     recipe = delta.about["recipe"]  # a difference of two models may have none
     return loaded, parse_recipe(yaml.safe_dump(recipe), str(path)) if recipe else None

@@ -1,4 +1,4 @@
-"""How backward passes through a model are made to deliver the selected gradients, and only these."""
+"""How backward passes through a model deliver the selected gradients, and only these."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

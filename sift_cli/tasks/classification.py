@@ -1,211 +1,317 @@
-"""Datasets and tasks: from a hub id, folder, file or built-in set to checked, tokenised rows.
-
-Importing this module loads no dataset library; functions do when they need it.
-"""
+"""Sequence classification and regression: rows with one label each, a head above a backbone."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from sift_cli.errors import SiftError
-from sift_cli.models.loading import LoadedModel
-from sift_cli.tasks.metrics import CLASSIFICATION, REGRESSION, compute_metrics
-from sift_cli.tasks.sources import (
-    NUMBER,
-    by_suffix,
-    column_values,
-    evaluation_splits,
-    load_splits,
-    refuse_rows,
-    require_columns,
-    take_split,
-)
-from sift_cli.tasks.table import TASKS
-from sift_cli.tasks.task import Task
-from sift_cli.tasks.tokens import Encoded
+from sift_cli.models.loading import UNLOADABLE, LoadedModel, load_model, quiet
+from sift_cli.tasks.metrics import REGRESSION, Metrics, better, compute_metrics, short
+from sift_cli.tasks.table import TASKS, head_width
+from sift_cli.tasks.task import Loss, Published
+from sift_cli.tasks.tokens import Encoded, encode
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+MISTAKES = 10  # so many rows of a split keep their text
+USE = """```python
+from transformers import pipeline
 
-def load_task(
-    path: str,
-    task: str,
-    *,
-    text: Sequence[str] | None = None,
-    label: str | None = None,
-    labels: Sequence[str] | None = None,
-    metrics: Sequence[str] | None = None,
-    config: str | None = None,
-    split: str = "validation",
-    holdout: float | None = None,
-    max_train_rows: int | None = None,
-    seed: int = 0,
-    train: bool = True,
-) -> Task:
-    """Loads and checks the training rows (unless `train` is false) and those of the split `split`.
+classify = pipeline("text-classification", model="PATH_OR_ID_OF_THIS_FOLDER")
+classify({example})
+```"""
 
-    Raises SiftError for a source that is not there, a missing split or column, an empty split,
-    labels outside the range, all-equal training labels, missing text, targets that are not finite
-    and metrics of classes for a regression.
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the table of what differs between a label out of several and a number.
+
+    `problem` names transformers' loss, `target` is the dtype of labels in a batch. `predicted`
+    makes what metrics see ([N]) of logits ([N, C]). `said` makes the lines of predictions.jsonl of
+    logits, labels ([N]) and label names, and how wrong each is ([N], 0 where it is right);
+    `answer` what `sift predict` says of one row's logits ([C]).
     """
-    spec = TASKS.get(task)
-    raw = load_splits(path, task, config)
-    if holdout is not None and split == "validation":
-        whole = take_split(raw, "train", path)
-        if not 0 < math.ceil(holdout * len(whole)) < len(whole):
-            raise SiftError(f"data.holdout: {holdout} leaves none of {len(whole)} rows to train on")
-        parts = whole.train_test_split(test_size=holdout, seed=seed)
-        numbered = {"train": parts["train"], "validation": parts["test"]}
-        raw = type(raw)({**raw, **numbered})
-    if max_train_rows is not None and "train" in raw:
-        kept = min(max_train_rows, len(raw["train"]))
-        raw["train"] = raw["train"].shuffle(seed=seed).select(range(kept))
-    columns = tuple(text or (spec.text if spec else ()))
-    column = label or (spec.label if spec else "label")
-    wanted = {name: take_split(raw, name, path) for name in evaluation_splits(raw, split)}
-    source = take_split(raw, "train", path) if train or spec is None else None
-    names: tuple[str, ...] | None
-    if labels is not None:
-        names = tuple(labels)
-    elif spec is not None:
-        names = spec.labels
-    else:
-        assert source is not None
-        names = _infer_labels(source, column)
-    checked = {
-        suffix: _check_rows(rows, where, columns, column, names)
-        for where, (suffix, rows) in zip(wanted, by_suffix(wanted).items(), strict=True)
-    }
-    rows = None
-    if train:
-        assert source is not None
-        rows = _check_rows(source, "train", columns, column, names)
-        if names is not None and len(set(rows["label"])) == 1:
-            raise SiftError(
-                f"{path}: all {len(rows):,} training rows have the label {rows['label'][0]}; "
-                "nothing can be learnt from them"
-            )
-    default = ("accuracy", "f1_macro") if names is not None else REGRESSION
-    chosen = tuple(metrics or (spec.metrics if spec else default))
-    if names is None and (wrong := [name for name in chosen if name in CLASSIFICATION]):
-        raise SiftError(
-            f"data.metrics: {', '.join(wrong)} needs classes, and {column!r} holds numbers "
-            f"to predict; use {', '.join(REGRESSION)}"
+
+    problem: str
+    target: torch.dtype
+    metrics: tuple[str, ...]
+    predicted: Callable[[Tensor], Tensor]
+    said: Callable[[Tensor, Tensor, Sequence[str]], tuple[Lines, Tensor]]
+    answer: Callable[[Tensor, Sequence[str]], dict[str, Any]]
+
+
+def _said_of_label(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[Lines, Tensor]:
+    probability, code = logits.softmax(-1).max(-1)
+    lines = [
+        {"label": names[label], "predicted": names[one], "probability": short(value)}
+        for label, one, value in zip(
+            labels.tolist(), code.tolist(), probability.tolist(), strict=True
         )
-    return Task(task, names, chosen, rows, checked)
+    ]
+    return lines, probability.where(code != labels, 0.0)
 
 
-def _infer_labels(rows: Dataset, column: str) -> tuple[str, ...] | None:
-    """Label names from the data: a ClassLabel's, the sorted strings, or codes up to the largest."""
-    import datasets
-
-    require_columns(rows, "train", [column])
-    feature = rows.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return tuple(feature.names)
-    values = [value for value in column_values(rows, "train", column) if value is not None]
-    if all(isinstance(value, str) for value in values):
-        return tuple(sorted(set(values)))
-    if all(isinstance(value, bool | int) for value in values):
-        count = int(max(values)) + 1
-        if count > max(len(values), 100):
-            raise SiftError(
-                f"data.label: {column!r} goes up to {count - 1:,} in {len(values):,} rows, so it "
-                "holds no codes of classes; name them in data.labels, or use real numbers"
-            )
-        return tuple(str(code) for code in range(count))
-    return None
+def _said_of_number(logits: Tensor, labels: Tensor, _: Sequence[str]) -> tuple[Lines, Tensor]:
+    predicted = logits.squeeze(-1)
+    lines = [
+        {"label": short(label), "predicted": short(value)}
+        for label, value in zip(labels.tolist(), predicted.tolist(), strict=True)
+    ]
+    return lines, (predicted - labels).abs()
 
 
-def _check_rows(
-    rows: Dataset,
-    split: str,
-    text: Sequence[str],
-    label: str,
-    names: tuple[str, ...] | None,
-) -> Dataset:
-    """The same rows with the columns text, pair, label and row alone, every value checked."""
-    from datasets import ClassLabel, Dataset
-
-    require_columns(rows, split, [*text, label])
-    numbers = list(rows[NUMBER])
-    out: dict[str, list[Any]] = {}
-    for key, column in zip(("text", "pair"), text, strict=False):
-        values = column_values(rows, split, column)
-        refuse_rows(split, f"text in {column!r} is missing", numbers, [v is None for v in values])
-        out[key] = [str(value) for value in values]
-    given = column_values(rows, split, label)
-    if names is None:
-        numeric = [isinstance(value, int | float) for value in given]
-        refuse_rows(split, "targets that are no numbers", numbers, [not one for one in numeric])
-        finite = [math.isfinite(value) for value in given]
-        refuse_rows(split, "targets that are not finite", numbers, [not one for one in finite])
-        out["label"] = [float(value) for value in given]
-    else:
-        feature = rows.features[label]
-        own = feature.names if isinstance(feature, ClassLabel) else []
-        if set(own) == set(names):  # the source's own codes, which may be in another order
-            given = [own[code] if code in range(len(own)) else code for code in given]
-        codes = {name: code for code, name in enumerate(names)}
-        coded = [codes.get(value, -1) if isinstance(value, str) else value for value in given]
-        valid = [isinstance(code, int) and 0 <= code < len(names) for code in coded]
-        said = f"labels outside {dict(enumerate(names))}"
-        refuse_rows(split, said, numbers, [not one for one in valid], given)
-        out["label"] = [int(code) for code in coded]
-    out["row"] = numbers
-    return Dataset.from_dict(out)
+def _label(logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    probabilities = logits.softmax(-1)
+    code = int(probabilities.argmax())
+    return {"label": names[code], "probability": float(probabilities[code])}
 
 
-@torch.no_grad()
-def predict(
-    loaded: LoadedModel,
-    texts: Sequence[str],
-    pairs: Sequence[str] | None = None,
-    *,
-    device: torch.device,
-    max_length: int | None = None,
-) -> list[dict[str, Any]]:
-    """One object per text: `label` and `probability`, or `score` for a regression."""
-    model, tokenizer = loaded.model, loaded.tokenizer
-    model.to(device)  # type: ignore[arg-type]
-    model.eval()
-    inputs = [list(texts)] if pairs is None else [list(texts), list(pairs)]
-    batch = tokenizer(
-        *inputs, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-    ).to(device)
-    logits = model(**batch).logits.float().cpu()
-    out: list[dict[str, Any]] = []
-    for at, text in enumerate(texts):
-        one: dict[str, Any] = {"text": text} | ({"pair": pairs[at]} if pairs else {})
-        if model.config.num_labels == 1:
-            one["score"] = float(logits[at, 0])
+LABEL = Kind(
+    problem="single_label_classification",
+    target=torch.long,
+    metrics=("accuracy", "f1_macro"),
+    predicted=lambda logits: logits.argmax(-1),
+    said=_said_of_label,
+    answer=_label,
+)
+NUMBER = Kind(
+    problem="regression",
+    target=torch.float,
+    metrics=REGRESSION,
+    predicted=lambda logits: logits.squeeze(-1),
+    said=_said_of_number,
+    answer=lambda logits, _: {"score": float(logits[0])},
+)
+
+
+def _kind(labels: Sequence[str] | None) -> Kind:
+    return NUMBER if labels is None else LABEL
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A task whose rows have a label each: a name out of `labels`, or a number where that is None.
+
+    Its rows have the columns `text` (or `text` and `pair`), `label`, `row`. MNLI has two splits to
+    evaluate on, "" and "_mismatched"; other tasks have one.
+    """
+
+    name: str
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    train: Dataset | None
+    evaluation: dict[str, Dataset]
+
+    auto: ClassVar[Any] = AutoModelForSequenceClassification
+
+    @property
+    def kind(self) -> Kind:
+        """The row of what differs between labels and numbers."""
+        return _kind(self.labels)
+
+    @property
+    def width(self) -> int:
+        """How many outputs the model's head has."""
+        return head_width(self.labels)
+
+    @property
+    def published(self) -> Published:
+        """What cards and exported adapters say."""
+        if self.labels is None:
+            predicts, names = "a number", ""
         else:
-            probabilities = logits[at].softmax(-1)
-            code = int(probabilities.argmax())
-            one["label"] = model.config.id2label[code]  # type: ignore[index]
-            one["probability"] = float(probabilities[code])
-        out.append(one)
-    return out
+            predicts = ", ".join(f"`{label}`" for label in self.labels)
+            names = f", id2label={dict(enumerate(self.labels))!r}"
+        return Published(
+            pipeline_tag="text-classification",
+            peft_type="SEQ_CLS",
+            peft_heads=("classifier", "score"),
+            predicts=predicts,
+            arguments=f"num_labels={self.width}{names}",
+        )
 
+    def configure(self, folder: Path) -> PretrainedConfig:
+        """The configuration of the base in `folder`, with a head for the labels.
 
-def score_splits(
-    logits: Mapping[str, Tensor],
-    splits: Mapping[str, Encoded],
-    metrics: Sequence[str],
-    regression: bool = False,
-) -> dict[str, float | None]:
-    """Each metric of each split's logits; a split's key is the suffix of its metrics' names."""
-    found: dict[str, float | None] = {}
-    for suffix, data in splits.items():
-        outputs = logits[suffix]
-        predicted = outputs.squeeze(-1) if regression else outputs.argmax(-1)
+        Raises SiftError where there is no usable one.
+        """
+        names = dict(enumerate(self.labels if self.labels is not None else ["score"]))
+        try:
+            with quiet():  # about the labels that go
+                config: PretrainedConfig = AutoConfig.from_pretrained(
+                    folder,
+                    trust_remote_code=False,
+                    num_labels=len(names),
+                    id2label=names,
+                    label2id={name: code for code, name in names.items()},
+                    problem_type=self.kind.problem,
+                )
+            return config
+        except UNLOADABLE as error:
+            raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
+
+    def unconfigure(self, config: PretrainedConfig) -> None:
+        """Takes labels and loss out of `config`, in place: it says what one without them does."""
+        config.num_labels = 2
+        config.problem_type = None
+
+    def require_fit(self, config: PretrainedConfig) -> None:
+        """Raises SiftError where the head of a model is not as wide as this task's."""
+        if config.num_labels != self.width:
+            raise SiftError(
+                f"the model has {config.num_labels} outputs, the task {self.name} needs "
+                f"{self.width}"
+            )
+
+    def header(self) -> dict[str, Any]:
+        """The labels, in code order; None for a regression."""
+        return {"labels": None if self.labels is None else list(self.labels)}
+
+    def usage(self, paired: bool) -> str:
+        """Markdown that shows transformers' pipeline on a text, or on two where `paired`."""
+        pair = '{"text": "First text.", "text_pair": "Second text."}'
+        return USE.replace("{example}", pair if paired else '"A text."')
+
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+        """The rows as tokens, cut to `max_length`; raises SiftError where that holds nothing."""
+        return encode(rows, tokenizer, max_length)
+
+    def collate(
+        self, features: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+    ) -> Mapping[str, Tensor]:
+        """One batch, padded to its longest row, with `labels` ([B])."""
+        batch: Mapping[str, Tensor] = DataCollatorWithPadding(tokenizer)(list(features))  # type: ignore[arg-type]
+        return batch
+
+    def counted(self, data: Encoded, rows: Sequence[int]) -> int:
+        """The number of rows."""
+        return len(rows)
+
+    def groups(self, data: Encoded) -> dict[str, list[int]]:
+        """The rows of each label that there is, in code order; empty for a regression."""
+        if self.labels is None:
+            return {}
+        found: dict[int, list[int]] = {}
+        for row, label in enumerate(data.rows["label"]):
+            found.setdefault(int(label), []).append(row)
+        return {self.labels[code]: found[code] for code in sorted(found)}
+
+    def example(self, ids: Tensor) -> dict[str, Tensor]:
+        """A batch of made-up tokens (int64 [B, T]), each row with the first label, or with 0."""
+        return {"input_ids": ids, "labels": torch.zeros(len(ids), dtype=self.kind.target)}
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
+        """The sum over the batch's rows, by the loss of transformers for this kind of label."""
+        return Loss.of_mean(model(**batch).loss, len(batch["labels"]))
+
+    def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The logits, [B, C]."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits: Tensor = model(**inputs).logits
+        return logits
+
+    def score(self, outputs: Tensor, data: Encoded) -> Metrics:
+        """The task's metrics of a split, of which all logits are there (fp32 [N, C])."""
         labels = torch.tensor(data.rows["label"][:])
-        for name, value in compute_metrics(metrics, predicted.numpy(), labels.numpy()).items():
-            found[name + suffix] = value
-    return found
+        predicted = self.kind.predicted(outputs)
+        return compute_metrics(self.metrics, predicted.numpy(), labels.numpy())
+
+    def better(self, new: Metrics, old: Metrics | None) -> bool:
+        """Whether the first metric is better; an undefined one gives way to any later one."""
+        first = self.metrics[0]
+        return better(first, new[first], (old or {}).get(first))
+
+    def lines(self, outputs: Tensor, rows: Dataset) -> list[dict[str, Any]]:
+        """A row's number, label and prediction, with its probability where it is one of several.
+
+        The worst mistakes also hold their text.
+        """
+        labels = torch.tensor(rows["label"][:])
+        said, error = self.kind.said(outputs, labels, self.labels or ())
+        lines = [{"row": row, **one} for row, one in zip(rows["row"][:], said, strict=True)]
+        worst = error.sort(descending=True, stable=True).indices[:MISTAKES].tolist()
+        for at in worst:
+            if float(error[at]) > 0:
+                one = rows[at]
+                lines[at] |= {key: one[key] for key in ("text", "pair") if key in one}
+        return lines
+
+    @torch.no_grad()
+    def predict(
+        self,
+        loaded: LoadedModel,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        device: torch.device,
+        max_length: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """One object per text: `label` and `probability`, or `score` for a regression."""
+        model, tokenizer = loaded.model, loaded.tokenizer
+        model.to(device)  # type: ignore[arg-type]
+        model.eval()
+        inputs = [list(texts)] if pairs is None else [list(texts), list(pairs)]
+        batch = tokenizer(
+            *inputs, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        ).to(device)
+        logits = self.outputs(model, batch).float().cpu()
+        out: list[dict[str, Any]] = []
+        for at, text in enumerate(texts):
+            one: dict[str, Any] = {"text": text} | ({"pair": pairs[at]} if pairs else {})
+            out.append(one | self.kind.answer(logits[at], self.labels or ()))
+        return out
+
+
+def task_of_labels(labels: Sequence[str] | None) -> Classification:
+    """The task, without rows, of a delta whose header or summary holds these labels."""
+    names = None if labels is None else tuple(labels)
+    return Classification("custom", names, _kind(names).metrics, None, {})
+
+
+def load_as_it_is(folder: Path) -> LoadedModel:
+    """The model of a folder, tuned already, by its own configuration; see `load_model`."""
+    return load_model(folder, Classification.auto)
+
+
+def task_of_config(config: PretrainedConfig) -> Classification:
+    """The task, without rows, that a model with this configuration does."""
+    names: dict[Any, str] = {**(config.id2label or {})}
+    return task_of_labels(None if len(names) == 1 else [names[code] for code in sorted(names)])
+
+
+def task_of_tuned(config: PretrainedConfig, source: str) -> Classification:
+    """The task of a model tuned elsewhere, which is at `source`.
+
+    Raises SiftError where it is none that sift knows.
+    """
+    named = ", ".join(config.architectures or ["no model"])
+    if "ForSequenceClassification" not in named:
+        raise SiftError(
+            f"{source} is {named}; a delta turns a base into a model for sequence classification "
+            "or regression"
+        )
+    if config.problem_type == "multi_label_classification":
+        raise SiftError(f"{source} gives several labels at once; sift knows one label, or a score")
+    return task_of_config(config)
+
+
+def expected_task(name: str, labels: Sequence[str] | None) -> Classification:
+    """What a recipe's task will be, without rows: labels as given, else the task's, else two."""
+    spec = TASKS.get(name)
+    return task_of_labels(labels or (spec.labels if spec else ("0", "1")))

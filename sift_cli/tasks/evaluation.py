@@ -1,4 +1,4 @@
-"""A model on a split."""
+"""A model's outputs on a split, and on made-up inputs: what is kept of them, the task says."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from torch import Tensor, nn
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.devices import autocast, place
+from sift_cli.models.fingerprints import probe_inputs
+from sift_cli.tasks.task import Task
 from sift_cli.tasks.tokens import Encoded, cut
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PretrainedConfig
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
 
 
 @torch.inference_mode()
-def predict_logits(
+def collect_outputs(
+    task: Task,
     model: nn.Module,
     data: Encoded,
     collate: Collate,
@@ -28,9 +31,10 @@ def predict_logits(
     max_tokens: int | None = None,
     bf16: bool = False,
 ) -> Tensor:
-    """Logits of every row, in the order of the rows, fp32 [N, outputs] on the host.
+    """The task's outputs of every row, in the order of the rows, fp32 [N, ...] on the host.
 
-    Batches go from long rows to short ones, so that memory runs out at once or not at all.
+    Batches go from long rows to short ones, so that memory runs out at once or not at all. Raises
+    SiftError (exit code 4) where outputs are not finite, naming rows.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -38,40 +42,32 @@ def predict_logits(
     order = sorted(range(len(data)), key=lambda at: -data.lengths[at])
     parts = []
     for rows in cut(order, data.lengths, batch_size, max_tokens):
-        batch = collate(data.take(rows))
-        inputs = place({key: value for key, value in batch.items() if key != "labels"}, device)
+        batch = place(collate(data.take(rows)), device)
         with autocast(device, bf16):
-            parts.append(model(**inputs).logits.float().cpu())
+            parts.append(task.outputs(model, batch).float().cpu())
     model.train(training)
-    logits = torch.cat(parts)
-    restored = torch.empty_like(logits)
-    restored[torch.tensor(order)] = logits
+    found = torch.cat(parts)
+    restored = torch.empty_like(found)
+    restored[torch.tensor(order)] = found
+    wrong = ~restored.isfinite().flatten(1).all(-1)
+    if bool(wrong.any()):
+        rows = data.numbers(wrong.nonzero().flatten().tolist()[:5])
+        raise SiftError(
+            f"evaluation: the model's outputs are not finite, such as for rows {rows}",
+            ExitCode.NOT_FINITE,
+        )
     return restored
 
 
-def predict_splits(
-    model: nn.Module,
-    splits: Mapping[str, Encoded],
-    collate: Collate,
-    *,
-    batch_size: int = 64,
-    max_tokens: int | None = None,
-    bf16: bool = False,
-) -> dict[str, Tensor]:
-    """The logits of each split, as `predict_logits` gives them, by the split's suffix.
-
-    Raises SiftError (exit code 4) where the model's outputs are not finite.
-    """
-    found = {}
-    for suffix, data in splits.items():
-        logits = predict_logits(
-            model, data, collate, batch_size=batch_size, max_tokens=max_tokens, bf16=bf16
-        )
-        if not bool(torch.isfinite(logits).all()):
-            rows = data.numbers((~logits.isfinite().all(-1)).nonzero().flatten().tolist()[:5])
-            raise SiftError(
-                f"evaluation: the model's outputs are not finite, such as for rows {rows}",
-                ExitCode.NOT_FINITE,
-            )
-        found[suffix] = logits
-    return found
+@torch.no_grad()
+def probe(task: Task, model: nn.Module, config: PretrainedConfig) -> Tensor:
+    """The task's outputs of four made-up inputs, fp32 [4, ...]: the model's mark, no one's data."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    ids = probe_inputs(config)
+    batch = {**task.example(ids), "attention_mask": torch.ones_like(ids)}
+    on_device = {key: value.to(device) for key, value in batch.items()}
+    outputs = task.outputs(model, on_device).float().cpu()
+    model.train(training)
+    return outputs

@@ -1,24 +1,87 @@
-"""The metrics of a task, from scikit-learn and SciPy."""
+"""The metrics of a task, from scikit-learn and SciPy: a table of what they are and which way."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-CLASSIFICATION = ("accuracy", "f1", "f1_macro", "matthews")
-REGRESSION = ("pearson", "spearman")
-METRICS = (*CLASSIFICATION, *REGRESSION)
-
-
 Metrics = Mapping[str, float | None]  # by name; None where one is undefined
 
 
-def shown(value: float | None) -> str:
-    """A metric as a person reads it."""
-    return "undefined" if value is None else f"{value:.4f}"
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table: `compute` takes predictions and labels, both of shape [N].
+
+    They are class codes where `classes`, else real numbers. `rises` tells that higher is better.
+    """
+
+    compute: Callable[[NDArray[Any], NDArray[Any]], float | None]
+    classes: bool
+    rises: bool = True
+
+
+def _same(values: NDArray[Any]) -> bool:
+    return bool(values.min() == values.max())
+
+
+def _accuracy(predicted: NDArray[Any], labels: NDArray[Any]) -> float | None:
+    from sklearn import metrics
+
+    return float(metrics.accuracy_score(labels, predicted))
+
+
+def _f1(predicted: NDArray[Any], labels: NDArray[Any]) -> float | None:
+    from sklearn import metrics
+
+    if not ((labels == 1) | (predicted == 1)).any():
+        return None
+    return float(metrics.f1_score(labels == 1, predicted == 1, zero_division=0))
+
+
+def _f1_macro(predicted: NDArray[Any], labels: NDArray[Any]) -> float | None:
+    from sklearn import metrics
+
+    return float(metrics.f1_score(labels, predicted, average="macro", zero_division=0))
+
+
+def _matthews(predicted: NDArray[Any], labels: NDArray[Any]) -> float | None:
+    from sklearn import metrics
+
+    if _same(labels):
+        return None
+    return 0.0 if _same(predicted) else float(metrics.matthews_corrcoef(labels, predicted))
+
+
+def _pearson(predicted: NDArray[Any], labels: NDArray[Any]) -> float | None:
+    from scipy import stats
+
+    if _same(labels) or _same(predicted):
+        return None
+    return float(stats.pearsonr(predicted, labels).statistic)
+
+
+def _spearman(predicted: NDArray[Any], labels: NDArray[Any]) -> float | None:
+    from scipy import stats
+
+    if _same(labels) or _same(predicted):
+        return None
+    return float(stats.spearmanr(predicted, labels).statistic)
+
+
+METRICS = {
+    "accuracy": Metric(_accuracy, classes=True),
+    "f1": Metric(_f1, classes=True),
+    "f1_macro": Metric(_f1_macro, classes=True),
+    "matthews": Metric(_matthews, classes=True),
+    "pearson": Metric(_pearson, classes=False),
+    "spearman": Metric(_spearman, classes=False),
+}
+CLASSIFICATION = tuple(name for name, metric in METRICS.items() if metric.classes)
+REGRESSION = tuple(name for name, metric in METRICS.items() if not metric.classes)
 
 
 def compute_metrics(
@@ -32,32 +95,24 @@ def compute_metrics(
     labels are, `f1` where class 1 is neither there nor predicted. By convention `matthews` is 0
     where all predictions are the same and the labels are not.
     """
-    return {name: _compute(name, predicted, labels) for name in names}
+    return {name: METRICS[name].compute(predicted, labels) for name in names}
 
 
-def _compute(name: str, predicted: NDArray[Any], labels: NDArray[Any]) -> float | None:
-    same_labels = labels.min() == labels.max()
-    same_predictions = predicted.min() == predicted.max()
-    if name == "matthews" and (same_labels or same_predictions):
-        return None if same_labels else 0.0
-    if name in REGRESSION and (same_labels or same_predictions):
-        return None
-    if name == "f1" and not ((labels == 1) | (predicted == 1)).any():
-        return None
-    if name in REGRESSION:
-        from scipy import stats
+def better(name: str, new: float | None, old: float | None) -> bool:
+    """Whether a value of the metric `name` is to be preferred to an earlier one.
 
-        correlate = stats.pearsonr if name == "pearson" else stats.spearmanr
-        return float(correlate(predicted, labels).statistic)
-    from sklearn import metrics
+    An undefined one (None) gives way to any later one, and is never better than a defined one.
+    """
+    if old is None or new is None:
+        return old is None
+    return new > old if METRICS[name].rises else new < old
 
-    match name:
-        case "accuracy":
-            return float(metrics.accuracy_score(labels, predicted))
-        case "f1":
-            return float(metrics.f1_score(labels == 1, predicted == 1, zero_division=0))
-        case "f1_macro":
-            return float(metrics.f1_score(labels, predicted, average="macro", zero_division=0))
-        case "matthews":
-            return float(metrics.matthews_corrcoef(labels, predicted))
-    raise KeyError(name)
+
+def shown(value: float | None) -> str:
+    """A metric as a person reads it."""
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def short(value: float) -> float:
+    """The value to six digits: what a report shows, and no rounding noise."""
+    return float(f"{value:.6g}")

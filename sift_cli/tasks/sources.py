@@ -6,6 +6,7 @@ Importing this module loads no dataset library; functions do when they need it.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,35 @@ def load_splits(path: str, task: str, config: str | None) -> DatasetDict:
         name: rows.add_column(NUMBER, list(range(len(rows)))) for name, rows in found.items()
     }
     return datasets.DatasetDict(numbered)
+
+
+def read_rows(
+    path: str,
+    task: str,
+    config: str | None,
+    *,
+    split: str,
+    holdout: float | None,
+    max_train_rows: int | None,
+    seed: int,
+) -> DatasetDict:
+    """The splits of `load_splits`, some training rows held out or left out.
+
+    Where `split` is the validation split, the share `holdout` of the training rows replaces it.
+    Raises SiftError where that leaves none to train on.
+    """
+    raw = load_splits(path, task, config)
+    if holdout is not None and split == "validation":
+        whole = take_split(raw, "train", path)
+        if not 0 < math.ceil(holdout * len(whole)) < len(whole):
+            raise SiftError(f"data.holdout: {holdout} leaves none of {len(whole)} rows to train on")
+        parts = whole.train_test_split(test_size=holdout, seed=seed)
+        numbered = {"train": parts["train"], "validation": parts["test"]}
+        raw = type(raw)({**raw, **numbered})
+    if max_train_rows is not None and "train" in raw:
+        kept = min(max_train_rows, len(raw["train"]))
+        raw["train"] = raw["train"].shuffle(seed=seed).select(range(kept))
+    return raw
 
 
 def _read_files(split: str, files: Sequence[Path]) -> Dataset:

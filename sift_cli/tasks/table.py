@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -30,3 +31,14 @@ TASKS: dict[str, TaskSpec] = {  # GLUE (Wang et al., ICLR 2019), with its offici
     "rte": TaskSpec(SENTENCES, ENTAILMENT, ("accuracy",)),
     "wnli": TaskSpec(SENTENCES, ("not_entailment", "entailment"), ("accuracy",)),
 }
+
+
+def text_columns(task: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    """The columns that hold a row's texts: those given, else those of the task."""
+    spec = TASKS.get(task)
+    return tuple(given or (spec.text if spec else ()))
+
+
+def head_width(labels: Sequence[str] | None) -> int:
+    """How many outputs a head for these labels has; None asks for one number."""
+    return 1 if labels is None else len(labels)

@@ -1,30 +1,147 @@
-"""A task with its rows."""
+"""A task: all that training, selection, evaluation, planning, merging, cards and export ask."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sift_cli.tasks.metrics import Metrics
+from sift_cli.tasks.tokens import Encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from sift_cli.models.loading import LoadedModel
 
 
 @dataclass(frozen=True)
-class Task:
-    """A task with its rows, each checked: columns `text` (or `text` and `pair`), `label`, `row`.
+class Loss:
+    """The summed loss of a batch, of shape [], and how many rows (or tokens) it is the sum of.
 
-    `row` is the row's number in its source split. `evaluation` maps the suffix of a metric's name
-    to rows: one entry with the suffix "" in general; MNLI adds "_mismatched". `labels` is None for
-    regression.
+    `sum` is of fp64 where the device has it, so that a mean made a sum and divided again is the
+    same to the last bit.
     """
 
-    name: str
-    labels: tuple[str, ...] | None
-    metrics: tuple[str, ...]
-    train: Dataset | None
-    evaluation: dict[str, Dataset]
+    sum: Tensor
+    count: int
+
+    @classmethod
+    def of_mean(cls, mean: Tensor, count: int) -> Loss:
+        """From the mean over `count`, as models of transformers give it."""
+        wide = torch.float32 if mean.device.type == "mps" else torch.float64
+        return cls(mean.float().to(wide) * count, count)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What readers and other tools are told of a task: on cards, and in adapters for PEFT.
+
+    `pipeline_tag` is the hub's name for what its models do, `peft_type` PEFT's, under which PEFT
+    stores the modules `peft_heads` whole, asked or not. `predicts` says in words what comes out,
+    `arguments` what `from_pretrained` needs to make the head.
+    """
+
+    pipeline_tag: str
+    peft_type: str
+    peft_heads: tuple[str, ...]
+    predicts: str
+    arguments: str
+
+
+class Task(Protocol):
+    """What every task answers; only its own module knows what its rows and outputs are.
+
+    Rows are checked, each with its number in its source split in the column `row`. A task made from
+    what a delta or a model's configuration says has none: `train` is None, `evaluation` is empty.
+    """
 
     @property
-    def outputs(self) -> int:
-        """Width of the model's head."""
-        return 1 if self.labels is None else len(self.labels)
+    def name(self) -> str:
+        """What it is called in recipes and reports."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of METRICS; the first one decides which weights are kept."""
+
+    @property
+    def train(self) -> Dataset | None:
+        """The rows to train on."""
+
+    @property
+    def evaluation(self) -> Mapping[str, Dataset]:
+        """The rows to evaluate on, by the suffix of their metrics' names: "" for the first."""
+
+    @property
+    def auto(self) -> Any:
+        """The Auto class of transformers that loads its models."""
+
+    @property
+    def published(self) -> Published:
+        """What cards and exported adapters say."""
+
+    def configure(self, folder: Path) -> PretrainedConfig:
+        """The configuration of the base in `folder`, with what this task's head needs.
+
+        Raises SiftError where there is no usable one.
+        """
+
+    def unconfigure(self, config: PretrainedConfig) -> None:
+        """Takes what `configure` put in out of `config`, in place."""
+
+    def require_fit(self, config: PretrainedConfig) -> None:
+        """Raises SiftError where the model of a configuration is not one for this task."""
+
+    def header(self) -> dict[str, Any]:
+        """What delta files and summary.json hold of it, beside its name."""
+
+    def usage(self, paired: bool) -> str:
+        """Markdown that shows how to call its model, with two texts a row where `paired`."""
+
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+        """The rows as tokens, cut to `max_length`; raises SiftError where that holds nothing."""
+
+    def collate(
+        self, features: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+    ) -> Mapping[str, Tensor]:
+        """One batch, padded to its longest row, with what the loss needs."""
+
+    def counted(self, data: Encoded, rows: Sequence[int]) -> int:
+        """What the mean loss over these rows is over: the `count` of their `loss`, without it."""
+
+    def groups(self, data: Encoded) -> dict[str, list[int]]:
+        """Rows that are of one kind, such as a class, by its name; empty where there are none."""
+
+    def example(self, ids: Tensor) -> dict[str, Tensor]:
+        """A batch of made-up tokens (int64 [B, T]) with what the loss needs, and no mask."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
+        """The summed loss of a batch that lies on the model's device, with its graph."""
+
+    def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """What an evaluation keeps of a batch, [B, ...]: few numbers for each row."""
+
+    def score(self, outputs: Tensor, data: Encoded) -> Metrics:
+        """The task's metrics of a split, of which all `outputs` are there (fp32 [N, ...])."""
+
+    def better(self, new: Metrics, old: Metrics | None) -> bool:
+        """Whether an evaluation is to be preferred to an earlier one, by the first metric."""
+
+    def lines(self, outputs: Tensor, rows: Dataset) -> list[dict[str, Any]]:
+        """What predictions.jsonl says of each row of a split; begins with `row`, its number."""
+
+    def predict(
+        self,
+        loaded: LoadedModel,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        device: torch.device,
+        max_length: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """What the model says of each text (or pair): `text`, `pair` and the answer."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sift_cli.tasks.metrics import Metrics
+from sift_cli.tasks.metrics import Metrics, better
 from sift_cli.training.method import Trained, Weights
 
 
@@ -25,13 +25,13 @@ class Kept:
     def offer(self, step: int, metrics: Metrics) -> bool:
         """Takes an evaluation; tells whether its weights are now the ones to keep."""
         self.seen = step
-        new, old = metrics[self.metric], (self.metrics or {}).get(self.metric)
-        better = old is None or (new is not None and new > old)
-        if better or self.keep == "last":
+        old = (self.metrics or {}).get(self.metric)
+        improved = better(self.metric, metrics[self.metric], old)
+        if improved or self.keep == "last":
             self.step, self.metrics = step, dict(metrics)
             if self.keep == "best":
                 self.state = self.parameters.state()
-        return better
+        return improved
 
     def restore(self) -> None:
         """Puts the kept weights back into the model."""

@@ -18,22 +18,23 @@ Guard = Callable[[int, Rows, Tensor, Tensor], Tensor]
 
 
 def add_gradient(session: Session, rows: Rows, total: int | None = None) -> Tensor:
-    """Adds the gradient of the mean loss over all rows of a step; returns that mean, of shape [].
+    """Adds the gradient of the mean loss of a step; returns that mean, of shape [].
 
-    Each micro-batch counts by its rows, so 1 x 16 equals 4 x 4, whatever its last one holds.
-    `total` stands in for the number of rows, where `rows` are only some of a step's.
+    It is the sum of the micro-batches' losses over what they count, rows or tokens as the task
+    says, so 1 x 16 equals 4 x 4, whatever the last one holds. `total` stands in for the step's
+    count, where `rows` are only some of a step's.
     """
     assert session.train is not None
-    total = total or sum(map(len, rows))
-    loss = torch.zeros((), device=session.device)
+    total = total or session.counted(rows)
+    mean = torch.zeros((), device=session.device)
     for part in rows:
         batch = place(session.collate(session.train.take(part)), session.device)
         with autocast(session.device, session.bf16):
-            mean = session.model(**batch).loss
-        share = mean.float() * (len(part) / total)
+            loss = session.task.loss(session.model, batch)
+        share = loss.sum / total
         share.backward()
-        loss += share.detach()
-    return loss
+        mean = mean + share.detach()
+    return mean
 
 
 def take_step(
@@ -63,6 +64,6 @@ def backward_passes(session: Session, batches: Iterable[Rows]) -> list[Callable[
     """A forward and backward pass for each micro-batch of each of `batches`, not run yet."""
     passes: list[Callable[[], object]] = []
     for rows in batches:
-        total = sum(map(len, rows))
+        total = session.counted(rows)
         passes += [partial(add_gradient, session, [part], total) for part in rows]
     return passes

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from sift_cli.analysis.adapted import main, train_adapted
-from sift_cli.analysis.compare import compare, compare_runs
+from sift_cli.analysis.compare import best_rate, compare, compare_runs
 from sift_cli.analysis.jobs import Job, Runner, rates_of
 from sift_cli.analysis.methods import adapted_layers, rank_for
 from sift_cli.analysis.table import Difference, Run, Spread, markdown, tabulated
@@ -27,6 +28,7 @@ from sift_cli.recipe import load_recipe, parse_recipe
 from sift_cli.runs.folder import TRAINED_FILE
 from sift_cli.runs.summary import Summary
 from sift_cli.runs.tuned import load_tuned
+from sift_cli.tasks.metrics import METRICS, Metric
 from sift_cli.training import train
 from tests.support.command import ENV, sift, until
 from tests.support.models import tiny_model
@@ -150,6 +152,30 @@ def test_a_sweep_takes_the_best_rate(recipe_file: Path, tmp_path: Path, here: li
         own = scores[row.method]
         assert own[row.learning_rate] == max(own.values())
     assert any("evaluation split" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("rises", [True, False])
+def test_the_best_rate_follows_the_metric_and_passes_over_what_is_undefined(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, rises: bool
+) -> None:
+    monkeypatch.setitem(METRICS, "made-up", Metric(lambda *_: None, classes=True, rises=rises))
+    recipe = load_recipe(recipe_file)
+
+    def best(*scores: float | None) -> float | None:
+        jobs = [Job.of(recipe, "sift", None, 10.0**at, 0) for at in range(len(scores))]
+        found = {
+            job: SimpleNamespace(metrics={"made-up": score, "accuracy": 0.5})
+            for job, score in zip(jobs, scores, strict=True)
+        }
+        job, _ = best_rate(jobs, found)
+        return scores[jobs.index(job)]
+
+    assert best(None, 0.25, 0.75, None, 0.5) == (0.75 if rises else 0.25)
+    jobs = [Job.of(recipe, "sift", None, rate, 0) for rate in (1.0, 2.0, 3.0)]
+    same = {job: SimpleNamespace(metrics={"made-up": None}) for job in jobs}
+    assert best_rate(jobs, same)[0] is jobs[0]
+    diverged = {jobs[0]: None, jobs[1]: SimpleNamespace(metrics={"made-up": None}), jobs[2]: None}
+    assert best_rate(jobs, diverged)[0] is jobs[1]
 
 
 def test_rates_lie_around_the_given_one() -> None:

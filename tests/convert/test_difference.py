@@ -16,10 +16,11 @@ from sift_cli.convert import merge
 from sift_cli.convert.difference import difference
 from sift_cli.delta import load_delta
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.fingerprints import probe_logits
 from sift_cli.models.loading import LoadedModel, load_model
 from sift_cli.runs.tuned import load_tuned
 from sift_cli.selection.budget import share
+from sift_cli.tasks.classification import load_as_it_is, task_of_config
+from sift_cli.tasks.evaluation import probe
 from tests.support.command import sift
 from tests.support.models import save_base, tiny_model, tiny_tokenizer
 
@@ -155,11 +156,10 @@ def test_a_cut_delta_stands_for_base_plus_delta(base: Path, tuned: Path, tmp_pat
     assert 0.01 < made["norm_share"] < 0.5
     report = merge(out, tmp_path / "merged")
     assert report["logits_difference"] == 0.0
-    merged = load_model(tmp_path / "merged").model
-    dense = load_model(tuned).model
-    assert not torch.allclose(
-        probe_logits(merged, merged.config), probe_logits(dense, dense.config)
-    )
+    merged = load_as_it_is(tmp_path / "merged").model
+    dense = load_as_it_is(tuned).model
+    task = task_of_config(dense.config)
+    assert not torch.allclose(probe(task, merged, merged.config), probe(task, dense, dense.config))
     assert torch.equal(merged.classifier.weight, dense.classifier.weight)  # new, so whole
     model, recipe = load_tuned(str(out))
     assert recipe is None

@@ -16,9 +16,10 @@ from sift_cli.convert import export as exporting
 from sift_cli.convert.export import choose_rank, export, shira_entries
 from sift_cli.delta import load_delta
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.fingerprints import probe_logits
 from sift_cli.runs.tuned import load_tuned
 from sift_cli.sparse import Support
+from sift_cli.tasks.classification import task_of_config
+from sift_cli.tasks.evaluation import probe
 from tests.support.command import Run, sift
 from tests.support.models import save_base
 
@@ -34,7 +35,7 @@ def fresh(base: Path, dtype: str = "float32", seed: int = 9) -> PreTrainedModel:
 
 
 def logits(model: nn.Module) -> torch.Tensor:
-    return probe_logits(model, model.config)  # type: ignore[arg-type]
+    return probe(task_of_config(model.config), model, model.config)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "deberta-v2", "llama"])

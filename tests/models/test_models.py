@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     XLNetConfig,
     XLNetForSequenceClassification,
@@ -21,9 +23,9 @@ from sift_cli.models.loading import (
     load_model,
     load_tokenizer,
     model_folder,
-    task_config,
     weight_files,
 )
+from sift_cli.tasks.classification import load_as_it_is, task_of_labels
 from tests.support.models import ARCHITECTURES, SIZE, save_base, tiny_model, tiny_tokenizer
 
 NEW = {
@@ -52,6 +54,14 @@ NEW = {
 RESIZED = {  # what depends on the number of labels
     name: new[-2:] if "classifier" in new[-1] else new for name, new in NEW.items()
 }
+
+
+AUTO = AutoModelForSequenceClassification
+
+
+def configured(folder: Path, labels: list[str] | None) -> PretrainedConfig:
+    """The folder's configuration for a task with these labels."""
+    return task_of_labels(labels).configure(folder)
 
 
 def save_whole(folder: Path, architecture: str = "bert") -> Path:
@@ -133,7 +143,7 @@ def test_pickled_weights_are_refused(base: Path) -> None:
     torch.save({}, base / "pytorch_model.bin")
     said = f"^{base}: no model\\*.safetensors; sift reads no pickled weights$"
     with pytest.raises(SiftError, match=said):
-        load_model(base)
+        load_as_it_is(base)
 
 
 @pytest.mark.parametrize("kept", [slice(100), slice(-100)], ids=["header", "data"])
@@ -141,7 +151,7 @@ def test_cut_weights_are_a_damaged_file(base: Path, kept: slice) -> None:
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes()[kept])
     with pytest.raises(SiftError, match=f"^{base}: damaged weights: ") as caught:
-        load_model(base)
+        load_as_it_is(base)
     assert caught.value.code == ExitCode.WRONG_FILE
 
 
@@ -158,7 +168,7 @@ def test_cut_weights_are_a_damaged_file(base: Path, kept: slice) -> None:
 )
 def test_an_unusable_configuration_is_one_line(base: Path, content: str, said: str) -> None:
     (base / "config.json").write_text(content)
-    for load in (load_model, load_tokenizer, lambda folder: task_config(folder, None)):
+    for load in (load_as_it_is, load_tokenizer, lambda folder: configured(folder, None)):
         with pytest.raises(SiftError, match=said) as caught:
             load(base)
         assert str(caught.value).startswith(f"{base}: ")
@@ -168,7 +178,7 @@ def test_an_unusable_configuration_is_one_line(base: Path, content: str, said: s
 def test_an_architecture_without_a_classification_head(base: Path) -> None:
     (base / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(SiftError, match=r"CLIPConfig.* for this kind of AutoModel"):
-        load_model(base)
+        load_as_it_is(base)
 
 
 # What they were given anew
@@ -177,7 +187,7 @@ def test_an_architecture_without_a_classification_head(base: Path) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_head_that_a_backbone_lacks_is_new(tmp_path: Path, architecture: str) -> None:
     folder = save_base(tmp_path / "base", architecture)
-    loaded = load_model(folder, task_config(folder, ["a", "b"]), torch.float32)
+    loaded = load_model(folder, AUTO, configured(folder, ["a", "b"]), torch.float32)
     assert loaded.new == NEW[architecture]
     saved = tiny_model(architecture, torch.float32).base_model.state_dict()
     held = loaded.model.base_model.state_dict()
@@ -188,7 +198,7 @@ def test_the_head_that_a_backbone_lacks_is_new(tmp_path: Path, architecture: str
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_head_of_the_right_size_is_not_new(tmp_path: Path, architecture: str) -> None:
     folder = save_whole(tmp_path / "whole", architecture)
-    loaded = load_model(folder, task_config(folder, ["a", "b", "c"]))
+    loaded = load_model(folder, AUTO, configured(folder, ["a", "b", "c"]))
     assert loaded.new == ()
     saved = tiny_model(architecture, torch.float32).state_dict()
     held = loaded.model.state_dict()
@@ -198,25 +208,25 @@ def test_a_head_of_the_right_size_is_not_new(tmp_path: Path, architecture: str) 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_head_of_another_size_is_new(tmp_path: Path, architecture: str) -> None:
     folder = save_whole(tmp_path / "whole", architecture)
-    loaded = load_model(folder, task_config(folder, ["a", "b"]))
+    loaded = load_model(folder, AUTO, configured(folder, ["a", "b"]))
     assert loaded.new == RESIZED[architecture]
     weights = dict(loaded.model.named_parameters())
     assert len(weights[loaded.new[0]]) == 2
 
 
 def test_the_head_fits_the_task(base: Path) -> None:
-    config = task_config(base, ["bad", "fine", "good"])
+    config = configured(base, ["bad", "fine", "good"])
     assert (config.num_labels, config.problem_type) == (3, "single_label_classification")
     assert config.id2label == {0: "bad", 1: "fine", 2: "good"}
     assert config.label2id == {"bad": 0, "fine": 1, "good": 2}
-    regression = task_config(base, None)
+    regression = configured(base, None)
     assert (regression.num_labels, regression.problem_type) == (1, "regression")
 
 
 def test_the_dtype_is_that_of_the_folder_unless_given(tmp_path: Path) -> None:
     folder = save_base(tmp_path / "half", dtype=torch.bfloat16)
-    assert load_model(folder).model.dtype == torch.bfloat16
-    assert load_model(folder, dtype=torch.float32).model.dtype == torch.float32
+    assert load_as_it_is(folder).model.dtype == torch.bfloat16
+    assert load_model(folder, AUTO, dtype=torch.float32).model.dtype == torch.float32
 
 
 def test_loading_says_nothing(
@@ -229,7 +239,7 @@ def test_loading_says_nothing(
     folder = save_whole(tmp_path / "whole")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     capfd.readouterr()
-    load_model(folder, task_config(folder, ["a", "b"]))
+    load_model(folder, AUTO, configured(folder, ["a", "b"]))
     assert capfd.readouterr() == ("", "")
     assert caplog.messages == []
 
@@ -241,7 +251,7 @@ def test_a_folder_without_a_tokenizer(base: Path) -> None:
     for file in base.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(SiftError, match=f"^{base} holds no tokenizer; copy its files beside"):
-        load_model(base)
+        load_as_it_is(base)
 
 
 @pytest.mark.parametrize("special", [{"eos_token": "[SEP]"}, {"unk_token": "[UNK]"}])
@@ -250,7 +260,7 @@ def test_a_tokenizer_without_a_padding_token_gets_one(
 ) -> None:
     folder = set_tokenizer(save_base(tmp_path / "gpt2", "gpt2"), **special)
     set_config(folder, pad_token_id=None)
-    loaded = load_model(folder)
+    loaded = load_as_it_is(folder)
     (token,) = special.values()
     assert loaded.tokenizer.pad_token == token
     assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id
@@ -279,7 +289,7 @@ def test_padding_changes_no_logits(
     """These heads find the last token of a row by the padding that the configuration names."""
     folder = set_tokenizer(save_base(tmp_path / "base", architecture), **special)
     set_config(folder, pad_token_id=code)
-    loaded = load_model(folder, task_config(folder, ["a", "b"]), torch.float64)
+    loaded = load_model(folder, AUTO, configured(folder, ["a", "b"]), torch.float64)
     model = loaded.model.eval()
     rows = [[5, 6, 7], [5, 6, 7, 8, 9, 10]]
     collate = DataCollatorWithPadding(loaded.tokenizer)

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from sift_cli.errors import SiftError
 from sift_cli.tasks import tokens
-from sift_cli.tasks.classification import load_task
+from sift_cli.tasks.classification import Classification
+from sift_cli.tasks.labelled import load_task
 from sift_cli.tasks.metrics import REGRESSION
 from sift_cli.tasks.sources import BUILTIN
 from sift_cli.tasks.table import TASKS
-from sift_cli.tasks.task import Task
 from sift_cli.tasks.tokens import encode
 from tests.support.models import VOCABULARY, WORDS, tiny_tokenizer
 
@@ -63,7 +63,7 @@ def refusal(path: str, task: str = "sst2", **options: Any) -> str:
     return str(caught.value)
 
 
-def custom(path: str, **options: Any) -> Task:
+def custom(path: str, **options: Any) -> Classification:
     return load_task(path, "custom", text=["words"], label="mark", **options)
 
 
@@ -83,7 +83,7 @@ def test_a_folder_of_each_format(tmp_path: Path, ending: str) -> None:
         "label": [1, 0],
         "row": [0, 1],
     }
-    assert (task.name, task.labels, task.metrics, task.outputs) == (
+    assert (task.name, task.labels, task.metrics, task.width) == (
         "sst2",
         ("negative", "positive"),
         ("accuracy",),
@@ -391,7 +391,7 @@ def test_regression_has_real_targets_and_one_output(tmp_path: Path) -> None:
     pairs = [{"sentence1": "a", "sentence2": "b", "label": value} for value in (1, 2.5)]
     task = load_task(folder(tmp_path, train=pairs, validation=pairs), "stsb")
     assert task.train is not None
-    assert (task.labels, task.outputs, task.metrics) == (None, 1, REGRESSION)
+    assert (task.labels, task.width, task.metrics) == (None, 1, REGRESSION)
     assert task.train["label"][:] == [1.0, 2.5]
 
 

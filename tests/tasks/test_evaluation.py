@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.fingerprints import probe_logits
-from sift_cli.models.loading import load_model
+from sift_cli.models.loading import load_tokenizer
 from sift_cli.recipe import load_recipe
 from sift_cli.runs.session import Session, open_session
-from sift_cli.tasks.classification import load_task
-from sift_cli.tasks.evaluation import predict_logits
+from sift_cli.tasks.classification import load_as_it_is, task_of_config
+from sift_cli.tasks.evaluation import collect_outputs, probe
+from sift_cli.tasks.labelled import load_task
 from sift_cli.tasks.tokens import encode
 from tests.support.models import save_base
 
@@ -23,7 +23,7 @@ def session(recipe_file: Path) -> Session:
 
 def test_logits_come_in_the_order_of_the_rows(session: Session) -> None:
     data = session.evaluation[""]
-    together = predict_logits(session.model, data, session.collate, batch_size=5)
+    together = collect_outputs(session.task, session.model, data, session.collate, batch_size=5)
     session.model.eval()
     for at in range(len(data)):
         batch = session.collate(data.take([at]))
@@ -34,7 +34,7 @@ def test_logits_come_in_the_order_of_the_rows(session: Session) -> None:
 
 def test_accuracy_is_counted_by_hand(session: Session) -> None:
     data = session.evaluation[""]
-    logits = predict_logits(session.model, data, session.collate, batch_size=4)
+    logits = collect_outputs(session.task, session.model, data, session.collate, batch_size=4)
     right = [
         int(row.argmax()) == label for row, label in zip(logits, data.rows["label"][:], strict=True)
     ]
@@ -63,16 +63,17 @@ def test_outputs_that_are_not_finite_stop(session: Session) -> None:
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
 def test_the_probe_marks_a_model(architecture: str, tmp_path: Path) -> None:
     folder = save_base(tmp_path / "m", architecture)
-    loaded = load_model(folder)
-    first = probe_logits(loaded.model, loaded.model.config)
+    loaded = load_as_it_is(folder)
+    config = loaded.model.config
+    task = task_of_config(config)
+    first = probe(task, loaded.model, config)
     assert first.shape == (4, 3)
-    assert torch.equal(probe_logits(loaded.model, loaded.model.config), first)
+    assert torch.equal(probe(task, loaded.model, config), first)
     next(p for n, p in loaded.model.named_parameters() if "0." in n).data *= 1.5
-    assert not torch.equal(probe_logits(loaded.model, loaded.model.config), first)
+    assert not torch.equal(probe(task, loaded.model, config), first)
 
 
 def test_a_second_split_can_be_scored(data: Path, base: Path) -> None:
     task = load_task(str(data), "sst2", split="train", train=False)
-    loaded = load_model(base)
-    rows = encode(task.evaluation[""], loaded.tokenizer, 16)
+    rows = encode(task.evaluation[""], load_tokenizer(base), 16)
     assert len(rows) == 48

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sift_cli.tasks.metrics import CLASSIFICATION, METRICS, REGRESSION, compute_metrics, shown
+from sift_cli.tasks.metrics import (
+    CLASSIFICATION,
+    METRICS,
+    REGRESSION,
+    Metric,
+    better,
+    compute_metrics,
+    shown,
+)
 
 # true positives 3, false positives 1, false negatives 2, true negatives 4
 LABELS = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0])
@@ -100,7 +108,7 @@ def test_metrics_come_by_name_in_the_order_asked_for() -> None:
     found = compute_metrics(["f1", "accuracy"], PREDICTED, LABELS)
     assert list(found) == ["f1", "accuracy"]
     assert all(type(value) is float for value in found.values())
-    assert (*CLASSIFICATION, *REGRESSION) == METRICS
+    assert (*CLASSIFICATION, *REGRESSION) == tuple(METRICS)
     with pytest.raises(KeyError, match="recall"):
         compute_metrics(["recall"], PREDICTED, LABELS)
 
@@ -108,3 +116,19 @@ def test_metrics_come_by_name_in_the_order_asked_for() -> None:
 def test_every_metric_is_known_to_both_lists() -> None:
     assert list(compute_metrics(CLASSIFICATION, PREDICTED, LABELS)) == list(CLASSIFICATION)
     assert list(compute_metrics(REGRESSION, PREDICTED * 1.0, LABELS * 1.0)) == list(REGRESSION)
+
+
+@pytest.mark.parametrize("rises", [True, False])
+def test_the_table_says_which_way_is_better(monkeypatch: pytest.MonkeyPatch, rises: bool) -> None:
+    metric = Metric(lambda predicted, labels: None, classes=True, rises=rises)
+    monkeypatch.setitem(METRICS, "made-up", metric)
+    assert better("made-up", 0.5, 0.25) is rises
+    assert better("made-up", 0.25, 0.5) is not rises
+    assert not better("made-up", 0.5, 0.5)
+    assert better("made-up", 0.5, None)
+    assert better("made-up", None, None)
+    assert not better("made-up", None, 0.5)
+
+
+def test_every_metric_there_is_rises() -> None:
+    assert all(better(name, 0.75, 0.5) and not better(name, 0.5, 0.75) for name in METRICS)

@@ -429,11 +429,11 @@ def test_kept_weights_follow_the_first_best_or_the_last() -> None:
 
     for keep, wanted in (("best", 2), ("last", 4)):
         parameters = attach(nn.Linear(2, 1), {"weight": Support((1, 2))})
-        kept = Kept(parameters, keep, "m")
+        kept = Kept(parameters, keep, "accuracy")
         for step, score in enumerate([0.1, 0.9, 0.9, 0.3], start=1):
             parameters.flat.data.fill_(float(step))
             parameters.write_back()
-            kept.offer(step, {"m": score})
+            kept.offer(step, {"accuracy": score})
         kept.restore()
         assert kept.step == wanted
         assert parameters.segments[0].weight.detach().tolist() == [[float(wanted)] * 2]

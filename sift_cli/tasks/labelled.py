@@ -1,0 +1,165 @@
+"""Rows of texts with a label each: from a source to a task, every value checked.
+
+Importing this module loads no dataset library; functions do when they need it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sift_cli.errors import SiftError
+from sift_cli.tasks.classification import Classification, task_of_labels
+from sift_cli.tasks.metrics import CLASSIFICATION, REGRESSION
+from sift_cli.tasks.sources import (
+    NUMBER,
+    by_suffix,
+    column_values,
+    evaluation_splits,
+    read_rows,
+    refuse_rows,
+    require_columns,
+    take_split,
+)
+from sift_cli.tasks.table import TASKS, TaskSpec, text_columns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load_task(
+    path: str,
+    task: str,
+    *,
+    text: Sequence[str] | None = None,
+    label: str | None = None,
+    labels: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    config: str | None = None,
+    split: str = "validation",
+    holdout: float | None = None,
+    max_train_rows: int | None = None,
+    seed: int = 0,
+    train: bool = True,
+) -> Classification:
+    """Loads and checks the training rows (unless `train` is false) and those of the split `split`.
+
+    Raises SiftError for a source that is not there, a missing split or column, an empty split,
+    labels outside the range, all-equal training labels, missing text, targets that are not finite
+    and metrics of classes for a regression.
+    """
+    spec = TASKS.get(task)
+    raw = read_rows(
+        path,
+        task,
+        config,
+        split=split,
+        holdout=holdout,
+        max_train_rows=max_train_rows,
+        seed=seed,
+    )
+    columns, column = text_columns(task, text), label or (spec.label if spec else "label")
+    wanted = {name: take_split(raw, name, path) for name in evaluation_splits(raw, split)}
+    source = take_split(raw, "train", path) if train or spec is None else None
+    names = _labels(labels, spec, source, column)
+    checked = {
+        suffix: _check_rows(rows, where, columns, column, names)
+        for where, (suffix, rows) in zip(wanted, by_suffix(wanted).items(), strict=True)
+    }
+    rows = None
+    if train and source is not None:
+        rows = _check_rows(source, "train", columns, column, names)
+        _refuse_one_label(rows, names, path)
+    chosen = tuple(metrics or (spec.metrics if spec else task_of_labels(names).metrics))
+    _refuse_class_metrics(chosen, names, column)
+    return Classification(task, names, chosen, rows, checked)
+
+
+def _labels(
+    given: Sequence[str] | None, spec: TaskSpec | None, source: Dataset | None, column: str
+) -> tuple[str, ...] | None:
+    """Label names in code order, None for a regression: as given, the task's, or the data's."""
+    if given is not None:
+        return tuple(given)
+    if spec is not None:
+        return spec.labels
+    assert source is not None
+    return _infer_labels(source, column)
+
+
+def _refuse_one_label(rows: Dataset, names: Sequence[str] | None, path: str) -> None:
+    if names is not None and len(set(rows["label"])) == 1:
+        raise SiftError(
+            f"{path}: all {len(rows):,} training rows have the label {rows['label'][0]}; "
+            "nothing can be learnt from them"
+        )
+
+
+def _refuse_class_metrics(metrics: Sequence[str], names: Sequence[str] | None, column: str) -> None:
+    if names is None and (wrong := [name for name in metrics if name in CLASSIFICATION]):
+        raise SiftError(
+            f"data.metrics: {', '.join(wrong)} needs classes, and {column!r} holds numbers "
+            f"to predict; use {', '.join(REGRESSION)}"
+        )
+
+
+def _infer_labels(rows: Dataset, column: str) -> tuple[str, ...] | None:
+    """Label names from the data: a ClassLabel's, the sorted strings, or codes up to the largest."""
+    import datasets
+
+    require_columns(rows, "train", [column])
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names)
+    values = [value for value in column_values(rows, "train", column) if value is not None]
+    if all(isinstance(value, str) for value in values):
+        return tuple(sorted(set(values)))
+    if all(isinstance(value, bool | int) for value in values):
+        count = int(max(values)) + 1
+        if count > max(len(values), 100):
+            raise SiftError(
+                f"data.label: {column!r} goes up to {count - 1:,} in {len(values):,} rows, so it "
+                "holds no codes of classes; name them in data.labels, or use real numbers"
+            )
+        return tuple(str(code) for code in range(count))
+    return None
+
+
+def _check_rows(
+    rows: Dataset,
+    split: str,
+    text: Sequence[str],
+    label: str,
+    names: tuple[str, ...] | None,
+) -> Dataset:
+    """The same rows with the columns text, pair, label and row alone, every value checked."""
+    from datasets import ClassLabel, Dataset
+
+    require_columns(rows, split, [*text, label])
+    numbers = list(rows[NUMBER])
+    out: dict[str, list[Any]] = {}
+    for key, column in zip(("text", "pair"), text, strict=False):
+        values = column_values(rows, split, column)
+        refuse_rows(split, f"text in {column!r} is missing", numbers, [v is None for v in values])
+        out[key] = [str(value) for value in values]
+    given = column_values(rows, split, label)
+    if names is None:
+        numeric = [isinstance(value, int | float) for value in given]
+        refuse_rows(split, "targets that are no numbers", numbers, [not one for one in numeric])
+        finite = [math.isfinite(value) for value in given]
+        refuse_rows(split, "targets that are not finite", numbers, [not one for one in finite])
+        out["label"] = [float(value) for value in given]
+    else:
+        feature = rows.features[label]
+        own = feature.names if isinstance(feature, ClassLabel) else []
+        if set(own) == set(names):  # the source's own codes, which may be in another order
+            given = [own[code] if code in range(len(own)) else code for code in given]
+        codes = {name: code for code, name in enumerate(names)}
+        coded = [codes.get(value, -1) if isinstance(value, str) else value for value in given]
+        valid = [isinstance(code, int) and 0 <= code < len(names) for code in coded]
+        said = f"labels outside {dict(enumerate(names))}"
+        refuse_rows(split, said, numbers, [not one for one in valid], given)
+        out["label"] = [int(code) for code in coded]
+    out["row"] = numbers
+    return Dataset.from_dict(out)
