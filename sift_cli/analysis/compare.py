@@ -56,7 +56,7 @@ def compare(
     check_methods([*methods, *rates])
     if any(method in ADAPTERS for method in methods):
         require_peft()
-    tell_emulated(recipe, pick_device(device), console)
+    tell_emulated(recipe.model, recipe.train, pick_device(device), console)
     runner = Runner(out, workers, device, allow_code, console)
     tried = jobs_of(recipe, methods, densities, rates, sweep)
     if sweep > 1:

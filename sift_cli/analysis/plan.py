@@ -227,7 +227,8 @@ def memory_of_methods(
     `missing` in place of the bytes says why a method cannot be counted.
     """
     recipe, build, dense = outline.recipe, outline.build, outline.dense
-    chosen, gpu, bf16 = recipe.selection, device.type == "cuda", autocasts(recipe, device)
+    chosen, gpu = recipe.selection, device.type == "cuda"
+    bf16 = autocasts(recipe.model, recipe.train, device)
     structure, block = chosen.structure or "entry", chosen.block_size or 1
 
     def lora() -> Any:
@@ -260,7 +261,8 @@ def memory_of_passes(
 ) -> dict[str, dict[str, int]]:
     """Of the pass that ranks gradients with `batch`, where the score needs one; of evaluation."""
     recipe, build = outline.recipe, outline.build
-    chosen, gpu, bf16 = recipe.selection, device.type == "cuda", autocasts(recipe, device)
+    chosen, gpu = recipe.selection, device.type == "cuda"
+    bf16 = autocasts(recipe.model, recipe.train, device)
     passes = {}
     with console.status("counting the memory of selection and evaluation"):
         if find_score(chosen.score or "gradient", allow_code=True).needs_data:

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import DTYPES, LoadedModel, check_length, load_model, model_folder
-from sift_cli.recipe import Recipe
+from sift_cli.recipe import ModelSection, Recipe, TrainSection
 from sift_cli.tasks.evaluation import collect_outputs
 from sift_cli.tasks.labelled import load_task
+from sift_cli.tasks.metrics import Metrics
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.tokens import Encoded
 
@@ -140,28 +141,41 @@ def open_session(
         train=None if task.train is None else encoded(task.train),
         evaluation={suffix: encoded(rows) for suffix, rows in task.evaluation.items()},
         device=where,
-        bf16=autocasts(recipe, where),
+        bf16=autocasts(recipe.model, recipe.train, where),
         eval_batch_size=recipe.eval.batch_size,
         eval_max_tokens=recipe.eval.max_tokens,
     )
 
 
-def autocasts(recipe: Recipe, device: torch.device) -> bool:
+def autocasts(model: ModelSection, train: TrainSection, device: torch.device) -> bool:
     """Whether to run under bfloat16 autocast; a bfloat16 base computes in bfloat16 without it."""
-    if recipe.train.precision != "auto":
-        return recipe.train.precision == "bfloat16"
+    if train.precision != "auto":
+        return train.precision == "bfloat16"
     fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return fits and recipe.model.dtype == "float32"
+    return fits and model.dtype == "float32"
 
 
-def tell_emulated(recipe: Recipe, device: torch.device, console: Console) -> None:
+def tell_emulated(
+    model: ModelSection, train: TrainSection, device: torch.device, console: Console
+) -> None:
     """Says which key asks for bfloat16 where the CPU has no arithmetic for it.
 
     Products then run on code that is not blocked, some 20 times slower than in float32.
     """
-    key = "train.precision" if autocasts(recipe, device) else "model.dtype"
-    asked = key == "train.precision" or recipe.model.dtype == "bfloat16"
+    key = "train.precision" if autocasts(model, train, device) else "model.dtype"
+    asked = key == "train.precision" or model.dtype == "bfloat16"
     if not asked or device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         console.print(f"{key}: this CPU emulates bfloat16, many times slower than float32")
+
+
+def tell_undefined(metrics: Metrics, console: Console) -> None:
+    """Says which metrics of the base are undefined: on data of one class they stay so."""
+    names = [name for name, value in metrics.items() if value is None]
+    if names:
+        console.print(
+            f"{', '.join(names)}: undefined before training, since all labels or all predictions "
+            "are the same",
+            highlight=False,
+        )

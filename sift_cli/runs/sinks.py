@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite
@@ -12,6 +13,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sift_cli.errors import SiftError
+from sift_cli.recipe import Recipe
+from sift_cli.runs.folder import (
+    DELTA_FILE,
+    GRADIENT_FILE,
+    METRICS_FILE,
+    PLOTS,
+    RECIPE_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+    TENSORBOARD,
+    WANDB_FILE,
+)
 from sift_cli.system.files import write_text
 from sift_cli.tasks.metrics import shown
 
@@ -156,6 +169,25 @@ class Sinks:
         """Closes every sink."""
         for sink in self._sinks:
             sink.close()
+
+
+def open_sinks(recipe: Recipe, out: Path, console: Console, after: int = 0) -> Sinks:
+    """Writes recipe.yaml and opens the sinks of a run that goes on after step `after`.
+
+    What an earlier run finished with is removed.
+    """
+    sinks: list[Sink] = []  # first: a package that is missing must not cost the earlier run
+    if recipe.log.tensorboard:
+        sinks.append(TensorBoard(out / TENSORBOARD, after))
+    if recipe.log.wandb:
+        sinks.append(WandB(out / WANDB_FILE, recipe.model_dump(mode="json"), after))
+    for name in (SUMMARY_FILE, DELTA_FILE, REPORT_FILE):
+        (out / name).unlink(missing_ok=True)
+    if not after:
+        (out / GRADIENT_FILE).unlink(missing_ok=True)
+    shutil.rmtree(out / PLOTS, ignore_errors=True)
+    write_text(out / RECIPE_FILE, recipe.to_yaml())
+    return Sinks(JsonLines(out / METRICS_FILE, after), [*sinks, Bar(console)])
 
 
 def _numbers(record: StepRecord) -> dict[str, float]:

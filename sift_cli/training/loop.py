@@ -14,21 +14,18 @@ from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import EvalSection, Recipe, TrainSection
 from sift_cli.runs.checkpoint import Checkpoints
 from sift_cli.runs.facts import Facts, settings_of
-from sift_cli.runs.folder import open_run_folder
 from sift_cli.runs.guard import guarded, require_space
 from sift_cli.runs.record import write_gradient, write_predictions
-from sift_cli.runs.session import Session, open_session, tell_emulated
-from sift_cli.runs.sinks import Sinks
+from sift_cli.runs.session import Session, open_session, tell_emulated, tell_undefined
+from sift_cli.runs.sinks import Sinks, open_sinks
 from sift_cli.runs.summary import Summary, describe, summarize
 from sift_cli.runs.timing import Timing
 from sift_cli.system.stopping import Stop
-from sift_cli.tasks.metrics import Metrics
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import selecting
-from sift_cli.training.kept import Kept
 from sift_cli.training.method import Build, Method
 from sift_cli.training.schedule import schedule_of
-from sift_cli.training.state import State, space_for
+from sift_cli.training.state import Kept, State, space_for
 from sift_cli.training.step import Rows, add_gradient, take_step
 from sift_cli.training.watch import Watch
 
@@ -66,7 +63,7 @@ def train(
         run = begin(recipe, session, build, checkpoints, timing, resume=resume)
         require_space(out, space_for(run.state.parameters))
         with Stop() as stop:
-            with closing(open_run_folder(recipe, out, console, run.done)) as log:
+            with closing(open_sinks(recipe, out, console, run.done)) as log:
                 if run.saved is None:
                     checkpoints.remove()
                 take_steps(run, log, stop)
@@ -89,7 +86,7 @@ class Run:
     checkpoints: Checkpoints
     facts: Facts
     state: State
-    metrics_before: Metrics
+    metrics_before: dict[str, float | None]
     saved: int | None
     undo: Callable[[], None]
 
@@ -116,7 +113,7 @@ def begin(
     for split, cut in session.truncated().items():
         if cut:
             console.print(f"{split}: {cut:,} rows cut to {recipe.data.max_length} tokens")
-    tell_emulated(recipe, session.device, console)
+    tell_emulated(recipe.model, settings, session.device, console)
     facts = Facts.of(settings_of(recipe), method.name, session)
     saved = checkpoints.newest(facts) if resume else None
     metrics_before = saved.metrics_before if saved else session.evaluate()
@@ -124,7 +121,7 @@ def begin(
     undo = prepare_model(session.model, session.device, settings.gradient_checkpointing)
     optimizer = method.restore(saved) if saved else method.begin()
     schedule = schedule_of(settings, optimizer.adamw, batches.steps)
-    kept = Kept(optimizer.parameters, recipe.eval.keep, session.task.metrics[0])
+    kept = Kept(optimizer.parameters, recipe.eval.keep, session.task.better)
     watch = Watch(session, optimizer.parameters, settings.skip_nonfinite)
     state = State(method, optimizer, schedule, kept, watch, timing, session.device)
     if saved:
@@ -234,17 +231,6 @@ def finish(run: Run, recipe: Recipe) -> Summary:
     summary.write(out)  # last: it marks the run as whole
     run.checkpoints.remove()
     return summary
-
-
-def tell_undefined(metrics: Metrics, console: Console) -> None:
-    """Says which metrics of the base are undefined: on data of one class they stay so."""
-    names = [name for name, value in metrics.items() if value is None]
-    if names:
-        console.print(
-            f"{', '.join(names)}: undefined before training, since all labels or all predictions "
-            "are the same",
-            highlight=False,
-        )
 
 
 def progress(

@@ -1,5 +1,6 @@
 """The state of a run: all that changes from step to step, and how a checkpoint holds it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,7 @@ from sift_cli.runs.checkpoint import KEPT, Best, Checkpoint
 from sift_cli.runs.facts import Facts
 from sift_cli.runs.timing import Timing
 from sift_cli.tasks.metrics import Metrics
-from sift_cli.training.kept import Kept
-from sift_cli.training.method import Method, Optimizer, Trained
+from sift_cli.training.method import Method, Optimizer, Trained, Weights
 from sift_cli.training.packing import entries_in
 from sift_cli.training.randomness import random_states, set_random_states
 from sift_cli.training.watch import Watch
@@ -18,6 +18,38 @@ from sift_cli.training.watch import Watch
 ENTRY_BYTES = 18  # about what an entry takes in a file: master, moments, position, best value
 DELTA_BYTES = 6  # and in the delta
 MORE_BYTES = 1 << 20  # and what does not grow with them: random states, fingerprints, metrics
+
+
+@dataclass
+class Kept:
+    """The weights to end with: those of the best evaluation, or the last. Holds K numbers.
+
+    `better` tells whether an evaluation is to be preferred to an earlier one (None before the
+    first), `seen` is the step of the newest.
+    """
+
+    parameters: Trained
+    keep: str
+    better: Callable[[Metrics, Metrics | None], bool]
+    step: int = 0
+    metrics: dict[str, float | None] | None = None
+    state: Weights | None = None
+    seen: int = 0
+
+    def offer(self, step: int, metrics: Metrics) -> bool:
+        """Takes an evaluation; tells whether its weights are now the ones to keep."""
+        self.seen = step
+        improved = self.better(metrics, self.metrics)
+        if improved or self.keep == "last":
+            self.step, self.metrics = step, dict(metrics)
+            if self.keep == "best":
+                self.state = self.parameters.state()
+        return improved
+
+    def restore(self) -> None:
+        """Puts the kept weights back into the model."""
+        if self.state is not None:
+            self.parameters.load_state(self.state)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,13 @@ from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 from sift_cli.runs.session import open_session
 from sift_cli.runs.tuned import load_tuned
 from sift_cli.sparse import SparseAdamW, Support, attach
+from sift_cli.tasks.metrics import Metrics, better
 from sift_cli.training import train
 from sift_cli.training.batches import Batches, bucketed
-from sift_cli.training.loop import Kept, Watch, evaluates
+from sift_cli.training.loop import evaluates
+from sift_cli.training.state import Kept
 from sift_cli.training.step import add_gradient
+from sift_cli.training.watch import Watch
 from tests.support.models import save_base
 from tests.support.rows import write_rows
 
@@ -427,9 +430,12 @@ def test_evaluation_steps() -> None:
 def test_kept_weights_follow_the_first_best_or_the_last() -> None:
     from sift_cli.sparse import Support, attach
 
+    def higher(new: Metrics, old: Metrics | None) -> bool:
+        return better("accuracy", new["accuracy"], (old or {}).get("accuracy"))
+
     for keep, wanted in (("best", 2), ("last", 4)):
         parameters = attach(nn.Linear(2, 1), {"weight": Support((1, 2))})
-        kept = Kept(parameters, keep, "accuracy")
+        kept = Kept(parameters, keep, higher)
         for step, score in enumerate([0.1, 0.9, 0.9, 0.3], start=1):
             parameters.flat.data.fill_(float(step))
             parameters.write_back()
