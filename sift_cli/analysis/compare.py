@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sift_cli.analysis.jobs import HALF_DECADE, WITHOUT_BUDGET, Job, Runner, rates_of
 from sift_cli.analysis.methods import ADAPTERS, METHODS, require_peft
-from sift_cli.analysis.table import Comparison, Run, label, markdown, tabulated
+from sift_cli.analysis.table import Comparison, FinishedRun, label, markdown, tabulated
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
 from sift_cli.recipe import Recipe
@@ -133,7 +133,7 @@ def best_rate(
     ]
 
 
-def on_all_seeds(chosen: Sequence[Job], seeds: int, runner: Runner) -> list[Run]:
+def on_all_seeds(chosen: Sequence[Job], seeds: int, runner: Runner) -> list[FinishedRun]:
     """Runs each job with so many seeds, from its own up. Raises SiftError where one diverges."""
     jobs = [
         Job.of(job.recipe, job.method, job.density, job.rate, job.seed + more)
@@ -147,7 +147,7 @@ def on_all_seeds(chosen: Sequence[Job], seeds: int, runner: Runner) -> list[Run]
                 f"{job.method} diverged at a learning rate of {job.rate:g} with seed {job.seed}; "
                 f"give it another with --lr {job.method}=RATE, or try several with --lr-sweep 3"
             )
-        runs.append(Run(summary, job.method, job.density, job.rate))
+        runs.append(FinishedRun(summary, job.method, job.density, job.rate))
     return runs
 
 
@@ -169,7 +169,7 @@ def compare_runs(folders: Sequence[Path], out: Path | None = None) -> Comparison
         recipe.get("train", {}).pop("seed", None)
         settings = json.dumps([method, recipe], sort_keys=True)
         name = names.setdefault(settings, folder.name)
-        runs.append(Run(summary, method, density, rate, name))
+        runs.append(FinishedRun(summary, method, density, rate, name))
     comparison = tabulated(runs, [])
     return write(out, comparison) if out else comparison
 

@@ -16,7 +16,7 @@ Density = float | dict[str, float] | None  # as a recipe gives it
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run; runs with the same method, density and `settings` make one row.
 
     `settings` is a name for all that may differ beside method, density and seed; None where nothing
@@ -81,7 +81,7 @@ class TableRow:
     against_sift: Difference | None = None
 
     @classmethod
-    def of(cls, runs: Sequence[Run], metrics: Sequence[str]) -> "TableRow":
+    def of(cls, runs: Sequence[FinishedRun], metrics: Sequence[str]) -> "TableRow":
         """The row of `runs` with these of their metrics, not yet held against another one."""
         first, summaries = runs[0], [run.summary for run in runs]
         return cls(
@@ -114,7 +114,7 @@ class Comparison:
         return asdict(self)
 
 
-def tabulated(runs: Sequence[Run], notes: Sequence[str]) -> Comparison:
+def tabulated(runs: Sequence[FinishedRun], notes: Sequence[str]) -> Comparison:
     """Mean and standard deviation of each group of runs, and the difference from `sift`.
 
     Raises SiftError for runs of several tasks.
@@ -123,7 +123,7 @@ def tabulated(runs: Sequence[Run], notes: Sequence[str]) -> Comparison:
     if len(tasks) > 1:
         raise SiftError(f"these are runs of {', '.join(tasks)}; compare one task at a time")
     metrics = list(runs[-1].summary.metrics)
-    grouped: dict[tuple[Any, ...], list[Run]] = {}
+    grouped: dict[tuple[Any, ...], list[FinishedRun]] = {}
     for run in runs:
         grouped.setdefault((run.method, str(run.density), run.settings), []).append(run)
     groups = list(grouped.values())
@@ -158,7 +158,9 @@ def reference_of(row: TableRow, rows: Sequence[TableRow]) -> int | None:
     return next(iter(same or sorted(own, key=lambda place: -rows[place].trained_entries)), None)
 
 
-def paired(runs: Sequence[Run], reference: Sequence[Run], metric: str) -> Difference | None:
+def paired(
+    runs: Sequence[FinishedRun], reference: Sequence[FinishedRun], metric: str
+) -> Difference | None:
     """The difference of `runs` from `reference` by seed; None where they share none."""
     own, other = scores_by_seed(runs, metric), scores_by_seed(reference, metric)
     seeds = sorted(own.keys() & other.keys())
@@ -174,7 +176,7 @@ def paired(runs: Sequence[Run], reference: Sequence[Run], metric: str) -> Differ
     return Difference(mean(differences), len(seeds), p)
 
 
-def scores_by_seed(runs: Sequence[Run], metric: str) -> dict[int, float]:
+def scores_by_seed(runs: Sequence[FinishedRun], metric: str) -> dict[int, float]:
     """The metric of each run in which it is defined."""
     scores = {run.summary.seed: run.summary.metrics[metric] for run in runs}
     return {seed: score for seed, score in scores.items() if score is not None}

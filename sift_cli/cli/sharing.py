@@ -7,11 +7,11 @@ import typer
 
 from sift_cli.cli.options import Json, print_json, stderr, stdout
 
-Run = Annotated[Path, typer.Argument(help="A run folder.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 
 
 def report(
-    run: Run,
+    run: RunFolder,
     probe: Annotated[
         Path | None, typer.Option(help="A folder of `sift probe`, to show what it found.")
     ] = None,
@@ -29,7 +29,7 @@ def report(
 
 
 def push(
-    run: Run,
+    run: RunFolder,
     repo: Annotated[str, typer.Option(help="The repository, as NAME or OWNER/NAME.")],
     private: Annotated[
         bool, typer.Option("--private/--public", help="Who may see a repository that is made now.")

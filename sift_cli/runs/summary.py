@@ -108,7 +108,7 @@ def _required() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Entries:
+class EntryCounts:
     """Counts of entries, as in `Summary`; `changed` is None where no delta tells it."""
 
     trained: int
@@ -123,7 +123,7 @@ class Written:
 
     nbytes: int
     sha256: str
-    entries: Entries
+    entries: EntryCounts
     rank: int | None = None
 
 

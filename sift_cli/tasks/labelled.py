@@ -13,7 +13,7 @@ from sift_cli.errors import SiftError
 from sift_cli.tasks.classification import Classification, task_of_labels
 from sift_cli.tasks.metrics import CLASSIFICATION, REGRESSION
 from sift_cli.tasks.sources import (
-    NUMBER,
+    NUMBER_COLUMN,
     by_suffix,
     column_values,
     evaluation_splits,
@@ -137,7 +137,7 @@ def _check_rows(
     from datasets import ClassLabel, Dataset
 
     require_columns(rows, split, [*text, label])
-    numbers = list(rows[NUMBER])
+    numbers = list(rows[NUMBER_COLUMN])
     out: dict[str, list[Any]] = {}
     for key, column in zip(("text", "pair"), text, strict=False):
         values = column_values(rows, split, column)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 BUILTIN = Path(__file__).parent / "builtin"
-NUMBER = "__row__"  # row numbers, in source splits that may have a column `row` of their own
+NUMBER_COLUMN = "__row__"  # row numbers, in source splits that may have a column `row` of their own
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 SPLIT_NAMES = {
     "train": ("train",),
@@ -31,7 +31,7 @@ SPLIT_NAMES = {
 
 
 def load_splits(path: str, task: str, config: str | None) -> DatasetDict:
-    """Every split of a source, each row with its number under NUMBER.
+    """Every split of a source, each row with its number under NUMBER_COLUMN.
 
     Raises SiftError for a source that is not there or cannot be read.
     """
@@ -53,7 +53,7 @@ def load_splits(path: str, task: str, config: str | None) -> DatasetDict:
         kind = "cannot be read" if files is not None else "is not on this machine nor on the hub"
         raise SiftError(f"data.path: {path} {kind}: {said[0]}") from error
     numbered = {
-        name: rows.add_column(NUMBER, list(range(len(rows)))) for name, rows in found.items()
+        name: rows.add_column(NUMBER_COLUMN, list(range(len(rows)))) for name, rows in found.items()
     }
     return datasets.DatasetDict(numbered)
 
@@ -170,7 +170,7 @@ def require_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
     """Raises SiftError where a column is not there."""
     for column in columns:
         if column not in rows.column_names:
-            there = ", ".join(name for name in rows.column_names if name != NUMBER)
+            there = ", ".join(name for name in rows.column_names if name != NUMBER_COLUMN)
             raise SiftError(f"data: the {split} split has no column {column!r}; it has {there}")
 
 

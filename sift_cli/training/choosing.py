@@ -19,7 +19,7 @@ from sift_cli.runs.checkpoint import Checkpoint
 from sift_cli.runs.folder import CARD_FILE, DELTA_FILE
 from sift_cli.runs.record import write_weights
 from sift_cli.runs.session import Session
-from sift_cli.runs.summary import Entries, Summary, Written
+from sift_cli.runs.summary import EntryCounts, Summary, Written
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Held, Rule, check, select
 from sift_cli.selection.targets import choose_weights
@@ -62,7 +62,7 @@ def selecting(
 class Chooser:
     """A selection over one run: the `Method` that is sift's own.
 
-    `sparse` names the weights of which entries are chosen, `dense` those that train whole. Entries
+    `sparse` names the weights of which entries are chosen, `dense` those that train whole. EntryCounts
     are chosen anew `every` so many steps (None: never), all but the share `drop` of which stay.
     `norms` are those of the first batch's gradient by weight, once `begin` has looked at that batch
     alone.
@@ -220,7 +220,7 @@ class Chooser:
         write_weights(out, session.model, parameters, self.dense)
         counts = {segment.name: len(segment.support) for segment in parameters}
         dense = sum(counts[name] for name in self.dense)
-        entries = Entries(
+        entries = EntryCounts(
             trained=sum(counts.values()) - dense,
             dense=dense,
             changed=sum(w.count for name, w in delta.weights.items() if name not in self.dense),

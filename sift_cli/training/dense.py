@@ -17,7 +17,7 @@ from sift_cli.recipe import Recipe, TrainSection
 from sift_cli.runs.checkpoint import Checkpoint
 from sift_cli.runs.folder import TRAINED_FILE
 from sift_cli.runs.session import Session
-from sift_cli.runs.summary import Entries, Summary, Written
+from sift_cli.runs.summary import EntryCounts, Summary, Written
 from sift_cli.sparse import Support
 from sift_cli.system.files import sha256_of
 from sift_cli.training.packing import Packed, entries_in
@@ -171,7 +171,7 @@ class Dense:
         tensors = self._adapted.save()
         save_file({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, file)
         trained = len(optimizer.parameters) - self.dense
-        entries = Entries(trained=trained, dense=self.dense, total=self.total)
+        entries = EntryCounts(trained=trained, dense=self.dense, total=self.total)
         return Written(file.stat().st_size, sha256_of(file), entries, self._adapted.rank)
 
     def describe(self, out: Path, recipe: Recipe, summary: Summary) -> None:

@@ -22,7 +22,7 @@ from sift_cli.analysis.adapted import main, train_adapted
 from sift_cli.analysis.compare import best_rate, compare, compare_runs
 from sift_cli.analysis.jobs import Job, Runner, rates_of
 from sift_cli.analysis.methods import adapted_layers, rank_for
-from sift_cli.analysis.table import Difference, Run, Spread, markdown, tabulated
+from sift_cli.analysis.table import Difference, FinishedRun, Spread, markdown, tabulated
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe, parse_recipe
 from sift_cli.runs.folder import TRAINED_FILE
@@ -246,7 +246,7 @@ def test_finished_runs_side_by_side(recipe_file: Path, tmp_path: Path) -> None:
 
 def run(
     method: str, seed: int, density: float = 0.1, task: str = "rte", **metrics: float | None
-) -> Run:
+) -> FinishedRun:
     """A run of which no more is known than its scores."""
     measured = {"step_time_ms": 1.0, "train_time_s": 1.0, "wall_time_s": 1.0}
     measured |= {"peak_memory_bytes": 1, "delta_bytes": 1, "device": "cpu", "bf16_autocast": False}
@@ -263,7 +263,7 @@ def run(
         **measured,
         **counts,
     )
-    return Run(summary, method, density, 1e-3)
+    return FinishedRun(summary, method, density, 1e-3)
 
 
 def test_rows_are_held_against_sift_at_their_density_by_seed() -> None:
