@@ -129,7 +129,7 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_made_up_for(
 
     recipe = load_recipe(recipe_file, ["train.epochs=2"])
     train(recipe, tmp_path / "calm")
-    real, calls = session.predict_splits, iter(range(1, 100))
+    real, calls = session.collect_outputs, iter(range(1, 100))
 
     def interrupted(*args: object, **more: object) -> object:
         if next(calls) == 2:  # the first is that before training
@@ -137,7 +137,7 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_made_up_for(
             raise AssertionError("the evaluation went on")
         return real(*args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(session, "predict_splits", interrupted)
+    monkeypatch.setattr(session, "collect_outputs", interrupted)
     with pytest.raises(SiftError, match="after step 6 of 12"):
         train(recipe, tmp_path / "run")
     summary = train(recipe, tmp_path / "run", resume=True)
