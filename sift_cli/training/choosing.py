@@ -62,7 +62,7 @@ def selecting(
 class Chooser:
     """A selection over one run: the `Method` that is sift's own.
 
-    `sparse` names the weights of which entries are chosen, `dense` those that train whole. EntryCounts
+    `sparse` names the weights of which entries are chosen, `dense` those that train whole. Entries
     are chosen anew `every` so many steps (None: never), all but the share `drop` of which stay.
     `norms` are those of the first batch's gradient by weight, once `begin` has looked at that batch
     alone.
