@@ -66,7 +66,7 @@ def sizes(run: Path, delta: Delta) -> Iterator[tuple[str, int, int, str]]:
     density = count / sum(prod(weight.shape) for weight in delta.weights.values())
     head = sum(tensor.nbytes for tensor in delta.dense.values())
     yield "sift", count, (run / DELTA_FILE).stat().st_size - head, "and back"
-    about = delta.about["base"]
+    held = delta.header.base
     with tempfile.TemporaryDirectory() as folder:
         trained = dict(load_tuned(str(run))[0].model.named_parameters())
         plain: dict[str, Tensor] = {}
@@ -74,16 +74,16 @@ def sizes(run: Path, delta: Delta) -> Iterator[tuple[str, int, int, str]]:
             if weight.support.positions is not None:
                 plain[f"{name}.positions"] = weight.support.positions
             plain[f"{name}.values"] = weight.support.gather(trained[name])
-        for dtype in sorted({about["dtype"], "bfloat16"}, reverse=True):
+        for dtype in sorted({held.dtype, "bfloat16"}, reverse=True):
             kept = {k: v.to(DTYPES[dtype]) if "values" in k else v for k, v in plain.items()}
             save_file(kept, f"{folder}/plain")
-            exact = "yes" if dtype == about["dtype"] else "no"
+            exact = "yes" if dtype == held.dtype else "no"
             yield f"int32 + {dtype}", count, Path(folder, "plain").stat().st_size, exact
-        base = model_folder(about["path"], about["revision"])
+        base = model_folder(held.path, held.revision)
         for name, method in PEFT.items():
-            task = task_of_labels(delta.about["labels"])
+            task = task_of_labels(delta.header.labels)
             config = task.configure(base)
-            model = load_model(base, task.auto, config, DTYPES[about["dtype"]]).model
+            model = load_model(base, task.auto, config, DTYPES[held.dtype]).model
             ready = method(model, {}, list(delta.dense), density)
             ready.model.save_pretrained(f"{folder}/{name}")
             file = Path(folder, name, "adapter_model.safetensors")

@@ -24,7 +24,7 @@ import json, re, sys, time
 from pathlib import Path
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import transformers.models.llama.modeling_llama, transformers.models.bert.modeling_bert
-from sift_cli.delta import merge
+from sift_cli.convert.merge import merge
 status = Path("/proc/self/status")
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
 before = peak()

@@ -19,8 +19,9 @@ from transformers import AutoModelForSequenceClassification
 
 from sift_cli import Delta
 from sift_cli.delta.file import weight_delta
+from sift_cli.delta.header import Header
 from sift_cli.delta.identity import rest_fingerprints
-from sift_cli.models.fingerprints import state_fingerprints
+from sift_cli.models.fingerprints import dtype_name, state_fingerprints
 from sift_cli.models.loading import quiet
 from sift_cli.sparse import Support
 
@@ -110,8 +111,9 @@ def delta_of(model: torch.nn.Module, shira: torch.nn.Module, adapter: str) -> De
         support.scatter_(whole, (before.float() + change).to(weight.dtype))
         key = f"{name}.weight"
         weights[key] = weight_delta(support, before, support.gather(whole), marks[key], whole)
-    about = {"base": {"path": "base", "dtype": str(next(model.parameters()).dtype)}}
-    return Delta(weights, {}, rest_fingerprints(marks, weights), about)
+    dtype = dtype_name(next(model.parameters()).dtype)
+    header = Header.model_validate({"base": {"path": "base", "dtype": dtype}})
+    return Delta(weights, {}, rest_fingerprints(marks, weights), header)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The one class of errors that users see, with the exit code that each kind ends with."""
 
+from collections.abc import Sequence
 from enum import IntEnum
+
+LISTED = 10  # names in a message
 
 
 class ExitCode(IntEnum):
@@ -21,3 +24,9 @@ class SiftError(Exception):
     def __init__(self, message: str, code: ExitCode = ExitCode.USAGE) -> None:
         super().__init__(message)
         self.code = code
+
+
+def in_lines(names: Sequence[str]) -> str:
+    """The first few of many names for a message, an indented line each, and how many more."""
+    more = f"\n  and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return "\n  ".join(names[:LISTED]) + more

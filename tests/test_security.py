@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,10 @@ def test_names_in_a_delta_lead_nowhere(recipe_file: Path, tmp_path: Path) -> Non
         (name,) = list(delta.weights)[:1]
         delta.weights[evil] = delta.weights.pop(name)
         delta.dense[evil + ".dense"] = torch.ones(3)
-        delta.about["recipe"]["out"] = "../../evil"
+        recipe = {**delta.header.recipe, "out": "../../evil"}
+        header = delta.header.model_copy(update={"recipe": recipe})
         path = inside / f"evil-{number}.safetensors"
-        save_delta(path, delta)
+        save_delta(path, replace(delta, header=header))
         before = sorted(files(tmp_path))
         for args in (["merge", path, "--out", inside / "merged"], ["eval", path]):
             done = sift(*args, cwd=inside)

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sift_cli.delta.file import SIGNED, Delta, WeightDelta, load_delta
-from sift_cli.errors import ExitCode, SiftError
+from sift_cli.delta.file import CODING, FORMAT, SIGNED, Delta, WeightDelta, load_delta
+from sift_cli.errors import ExitCode, SiftError, in_lines
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.loading import model_folder
 from sift_cli.models.stored import Stored
@@ -99,7 +99,7 @@ def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> 
         **_file_facts(path),
         "integrity": "the digest matches; every position is in range",
         "base_checked": base,
-        **{key: value for key, value in delta.about.items() if key != "logits"},
+        **_stated(delta),
         **total.report(),
         "dense": {name: list(tensor.shape) for name, tensor in delta.dense.items()},
         "dense_entries": sum(tensor.numel() for tensor in delta.dense.values()),
@@ -127,6 +127,12 @@ def _file_facts(path: Path) -> dict[str, Any]:
     """Bytes and hash of a file."""
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _stated(delta: Delta) -> dict[str, Any]:
+    """What the file says of the delta, keys sorted, but for the logits: no one reads them."""
+    stated = {**delta.about, "coding": CODING, "format": FORMAT}
+    return {key: stated[key] for key in sorted(stated) if key != "logits"}
 
 
 def _summed(changes: Mapping[str, Change], key: Callable[[str], Any]) -> dict[Any, Change]:
@@ -215,11 +221,9 @@ def _with_base(delta: Delta, base: str) -> dict[str, Change]:
         change.base_square = float(before.float().square_().sum(dtype=torch.float64))
         changes[name] = change
     if wrong:
-        more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        listed = "\n  ".join(wrong[:10])
         raise SiftError(
             f"{base} is not the base of this delta; of its {len(delta.weights)} weights, "
-            f"{len(wrong)} are others or missing:\n  {listed}{more}",
+            f"{len(wrong)} are others or missing:\n  {in_lines(wrong)}",
             ExitCode.WRONG_FILE,
         )
     return changes

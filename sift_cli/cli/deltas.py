@@ -1,13 +1,19 @@
 """Commands that work on delta files."""
 
+from dataclasses import astuple
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Column, Table
 
 from sift_cli.cli.options import Base, Json, print_json, print_table, size, stdout
 from sift_cli.errors import SiftError
+from sift_cli.tasks.metrics import shown
+
+if TYPE_CHECKING:
+    from sift_cli.convert.changes import Composition
+    from sift_cli.convert.merge import Merged
 
 DeltaFile = Annotated[str, typer.Argument(help="A delta file, or a run folder that holds one.")]
 SHOWN = 20  # rows of the table of overlaps
@@ -49,9 +55,9 @@ def merge(
 
     Example: sift merge runs/rte/delta.safetensors --out runs/rte/merged
     """
-    from sift_cli.convert import merge as run
+    from sift_cli.convert.merge import merge as run
 
-    report = run(
+    merged = run(
         deltas,
         out,
         base=base,
@@ -66,67 +72,72 @@ def merge(
         evaluate=evaluate,
     )
     if as_json:
-        print_json(report)
+        print_json(merged.to_json())
         return
-    if "overlaps" in report:
-        print_table(_overlap_table(report))
-    for sentence in _merged(report, undo):
+    if merged.composition is not None:
+        print_table(_overlap_table(merged.composition))
+    for sentence in _merge_sentences(merged, undo):
         stdout.print(sentence, highlight=False)
 
 
-def _overlap_table(report: dict[str, Any]) -> Table:
+def _overlap_table(composition: "Composition") -> Table:
     """The weights on which deltas meet most often."""
-    rows = report["overlaps"]
-    keys = ("deltas", "entries", "collisions", "sign_conflicts", "changed")
-    most = sorted(rows, key=lambda name: (-rows[name]["collisions"], name))[:SHOWN]
-    left = len(rows) - len(most)
+    overlaps = composition.overlaps
+    most = sorted(overlaps, key=lambda name: (-overlaps[name].collisions, name))[:SHOWN]
+    left = len(overlaps) - len(most)
+    columns = ("deltas", "entries", "collisions", "sign conflicts", "changed")
     table = Table(
         Column("weight", overflow="fold"),
-        *(key.replace("_", " ") for key in keys),
+        *columns,
         caption=f"{left} more weights; --json lists them all" if left else None,
     )
     for name in most:
-        table.add_row(name, *(f"{rows[name][key]:,}" for key in keys))
-    if len(rows) > 1:
-        total = report["overlap"]
-        table.add_row("all", "", *(f"{total[key]:,}" for key in keys[1:]))
+        table.add_row(name, *(f"{count:,}" for count in astuple(overlaps[name])))
+    if len(overlaps) > 1:
+        _, *counts = astuple(composition.total)
+        table.add_row("all", "", *(f"{count:,}" for count in counts))
     return table
 
 
-def _merged(report: dict[str, Any], undo: bool) -> list[str]:
-    """What a merge did and proved, in sentences."""
-    verified = report["verified"]
-    said = [
-        f"{report['out']}: {report['changed']} of {report['tensors']} tensors changed, "
-        f"{size(report['bytes'])}"
+def _merge_sentences(merged: "Merged", undo: bool) -> list[str]:
+    """What a merge did and proved."""
+    proof = merged.proof
+    lines = [
+        f"{merged.out}: {merged.changed} of {merged.tensors} tensors changed, {size(merged.bytes)}"
     ]
-    if "composed" in report:
-        if report["head"]:
-            said.append(f"The head is that of {report['head']}, whole and unscaled.")
-        said.append("sift/composed.safetensors in it is the change as one delta, for --undo.")
+    if merged.composition is not None:
+        if merged.composition.head:
+            lines.append(f"The head is that of {merged.composition.head}, whole and unscaled.")
+        lines.append("sift/composed.safetensors in it is the change as one delta, for --undo.")
     else:
-        said[0] += f"; each equals the {'base' if undo else 'trained'} one bit for bit"
-    if "files" in verified:
-        said.append("Read back from disk, every tensor is as written.")
-    if "logits" in verified:
-        said.append(f"Reloaded, logits differ by {report['logits_difference']:g}.")
-    if "metrics" in report:
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in report["metrics"].items())
-        same = ", as after training" if "metrics" in verified else ""
-        said.append(f"Scored: {scores}{same}.")
-    if report["dropped"]:
-        said.append(
-            f"{_tensors(report['dropped'])} of the base, not in the model: "
-            + ("left out for good." if report["lost"] else "kept aside in sift/, for --undo.")
+        lines[0] += f"; each equals the {'base' if undo else 'trained'} one bit for bit"
+    if "files" in proof.verified:
+        lines.append("Read back from disk, every tensor is as written.")
+    if "logits" in proof.verified:
+        lines.append(f"Reloaded, logits differ by {proof.logits_difference:g}.")
+    if proof.metrics is not None:
+        scores = ", ".join(f"{name} {shown(value)}" for name, value in proof.metrics.items())
+        same = ", as after training" if "metrics" in proof.verified else ""
+        lines.append(f"Scored: {scores}{same}.")
+    return lines + _lost_sentences(merged)
+
+
+def _lost_sentences(merged: "Merged") -> list[str]:
+    """Which tensors of the base are not in what was written as they were."""
+    lines = []
+    if merged.dropped:
+        lines.append(
+            f"{_tensors(merged.dropped)} of the base, not in the model: "
+            + ("left out for good." if merged.lost else "kept aside in sift/, for --undo.")
         )
-    elif report["lost"]:
-        said.append(f"{_tensors(report['lost'])} of the base were not in the merged folder.")
-    if report["rounded"]:
-        said.append(
-            f"{_tensors(report['rounded'])} stay in the dtype that the model was trained in: "
+    elif merged.lost:
+        lines.append(f"{_tensors(merged.lost)} of the base were not in the merged folder.")
+    if merged.rounded:
+        lines.append(
+            f"{_tensors(merged.rounded)} stay in the dtype that the model was trained in: "
             "the base's own is wider."
         )
-    return said
+    return lines
 
 
 def _tensors(names: list[str]) -> str:
@@ -158,22 +169,22 @@ def diff(
 
     made = difference(base, tuned, out, density=density, scope=scope, dtype=dtype)
     if as_json:
-        print_json(made)
+        print_json(made.to_json())
         return
-    share = made["changed"] / made["total_entries"]
-    head = f"; new, stored whole: {', '.join(made['dense'])}" if made["dense"] else ""
+    origin = made.origin
+    share = origin.changed / made.total_entries
+    head = f"; new, stored whole: {', '.join(made.dense)}" if made.dense else ""
     stdout.print(
-        f"{made['changed']:,} of {made['total_entries']:,} entries differ ({share:.2%}){head}",
+        f"{origin.changed:,} of {made.total_entries:,} entries differ ({share:.2%}){head}",
         highlight=False,
         markup=False,
     )
-    if made["exact"]:
-        said = "all kept: base + delta is the tuned model, bit for bit"
+    if origin.exact:
+        kept = "all kept: base + delta is the tuned model, bit for bit"
     else:
-        part = made["norm_share"]
-        said = f"{made['kept']:,} kept, with {part:.1%} of the change's norm: not exact"
-    stdout.print(f"{out}: {size(made['delta_bytes'])}; {said}", highlight=False, markup=False)
-    for note in made["notes"]:
+        kept = f"{made.kept:,} kept, with {origin.norm_share:.1%} of the change's norm: not exact"
+    stdout.print(f"{out}: {size(made.delta_bytes)}; {kept}", highlight=False, markup=False)
+    for note in made.notes:
         stdout.print(f"note: {note}", highlight=False, markup=False)
 
 
@@ -199,25 +210,24 @@ def export(
     """
     if to != "peft":
         raise SiftError(f"--to {to}: sift writes peft")
-    from sift_cli.convert.export import describe
     from sift_cli.convert.export import export as run
     from sift_cli.runs.folder import delta_file
 
-    report = run(
+    exported = run(
         delta_file(delta), out, base=base, whole=whole, partial=partial, verify=not no_verify
     )
     if as_json:
-        print_json(report)
+        print_json(exported.to_json())
         return
-    for line in describe(report):
+    for line in exported.sentences():
         stdout.print(line, highlight=False, markup=False)
-    difference = report["logits_difference"]
+    difference = exported.logits_difference
     proof = "not loaded back: peft is not installed (pip install 'sift-cli[peft]')"
     if no_verify:
         proof = "not loaded back"
     elif difference is not None:
         proof = f"loaded with PEFT, logits differ by {difference:.3g}"
-    stdout.print(f"{out}: {size(report['bytes'])}; {proof}", highlight=False, markup=False)
+    stdout.print(f"{out}: {size(exported.bytes)}; {proof}", highlight=False, markup=False)
 
 
 def inspect(
@@ -274,7 +284,7 @@ def _provenance(found: dict[str, Any]) -> dict[str, str]:
         kept = "exact" if made["exact"] else f"{made['norm_share']:.1%} of the change's norm"
         lines["from"] = f"{made['tuned']}, {kept}"
     if found["metrics"]:
-        lines["metrics"] = ", ".join(f"{n} {v:.4f}" for n, v in found["metrics"].items())
+        lines["metrics"] = ", ".join(f"{n} {shown(v)}" for n, v in found["metrics"].items())
     lines["entries"] = (
         f"{found['entries']:,} of {found['size']:,} in {found['weights']} weights "
         f"({found['density']:.2%}); {found['survived']:.2%} survived rounding"

@@ -1,8 +1,9 @@
 """Several deltas of one base as one change: rules over the entries that any of them changes.
 
-For one weight, delta i says at its positions by how much the trained value differs from the base's.
-All arithmetic is on such sparse lists, block by block of the flat weight, so that many deltas need
-little memory; it runs in fp32, or fp64 where the weight itself is fp32, and is rounded once.
+For one weight, a delta has positions, and at each by how much the trained value differs from the
+base's. All arithmetic is on such sparse lists, block by block of the flat weight, so that many
+deltas need little memory; it runs in fp32, or fp64 where the weight itself is fp32, and is rounded
+to the weight's dtype once.
 """
 
 import hashlib
@@ -47,14 +48,17 @@ class Mix:
 
     @property
     def exact(self) -> bool:
-        """Whether the result is the one trained model, bit for bit."""
+        """Whether nothing is mixed: a single delta, of which every entry counts fully."""
         return self.weights == (1.0,) and self.scale == 1.0 and self.keep in (None, 1.0)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """For one weight: deltas that change it; entries that any of them changes, that several do,
-    and of the latter those that one pulls up and another down; entries that came out changed.
+    """What deltas have in common in one weight.
+
+    `deltas` counts those that change it, `entries` what any of them changes, `collisions` what
+    several do, `sign_conflicts` what one pulls up and another down. `changed` counts the entries
+    that came out changed.
     """
 
     deltas: int
@@ -64,9 +68,9 @@ class Overlap:
     changed: int
 
 
-# rule(at [N], change [N], delta [N], weights [deltas], size) -> [size]: N changes, `at` which of
-# `size` entries, by which delta
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+# join(at [N], change [N], delta [N], weights [deltas], size) -> [size]: the changes of `size`
+# entries from N changes by all deltas, `at` telling of which entry, `delta` by which delta
+Join = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 def add(at: Tensor, change: Tensor, delta: Tensor, weights: Tensor, size: int) -> Tensor:
@@ -106,25 +110,29 @@ def keep_random(change: Tensor, keep: float, generator: torch.Generator) -> Tens
 
 
 @dataclass(frozen=True)
-class Row:
-    """A rule: which entries of each delta stay, whether they grow for the others, how they join."""
+class MergeRule:
+    """How deltas become one change.
 
-    join: Rule
+    `thin` chooses the entries of each delta that stay (None: all of them), `rescale` divides these
+    by the share that stays, `join` makes one change of all deltas' changes of an entry.
+    """
+
+    join: Join
     thin: Callable[[Tensor, float, torch.Generator], Tensor] | None = None
     rescale: bool = False
 
 
-RULES: Mapping[str, Row] = {
-    "sum": Row(add),
-    "ties": Row(elect, keep_largest),
-    "dare": Row(add, keep_random, rescale=True),
+RULES: Mapping[str, MergeRule] = {
+    "sum": MergeRule(add),
+    "ties": MergeRule(elect, keep_largest),
+    "dare": MergeRule(add, keep_random, rescale=True),
 }
 
 
-class Part:
-    """What one delta says of one weight, cut into blocks: positions, and the change there.
+class SparseChange:
+    """One delta's change of one weight, after thinning, read block by block of the flat weight.
 
-    Nothing dense is made: `positions` is None where every entry changes.
+    Nothing dense is made. `positions` is None where every entry changes.
     """
 
     def __init__(self, name: str, weight: WeightDelta, base: Tensor, mix: Mix) -> None:
@@ -132,18 +140,18 @@ class Part:
         self._signed = weight.bits.view(SIGNED[base.element_size()])
         self._grow = 1.0
         self._stays: Tensor | None = None
-        row = RULES[mix.rule]
-        if row.thin is not None and mix.keep is not None and mix.keep < 1:
-            # by what the change is, so that neither order nor file names matter
+        rule = RULES[mix.rule]
+        if rule.thin is not None and mix.keep is not None and mix.keep < 1:
+            # a seed from the content, so that neither the order of deltas nor file names matter
             mark = f"{mix.seed} {name} {weight.trained}".encode()
             seed = int.from_bytes(hashlib.sha256(mark).digest()[:7], "little")
             _, change = self.block(base, 0, base.numel())
             generator = torch.Generator().manual_seed(seed)
-            self._stays = row.thin(change, mix.keep, generator)
-            self._grow = 1 / mix.keep if row.rescale else 1.0
+            self._stays = rule.thin(change, mix.keep, generator)
+            self._grow = 1 / mix.keep if rule.rescale else 1.0
 
     def count(self, low: int, high: int) -> int:
-        """Entries in [low, high) of the flat weight."""
+        """How many entries change in [low, high) of the flat weight, before thinning."""
         first, last = self._ends(low, high)
         return last - first
 
@@ -160,9 +168,11 @@ class Part:
             at, bits = at[stays], bits[stays]
         before = base.reshape(-1)[at]
         after = (before.view(bits.dtype) ^ bits).view(before.dtype)
-        return at, (after.to(wide(base)) - before.to(wide(base))) * self._grow
+        dtype = arithmetic_dtype(base)
+        return at, (after.to(dtype) - before.to(dtype)) * self._grow
 
     def _ends(self, low: int, high: int) -> tuple[int, int]:
+        """Where in the list of positions those in [low, high) begin and end."""
         if self.positions is None:
             return low, high
         ends = torch.tensor([low, high], dtype=self.positions.dtype)
@@ -170,8 +180,8 @@ class Part:
         return first, last
 
 
-def wide(weight: Tensor) -> torch.dtype:
-    """The dtype that changes of a weight are counted in."""
+def arithmetic_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which changes of a weight are added up."""
     return torch.float64 if weight.element_size() >= 4 else torch.float32
 
 
@@ -183,33 +193,26 @@ def compose_(
     `deltas` go by their place in `mix.weights`; `mark` is the base's fingerprint. The delta is None
     where no entry came out changed.
     """
-    parts = {at: Part(name, one, weight, mix) for at, one in deltas.items()}
-    shares = torch.tensor(mix.weights, dtype=wide(weight))
+    parts = {at: SparseChange(name, one, weight, mix) for at, one in deltas.items()}
+    shares = torch.tensor(mix.weights, dtype=arithmetic_dtype(weight))
     flat = weight.view(-1)
-    entries = collisions = conflicts = 0
-    changed = []
+    signed = SIGNED[weight.element_size()]
+    counts, changed = [], []
     for low, high in _blocks(list(parts.values()), 0, weight.numel()):
         blocks = {at: part.block(weight, low, high) for at, part in parts.items()}
-        every = torch.cat([at for at, _ in blocks.values()])
+        positions, at = torch.cat([at for at, _ in blocks.values()]).unique(return_inverse=True)
         change = torch.cat([change for _, change in blocks.values()])
-        counts = torch.tensor([len(at) for at, _ in blocks.values()])
-        whose = torch.tensor(list(blocks)).repeat_interleave(counts)
-        positions, at = every.unique(return_inverse=True)
-        size = len(positions)
-        sign = (shares[whose] * change).sign()
-        up = torch.zeros(size, dtype=torch.bool).index_fill_(0, at[sign > 0], True)
-        down = torch.zeros(size, dtype=torch.bool).index_fill_(0, at[sign < 0], True)
-        entries += size
-        collisions += int((torch.bincount(at, minlength=size) > 1).sum())
-        conflicts += int((up & down).sum())
-        total = RULES[mix.rule].join(at, change, whose, shares, size)
+        lengths = torch.tensor([len(at) for at, _ in blocks.values()])
+        delta = torch.tensor(list(blocks)).repeat_interleave(lengths)
+        total = RULES[mix.rule].join(at, change, delta, shares, len(positions))
+        counts.append(_meetings(at, shares[delta] * change, len(positions)))
         before = flat[positions]
         after = (before.to(total.dtype) + mix.scale * total).to(weight.dtype)
         flat[positions] = after
-        signed = SIGNED[weight.element_size()]
         moved = before.view(signed) != after.view(signed)
         changed.append((positions[moved], before[moved], after[moved]))
     positions, before, after = map(torch.cat, zip(*changed, strict=True))
+    entries, collisions, conflicts = map(sum, zip(*counts, strict=True))
     overlap = Overlap(len(deltas), entries, collisions, conflicts, len(positions))
     if not len(positions):
         return None, overlap
@@ -217,7 +220,18 @@ def compose_(
     return weight_delta(support, before, after, mark, weight), overlap
 
 
-def _blocks(parts: Sequence[Part], low: int, high: int) -> Iterator[tuple[int, int]]:
+def _meetings(at: Tensor, pull: Tensor, size: int) -> tuple[int, int, int]:
+    """Entries, collisions and sign conflicts (see `Overlap`) among N changes of `size` entries.
+
+    `pull` ([N]) are the weighted changes, `at` ([N]) tells which entry each is of.
+    """
+    up = torch.zeros(size, dtype=torch.bool).index_fill_(0, at[pull > 0], True)
+    down = torch.zeros(size, dtype=torch.bool).index_fill_(0, at[pull < 0], True)
+    several = torch.bincount(at, minlength=size) > 1
+    return size, int(several.sum()), int((up & down).sum())
+
+
+def _blocks(parts: Sequence[SparseChange], low: int, high: int) -> Iterator[tuple[int, int]]:
     """Ranges of the flat weight in each of which the parts have at most BLOCK entries together."""
     if high - low > 1 and sum(part.count(low, high) for part in parts) > BLOCK:
         middle = (low + high) // 2

@@ -1,42 +1,85 @@
-"""A delta from two dense models: whole, or the largest changes within a density."""
+"""A delta from two dense models: every change, or the largest ones within a density."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from torch import Tensor
 
+from sift_cli.convert.pair import Pair, open_pair
 from sift_cli.delta.build import describe_base, versions
 from sift_cli.delta.file import SIGNED, Delta, WeightDelta, save_delta, weight_delta
+from sift_cli.delta.header import Header
 from sift_cli.delta.identity import rest_fingerprints
-from sift_cli.errors import ExitCode, SiftError
+from sift_cli.errors import SiftError
 from sift_cli.models.fingerprints import state_fingerprints
 from sift_cli.models.loading import (
     DTYPES,
-    UNLOADABLE,
-    LoadedModel,
-    load_model,
     load_tokenizer,
-    model_folder,
 )
-from sift_cli.models.names import all_names
-from sift_cli.models.stored import Stored, stored_kinds
-from sift_cli.recipe import parse_recipe
+from sift_cli.recipe import Recipe, parse_recipe
 from sift_cli.runs.folder import RECIPE_FILE
 from sift_cli.selection.budget import Global, PerWeight, share
 from sift_cli.sparse import Support
-from sift_cli.tasks.classification import task_of_tuned
 from sift_cli.tasks.evaluation import probe
-from sift_cli.tasks.task import Task
 
 SCOPES = ("tensor", "global")
-LISTED = 10  # names in a message
-# What a configuration may say differently without the model computing anything else.
-IDLE = {"architectures", "id2label", "label2id", "problem_type", "transformers_version", "dtype"}
+# Keys of a configuration that change nothing of what the model computes.
+IDLE = {
+    "architectures",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "transformers_version",
+    "dtype",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the delta says of the difference that it holds.
+
+    `changed` counts the entries that differ, `norm` is the 2-norm of all changes, `norm_share` that
+    of the kept ones as a share of it. `exact`: base + delta is the tuned model, bit for bit.
+    """
+
+    tuned: str
+    density: float | None
+    scope: str | None
+    exact: bool
+    changed: int
+    norm: float
+    norm_share: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The delta that was written: its origin, and how much it holds.
+
+    `kept` counts entries of the base's tensors, `dense_entries` those of `dense`, the tensors that
+    the base lacks. `notes` tell what the tuned model has that the delta does not hold.
+    """
+
+    out: str
+    base: str
+    origin: Origin
+    dtype: str
+    kept: int
+    total_entries: int
+    dense_entries: int
+    dense: list[str]
+    delta_bytes: int
+    delta_sha256: str
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `sift diff --json` prints, the origin's keys among the others."""
+        values = asdict(self)
+        first = {"out": values.pop("out"), "base": values.pop("base"), **values.pop("origin")}
+        return first | values
 
 
 def difference(
@@ -47,12 +90,12 @@ def difference(
     density: float | None = None,
     scope: str = "tensor",
     dtype: str | None = None,
-) -> dict[str, Any]:
+) -> Difference:
     """Writes the delta that turns the model `base` into `tuned`; returns what it holds.
 
     Without `density` it holds every changed entry. With one, it holds the entries whose value
     changed most: that share of each weight (`scope` tensor, as in training), or of all weights
-    together (global). Tensors that the base lacks are stored whole. `dtype` is the one that both
+    together (global). Of tensors that the base lacks it holds all. `dtype` is the one that both
     models are held in, if not the one that both are stored in. The base is in memory once, `tuned`
     one tensor at a time.
 
@@ -60,38 +103,36 @@ def difference(
     number that is not finite.
     """
     _check_options(out, density, scope, dtype)
-    task, pair, about, notes = _open(base, tuned, dtype)
+    pair = open_pair(base, tuned, dtype)
+    header, notes = _header(pair, base), _notes(pair)
     model, named = pair.loaded.model, pair.base
     marks = state_fingerprints(model, pair.new)
     weights, sizes = _apply(pair, _choose(pair, density, scope), marks)
     dense = {name: named[name].detach().clone() for name in pair.new}
     if not weights and not dense:
         raise SiftError(f"{tuned} equals {base}: there is no difference to hold")
-    about["difference"] = {
-        "tuned": tuned,
-        "density": density,
-        "scope": scope if density is not None else None,
-        "exact": sizes.kept == sizes.changed and pair.lossless,
-        "changed": sizes.changed,
-        "norm": sizes.norm,
-        "norm_share": sizes.norm_share,
-    }
-    about["logits"] = probe(task, model, model.config).tolist()
+    within = scope if density is not None else None
+    exact = sizes.kept == sizes.changed and pair.lossless
+    origin = Origin(tuned, density, within, exact, sizes.changed, sizes.norm, sizes.norm_share)
+    logits = probe(
+        pair.task, model, model.config
+    ).tolist()  # of base + delta, which is the model now
+    header = header.model_copy(update={"difference": asdict(origin), "logits": logits})
     out.parent.mkdir(parents=True, exist_ok=True)
-    digest = save_delta(out, Delta(weights, dense, rest_fingerprints(marks, weights), about))
-    return {
-        "out": str(out),
-        "base": base,
-        **about["difference"],
-        "dtype": about["base"]["dtype"],
-        "kept": sizes.kept,
-        "total_entries": sum(one.numel() for one in named.values()),
-        "dense_entries": sum(one.numel() for one in dense.values()),
-        "dense": sorted(dense),
-        "delta_bytes": out.stat().st_size,
-        "delta_sha256": digest,
-        "notes": notes,
-    }
+    digest = save_delta(out, Delta(weights, dense, rest_fingerprints(marks, weights), header))
+    return Difference(
+        out=str(out),
+        base=base,
+        origin=origin,
+        dtype=header.base.dtype,
+        kept=sizes.kept,
+        total_entries=sum(weight.numel() for weight in named.values()),
+        dense_entries=sum(tensor.numel() for tensor in dense.values()),
+        dense=sorted(dense),
+        delta_bytes=out.stat().st_size,
+        delta_sha256=digest,
+        notes=notes,
+    )
 
 
 def _check_options(out: Path, density: float | None, scope: str, dtype: str | None) -> None:
@@ -105,163 +146,37 @@ def _check_options(out: Path, density: float | None, scope: str, dtype: str | No
         raise SiftError(f"--dtype {dtype}: use {' or '.join(DTYPES)}")
 
 
-def _open(
-    base: str, tuned: str, dtype: str | None
-) -> tuple[Task, "Pair", dict[str, Any], list[str]]:
-    """The task and both models, checked; what the delta says of them, and what it will not hold."""
-    folder, tuned_folder = model_folder(base), model_folder(tuned)
-    config = _config(tuned_folder)
-    task = task_of_tuned(config, tuned)
-    held_in = dtype or _common_dtype(base, folder, tuned, tuned_folder)
-    base_config = _base_config(folder, task, config, tuned)
-    loaded = load_model(folder, task.auto, base_config, DTYPES[held_in])
-    architecture = type(loaded.model).__name__
-    if architecture not in (config.architectures or []):
-        raise SiftError(f"{tuned} is {config.architectures}; the base becomes a {architecture}")
-    pair = Pair(loaded, Stored(tuned_folder, all_names(loaded.model)))
-    _check_tensors(pair, base, tuned)
-    about = {
-        "base": describe_base(loaded.model, base, None, held_in),
-        "architecture": architecture,
-        **_origin(tuned_folder),
-        **task.header(),
-        "policy": "difference",
-        "metrics": {},
-        "versions": versions(),
-    }
-    return task, pair, about, _notes(pair, tuned_folder, config)
-
-
-def _config(folder: Path) -> PretrainedConfig:
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except UNLOADABLE as error:
-        raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
-    return config
-
-
-def _base_config(
-    folder: Path, task: Task, tuned_config: PretrainedConfig, tuned: str
-) -> PretrainedConfig:
-    config = task.configure(folder)
-    if config.model_type != tuned_config.model_type:
-        raise SiftError(
-            f"{tuned} is of the kind {tuned_config.model_type}, the base {config.model_type}: "
-            "only two models of one architecture have a difference"
-        )
-    return config
-
-
-def _common_dtype(base: str, folder: Path, tuned: str, tuned_folder: Path) -> str:
-    """The dtype that both models are stored in, throughout."""
-    one, other = (
-        {str(dtype).removeprefix("torch.") for dtype, _ in stored_kinds(place).values()}
-        for place in (folder, tuned_folder)
-    )
-    if one == other and len(one) == 1 and one <= set(DTYPES):
-        return one.pop()
-    raise SiftError(
-        f"{base} is stored in {' and '.join(sorted(one))}, {tuned} in "
-        f"{' and '.join(sorted(other))}; name what both are to be held in: --dtype float32 keeps "
-        "every value, and what rounding changed with it, --dtype bfloat16 rounds both first"
+def _header(pair: Pair, base: str) -> Header:
+    """What the delta says of itself but for `difference` and `logits`, which its content tells."""
+    recipe = _recipe(pair.folder)
+    return Header(
+        base=describe_base(pair.loaded.model, base, None, pair.dtype),
+        architecture=type(pair.loaded.model).__name__,
+        recipe=recipe.model_dump(mode="json", exclude={"out", "log"}) if recipe else None,
+        task=recipe.data.task if recipe else None,
+        **pair.task.header(),
+        policy="difference",
+        metrics={},
+        versions=versions(),
     )
 
 
-@dataclass
-class Pair:
-    """The base in memory and the tuned model on disk, seen one tensor at a time.
-
-    `base` are the base's parameters by name. `lossless` becomes False where a tuned value is
-    rounded to the base's dtype.
-    """
-
-    loaded: LoadedModel
-    tuned: Stored
-    lossless: bool = True
-
-    def __post_init__(self) -> None:
-        self.base: dict[str, nn.Parameter] = dict(self.loaded.model.named_parameters())
-
-    @property
-    def new(self) -> tuple[str, ...]:
-        """The parameters that the base lacks."""
-        return self.loaded.new
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, base and tuned values ([...], both in the base's dtype) of each shared weight."""
-        for name, weight in self.base.items():
-            if name not in self.new:
-                yield name, weight.detach(), self.read(name)
-
-    def read(self, name: str) -> Tensor:
-        """The tuned tensor in the base's dtype."""
-        stored = self.tuned.tensor(name)
-        held = stored.to(self.base[name].dtype)
-        if held.dtype != stored.dtype and not torch.equal(held.to(stored.dtype), stored):
-            self.lossless = False
-        if not bool(torch.isfinite(held).all()):
-            raise SiftError(f"{name} is not finite in the tuned model", ExitCode.NOT_FINITE)
-        return held
-
-
-def _check_tensors(pair: Pair, base: str, tuned: str) -> None:
-    """Raises SiftError where the tuned model's tensors are not those of the base's architecture."""
-    places = pair.tuned.places
-    names = list(pair.base)
-    lacking = [name for name in names if name not in places]
-    if lacking:
-        raise SiftError(f"{tuned} lacks {_listed(lacking)}")
-    shapes = {name: tuple(pair.tuned.shape(name)) for name in names}
-    other = [
-        f"{name}: {list(pair.base[name].shape)} in the base, {list(shape)} in the tuned model"
-        for name, shape in shapes.items()
-        if shape != tuple(pair.base[name].shape)
-    ]
-    if other:
-        hint = ""
-        if any("embed" in one for one in other):
-            hint = "\nA resized vocabulary has no base to differ from."
-        raise SiftError(f"{tuned} has other shapes than {base}: {_listed(other)}{hint}")
-    state = pair.loaded.model.state_dict()
-    moved = [
-        name
-        for name in places
-        if name not in pair.base
-        and not torch.equal(pair.tuned.tensor(name).to(state[name].dtype), state[name])
-    ]
-    if moved:
-        raise SiftError(
-            f"{tuned} differs in what is no parameter, which no delta holds: {_listed(moved)}"
-        )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f"\n  and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{len(names)} tensor{'s' * (len(names) > 1)}:\n  " + "\n  ".join(names[:LISTED]) + more
-
-
-def _origin(folder: Path) -> dict[str, Any]:
-    """Recipe and task of the tuned model, where the folder says them."""
+def _recipe(folder: Path) -> Recipe | None:
+    """The recipe of the tuned model, where the folder holds one."""
     path = folder / RECIPE_FILE
-    if not path.is_file():
-        return {"recipe": None, "task": None}
-    recipe = parse_recipe(path.read_text(encoding="utf-8"), str(path))
-    return {
-        "recipe": recipe.model_dump(mode="json", exclude={"out", "log"}),
-        "task": recipe.data.task,
-    }
+    return parse_recipe(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
 
 
-def _notes(pair: Pair, folder: Path, config: PretrainedConfig) -> list[str]:
+def _notes(pair: Pair) -> list[str]:
     """What the tuned model has that base + delta will not have."""
     notes = []
-    own, other = pair.loaded.model.config.to_dict(), config.to_dict()
+    own, other = pair.loaded.model.config.to_dict(), pair.config.to_dict()
     for key in sorted(own.keys() & other.keys() - IDLE):
         if key.startswith("_") or other[key] is None or own[key] == other[key]:
             continue
         notes.append(f"config.json: {key} is {other[key]}, but {own[key]} in the base, which stays")
     try:
-        vocabulary = load_tokenizer(folder).get_vocab()
+        vocabulary = load_tokenizer(pair.folder).get_vocab()
     except SiftError:
         notes.append("the tuned model has no tokenizer; the base's is taken")
     else:

@@ -1,7 +1,7 @@
 """Base + delta(s) as an ordinary Hugging Face folder, one tensor in memory at a time."""
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +10,35 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from sift_cli.convert.changes import Composed, Toggle
+from sift_cli.convert.changes import Composed, Composition, Exact
 from sift_cli.convert.compose import Mix
-from sift_cli.convert.plan import Plan, Shard, add_dense, plan_merge, plan_undo, require_whole
-from sift_cli.convert.proof import prove_files, prove_logits, prove_metrics, reloaded_logits, score
+from sift_cli.convert.inputs import Inputs, open_inputs, weight_of_each
+from sift_cli.convert.layout import Layout, Shard, lay_out, require_space
+from sift_cli.convert.proof import (
+    Proof,
+    WrittenTensor,
+    prove_files,
+    prove_logits,
+    prove_metrics,
+    reloaded_logits,
+    score,
+)
 from sift_cli.convert.undo import (
-    RECORD_FILE,
-    Record,
+    COMPOSED_FILE,
+    MergeRecord,
     copy_side_files,
     keep_padding,
-    read_record,
     save_dropped,
-    side_files,
 )
-from sift_cli.delta.file import Delta, WeightDelta, load_delta
+from sift_cli.delta.header import Header
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
-from sift_cli.models.loading import DTYPES, INDEX_FILE, load_tokenizer, model_folder, quiet
+from sift_cli.models.loading import (
+    DTYPES,
+    INDEX_FILE,
+    load_tokenizer,
+    quiet,
+)
 from sift_cli.models.names import tensor_names
 from sift_cli.models.stored import stored_kinds
 from sift_cli.models.tensors import header_text, write_file, write_index
@@ -34,12 +46,34 @@ from sift_cli.recipe import parse_recipe
 from sift_cli.runs.cards import model_card
 from sift_cli.runs.folder import CARD_FILE, RECIPE_FILE, delta_file
 from sift_cli.system.files import new_folder
-from sift_cli.tasks.classification import task_of_labels
-from sift_cli.tasks.task import Task
+from sift_cli.tasks.metrics import Metrics
 
-COMPOSED_FILE = "composed.safetensors"
-ASIDE = 0.05  # tensors that the model has not are kept for undo up to this share of its size
-SPARE = 1 << 24  # bytes for configuration and tokenizer
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What a merge wrote, and what shows that it is right.
+
+    `tensors` and `changed` count tensors. `dropped` names the base's tensors that the model has
+    not, `lost` those that no undo gives back, `rounded` those that an undo gives back in another
+    dtype than the base's own.
+    """
+
+    out: str
+    base: str
+    tensors: int
+    changed: int
+    bytes: int
+    dropped: list[str]
+    lost: list[str]
+    rounded: list[str]
+    proof: Proof
+    composition: Composition | None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `sift merge --json` prints; what was not asked for has no key."""
+        parts = self.composition.to_json() if self.composition is not None else {}
+        values = vars(self) | self.proof.to_json() | parts
+        return {key: one for key, one in values.items() if key not in ("proof", "composition")}
 
 
 def merge(
@@ -56,12 +90,12 @@ def merge(
     undo: bool = False,
     verify: bool = True,
     evaluate: bool = False,
-) -> dict[str, Any]:
+) -> Merged:
     """Writes the trained model (with `undo`, the base again) as a folder; says what it verified.
 
     `base` is the folder to start from: the delta's own base unless given; for `undo` the merged
     one. Several deltas, or a `scale` or `weights` other than 1, are composed by `rule` (see
-    `compose.RULES`, with `keep` and `seed`), and the head comes whole from the delta at `head`.
+    `compose.RULES`, with `keep` and `seed`), and the delta at `head` gives its head, unscaled.
 
     `verify` reads every tensor back from disk and compares its fingerprint, then loads the folder
     through transformers and compares its logits with those of the model as it was trained;
@@ -72,234 +106,210 @@ def merge(
     be found or the deltas do not go together, 3 for a damaged delta or a wrong base, 5 where what
     was written differs.
     """
-    paths = [delta_file(str(one)) for one in ([deltas] if isinstance(deltas, Path) else deltas)]
-    mix = Mix(_weights(weights, paths), rule, scale, keep, seed)
+    paths = [delta_file(str(path)) for path in ([deltas] if isinstance(deltas, Path) else deltas)]
+    mix = Mix(weight_of_each(weights, paths), rule, scale, keep, seed)
+    _check_options(out, mix, base, undo, evaluate)
+    inputs = open_inputs(paths, head, base, undo)
+    config = _config(inputs)
+    layout = _plan(inputs, config, out)
+    change = Exact(inputs.delta, undo) if mix.exact else Composed(inputs.deltas, inputs.owner, mix)
+    with new_folder(out) as folder:
+        written = _write_weights(folder, layout, change, inputs)
+        lost = _write_other_files(folder, layout, config, inputs)
+        proof = _prove(folder, written, change, verify, evaluate)
+        composition = _save_composition(folder, change, inputs, proof.logits)
+    return Merged(
+        out=str(out),
+        base=inputs.source,
+        tensors=len(written),
+        changed=len(change.changed),
+        bytes=layout.bytes,
+        dropped=list(layout.dropped),
+        lost=lost,
+        rounded=layout.rounded,
+        proof=proof,
+        composition=composition,
+    )
+
+
+def _check_options(out: Path, mix: Mix, base: str | None, undo: bool, evaluate: bool) -> None:
     if undo and not mix.exact:
         raise SiftError(
             "--undo takes one delta, whole; of a composed merge, the one in its folder: "
-            f"sift/{COMPOSED_FILE}"
+            f"{COMPOSED_FILE}"
         )
     if undo and base is None:
         raise SiftError("--undo needs --base: the merged folder to turn back")
     if evaluate and undo:
         raise SiftError("--evaluate scores a merged model; --undo gives the base back")
-    _require_free(out)
-    loaded = [load_delta(path) for path in paths]
-    if len(loaded) > 1:
-        _check_one_base(paths, loaded)
-    owner = _head_owner(paths, loaded, delta_file(str(head)) if head else None)
-    delta = loaded[owner]
-    about = delta.about["base"]
-    source = base or about["path"]
-    try:
-        folder = model_folder(source, None if base else about["revision"])
-    except SiftError as error:
-        hint = "" if base else "; give the base with --base"
-        raise SiftError(f"{error}{hint}", error.code) from None
-    record = read_record(folder) if undo else None
-    task = task_of_labels(delta.about["labels"])
-    config = _config(folder, task, delta, undo)
-    names = tensor_names(config, task.auto)
-    plan = plan_undo(folder, names, record) if record else plan_merge(folder, names, delta)
-    require_whole(plan, names, delta, source)
-    if not undo:
-        add_dense(plan, delta)
-    _require_space(out, plan, folder)
-    change = Toggle(delta, undo) if mix.exact else Composed(loaded, owner, mix)
-    report: dict[str, Any] = {"out": str(out), "base": source}
-    lost: list[str] = []  # what undo does not give back
-    with new_folder(out) as partial:
-        wanted = _write_weights(partial, plan, change, source, folder)
-        copy_side_files(folder, partial)
-        if record:
-            lost = [key for key in record.dropped if key not in plan.aside]
-            # without them, or in another dtype, the index is a new one
-            record.restore_texts(partial, [INDEX_FILE] if lost or plan.rounded else [])
-        else:
-            with quiet():
-                config.save_pretrained(partial)
-            if not undo:
-                keep_padding(folder, partial)
-        if not undo:
-            marks = save_dropped(partial, plan.dropped, int(ASIDE * plan.bytes))
-            lost = [key for key, mark in marks.items() if not mark]
-            Record.of(folder, partial, plan.listings, plan.names, marks).save(partial)
-            if recipe := _recipe(delta):
-                (partial / RECIPE_FILE).write_text(recipe, encoding="utf-8")
-                (partial / CARD_FILE).write_text(model_card(delta.about), encoding="utf-8")
-        report |= {
-            "tensors": len(wanted),
-            "changed": len(change.changed),
-            "bytes": plan.bytes,
-            "dropped": list(plan.dropped),
-            "lost": lost,
-            "rounded": plan.rounded,
-            "verified": [],
-        }
-        logits = _verify(partial, wanted, change, report) if verify else None
-        if evaluate:
-            _evaluate(partial, change, report)
-        if isinstance(change, Composed):
-            report |= change.describe() | {"head": str(paths[owner]) if delta.dense else None}
-            change.save((partial / RECORD_FILE).with_name(COMPOSED_FILE), logits)
-    return report
-
-
-def _write_weights(
-    out: Path, plan: Plan, change: Toggle | Composed, source: str, folder: Path
-) -> dict[str, tuple[str, torch.dtype]]:
-    """Streams every planned tensor into `out`, changed where need be.
-
-    Returns the fingerprint of each as written, and the dtype that it holds for.
-    """
-    wanted: dict[str, tuple[str, torch.dtype]] = {}
-
-    def tensors(shard: Shard) -> Iterator[Tensor]:
-        for key, one in shard.tensors.items():
-            tensor = one.read()
-            if one.place is None or not one.name:
-                mark = fingerprint(tensor)
-            else:
-                tensor, mark = change.apply(one.name, tensor)
-            wanted[key] = mark, one.held
-            yield tensor.to(one.written)
-
-    for shard in plan.shards:
-        rows = [(key, one.written, one.shape) for key, one in shard.tensors.items()]
-        header = shard.header or header_text(rows, shard.metadata)
-        write_file(out / shard.file, header, tensors(shard))
-    for name, one in plan.replaced.items():
-        change.replace(name, one.read())
-    change.check(source, stored_kinds(folder))
-    damaged = [key for key, mark in plan.aside.items() if wanted[key][0] != mark]
-    if damaged:
-        raise SiftError(f"{source}: damaged: {damaged[0]}, aside in sift/", ExitCode.WRONG_FILE)
-    if plan.indexed:
-        sizes = {
-            k: (shard.file, t.bytes) for shard in plan.shards for k, t in shard.tensors.items()
-        }
-        write_index(out, sizes)
-    return wanted
-
-
-def _verify(
-    folder: Path,
-    wanted: Mapping[str, tuple[str, torch.dtype]],
-    change: Toggle | Composed,
-    report: dict[str, Any],
-) -> Tensor | None:
-    """Proves the files, and of a merge the logits, which it returns; says so in `report`."""
-    prove_files(folder, wanted)
-    report["verified"].append("files")
-    if isinstance(change, Toggle) and change.undo:
-        return None
-    logits = reloaded_logits(folder)
-    if isinstance(change, Toggle) and change.delta.about.get("logits"):
-        about = change.delta.about
-        trained = torch.tensor(about["logits"])
-        report["logits_difference"] = prove_logits(logits, trained, about["base"]["dtype"])
-        report["verified"].append("logits")
-    elif not bool(logits.isfinite().all()):
-        raise SiftError(
-            "the merged model's logits are not finite; take a smaller --scale", ExitCode.NOT_FINITE
-        )
-    return logits
-
-
-def _evaluate(folder: Path, change: Toggle | Composed, report: dict[str, Any]) -> None:
-    """Scores the folder; one delta, whole, must score what it did after training."""
-    whole = isinstance(change, Toggle)
-    delta = change.delta if isinstance(change, Toggle) else change.deltas[change.owner]
-    recipe = _recipe(delta)
-    if recipe is None:
-        raise SiftError("--evaluate: the delta carries no recipe, so there is no data to score on")
-    report["metrics"] = score(folder, parse_recipe(recipe, "the delta's recipe"))
-    report["metrics_trained"] = delta.about["metrics"] if whole else None
-    if whole:
-        prove_metrics(report["metrics"], delta.about["metrics"])
-        report["verified"].append("metrics")
-
-
-def _weights(weights: Sequence[float], paths: Sequence[Path]) -> tuple[float, ...]:
-    if weights and len(weights) != len(paths):
-        raise SiftError(f"{len(paths)} deltas, but {len(weights)} --weight; give one for each")
-    return tuple(weights) or (1.0,) * len(paths)
-
-
-def _require_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SiftError(f"{out} exists already; choose another --out or remove it")
 
 
-def _check_one_base(paths: Sequence[Path], loaded: Sequence[Delta]) -> None:
-    """Raises SiftError where two deltas disagree on a weight that both change."""
-    seen: dict[str, tuple[int, WeightDelta]] = {}
-    for at, delta in enumerate(loaded):
-        for name, weight in delta.weights.items():
-            first, other = seen.setdefault(name, (at, weight))
-            if (other.base, other.dtype, other.shape) != (weight.base, weight.dtype, weight.shape):
-                bases = [loaded[one].about["base"] for one in (first, at)]
-                said = " and ".join(f"{one['path']} ({one['dtype']})" for one in bases)
-                raise SiftError(
-                    f"{paths[first]} and {paths[at]} are of different bases: {said} differ in "
-                    f"{name}",
-                    ExitCode.WRONG_FILE,
-                )
-
-
-def _head_owner(paths: Sequence[Path], loaded: Sequence[Delta], head: Path | None) -> int:
-    """Which delta the head and the labels come from."""
-    if head is not None:
-        if head not in paths:
-            raise SiftError(f"--head {head} is none of the deltas to merge")
-        return paths.index(head)
-    owners = [at for at, delta in enumerate(loaded) if delta.dense] or list(range(len(loaded)))
-    first = loaded[owners[0]]
-    for at in owners[1:]:
-        other = loaded[at]
-        same = other.about["labels"] == first.about["labels"]
-        same = same and other.dense.keys() == first.dense.keys()
-        if not same or any(not torch.equal(one, first.dense[n]) for n, one in other.dense.items()):
-            raise SiftError(
-                f"{paths[owners[0]]} (labels {first.about['labels']}) and {paths[at]} (labels "
-                f"{other.about['labels']}) each have a head of their own, and heads do not add; "
-                "name the delta whose head the merged model gets with --head"
-            )
-    return owners[0]
-
-
-def _require_space(out: Path, plan: Plan, folder: Path) -> None:
-    needed = (
-        int((1 + ASIDE * bool(plan.dropped)) * plan.bytes)
-        + sum((folder / name).stat().st_size for name in side_files(folder))
-        + SPARE
-    )
-    there = next(place for place in out.absolute().parents if place.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise SiftError(
-            f"{out} needs {needed / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB free; make "
-            "room or choose another --out"
-        )
-
-
-def _config(folder: Path, task: Task, delta: Delta, undo: bool) -> PretrainedConfig:
-    about = delta.about["base"]
-    if undo:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        config.architectures = about["architectures"]
-        if delta.dense:  # the head was new, and what it is for with it
-            task.unconfigure(config)
+def _config(inputs: Inputs) -> PretrainedConfig:
+    """The configuration of the model that is written."""
+    header = inputs.delta.header
+    if inputs.undo:
+        config = AutoConfig.from_pretrained(inputs.folder, trust_remote_code=False)
+        config.architectures = header.base.architectures
+        if inputs.delta.dense:  # the head was new, and what it is for with it
+            inputs.task.unconfigure(config)
     else:
-        config = task.configure(folder)
-        config.architectures = [delta.about["architecture"]]
+        config = inputs.task.configure(inputs.folder)
+        if header.architecture is not None:
+            config.architectures = [header.architecture]
         if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = load_tokenizer(folder).pad_token_id
-    config.dtype = DTYPES[about["dtype"]]
+            config.pad_token_id = load_tokenizer(inputs.folder).pad_token_id
+    config.dtype = DTYPES[header.base.dtype]
     return config  # type: ignore[no-any-return]
 
 
-def _recipe(delta: Delta) -> str | None:
-    if not delta.about.get("recipe"):
+def _plan(inputs: Inputs, config: PretrainedConfig, out: Path) -> Layout:
+    """What will be written; SiftError where the model lacks a tensor, or the disk room."""
+    names = tensor_names(config, inputs.task.auto)
+    folder, delta = inputs.folder, inputs.delta
+    layout = lay_out(folder, names, delta, inputs.source, undo=inputs.undo, record=inputs.record)
+    require_space(layout, out, folder)
+    return layout
+
+
+def _write_weights(
+    out: Path, layout: Layout, change: Exact | Composed, inputs: Inputs
+) -> dict[str, WrittenTensor]:
+    """Streams every planned tensor into `out`, changed where need be; what was written, by key."""
+    written: dict[str, WrittenTensor] = {}
+
+    def tensors(shard: Shard) -> Iterator[Tensor]:
+        for key, planned in shard.tensors.items():
+            tensor = planned.read()
+            if planned.place is None or not planned.name:
+                mark = fingerprint(tensor)
+            else:
+                tensor, mark = change.apply(planned.name, tensor)
+            written[key] = WrittenTensor(mark, planned.held)
+            yield tensor.to(planned.written)
+
+    for shard in layout.shards:
+        rows = [(key, planned.written, planned.shape) for key, planned in shard.tensors.items()]
+        header = shard.header or header_text(rows, shard.metadata)
+        write_file(out / shard.file, header, tensors(shard))
+    for name, planned in layout.replaced.items():
+        change.replace(name, planned.read())
+    change.check(inputs.source, stored_kinds(inputs.folder))
+    damaged = [key for key, mark in layout.aside.items() if written[key].fingerprint != mark]
+    if damaged:
+        raise SiftError(
+            f"{inputs.source}: damaged: {damaged[0]}, aside in sift/", ExitCode.WRONG_FILE
+        )
+    if layout.indexed:
+        write_index(out, layout.sizes)
+    return written
+
+
+def _write_other_files(
+    out: Path, layout: Layout, config: PretrainedConfig, inputs: Inputs
+) -> list[str]:
+    """Writes configuration, tokenizer and the like: in an undo, the base's own where recorded.
+
+    Returns the base's tensors that this undo does not give back, or that one of the merge cannot.
+    """
+    record = inputs.record
+    copy_side_files(inputs.folder, out)
+    if record is not None:
+        lost = [key for key in record.dropped if key not in layout.aside]
+        # without them, or in another dtype, the index is a new one
+        record.restore_texts(out, [INDEX_FILE] if lost or layout.rounded else [])
+        return lost
+    with quiet():
+        config.save_pretrained(out)
+    if inputs.undo:
+        return []
+    keep_padding(inputs.folder, out)
+    # last of all: the record compares the texts that are in `out` with the base's
+    return _write_record(out, layout, inputs)
+
+
+def _write_record(out: Path, layout: Layout, inputs: Inputs) -> list[str]:
+    """Writes what undo needs, recipe and card; returns the base's tensors that are not kept."""
+    marks = save_dropped(out, layout.dropped, layout.most_aside)
+    MergeRecord.of(inputs.folder, out, layout.listings, layout.names, marks).save(out)
+    header = inputs.delta.header
+    if recipe := _recipe_text(header):
+        (out / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+        (out / CARD_FILE).write_text(model_card(header), encoding="utf-8")
+    return [key for key, mark in marks.items() if not mark]
+
+
+def _recipe_text(header: Header) -> str | None:
+    if not header.recipe:
         return None
-    return str(yaml.safe_dump(delta.about["recipe"], sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(header.recipe, sort_keys=False, allow_unicode=True))
+
+
+def _prove(
+    folder: Path,
+    written: dict[str, WrittenTensor],
+    change: Exact | Composed,
+    verify: bool,
+    evaluate: bool,
+) -> Proof:
+    """Compares files, logits and metrics as far as was asked; SiftError where they differ.
+
+    Of an undo only the files are compared: the delta does not know the base's logits.
+    """
+    verified = []
+    logits = difference = metrics = trained = None
+    if verify:
+        prove_files(folder, written)
+        verified.append("files")
+        if not change.undo:
+            logits = reloaded_logits(folder)
+            difference = _compare_logits(logits, change)
+            if difference is not None:
+                verified.append("logits")
+    if evaluate:
+        metrics, trained = _evaluate(folder, change)
+        if trained is not None:
+            verified.append("metrics")
+    return Proof(verified, logits, difference, metrics, trained)
+
+
+def _compare_logits(logits: Tensor, change: Exact | Composed) -> float | None:
+    """How far the logits are from the trained model's; None where the delta has none for this mix.
+
+    Raises SiftError where they differ (exit code 5), or are not finite (4).
+    """
+    header = change.delta.header
+    if isinstance(change, Exact) and header.logits:
+        return prove_logits(logits, torch.tensor(header.logits), header.base.dtype)
+    if not bool(logits.isfinite().all()):
+        raise SiftError(
+            "the merged model's logits are not finite; take a smaller --scale", ExitCode.NOT_FINITE
+        )
+    return None
+
+
+def _evaluate(folder: Path, change: Exact | Composed) -> tuple[Metrics, Metrics | None]:
+    """What the folder scores, and what it must score: the metrics after training.
+
+    The latter is None for a composition, which may score anything.
+    """
+    header = change.delta.header
+    recipe = _recipe_text(header)
+    if recipe is None:
+        raise SiftError("--evaluate: the delta carries no recipe, so there is no data to score on")
+    metrics = score(folder, parse_recipe(recipe, "the delta's recipe"))
+    if not isinstance(change, Exact):
+        return metrics, None
+    prove_metrics(metrics, header.metrics)
+    return metrics, header.metrics
+
+
+def _save_composition(
+    folder: Path, change: Exact | Composed, inputs: Inputs, logits: Tensor | None
+) -> Composition | None:
+    """Saves what was composed as one delta in the folder, for undo; None where nothing was."""
+    if not isinstance(change, Composed):
+        return None
+    change.save(folder / COMPOSED_FILE, logits)
+    return change.describe(str(inputs.paths[inputs.owner]) if inputs.delta.dense else None)

@@ -3,6 +3,7 @@
 import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,50 @@ LOGITS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 METRIC_TOLERANCE = 0.01
 
 
-def prove_files(folder: Path, wanted: Mapping[str, tuple[str, torch.dtype]]) -> None:
-    """Reads every tensor back from disk; `wanted` has its fingerprint when held in that dtype.
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor as it was written: its fingerprint in the dtype `held`, not in the file's."""
+
+    fingerprint: str
+    held: torch.dtype
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared (`verified`: files, logits, metrics), and what came out.
+
+    `logits` are those of the folder's model ([4, outputs]), `logits_difference` how far they are
+    from the trained model's. `metrics` is what the folder scores, `metrics_trained` what its one
+    delta scored after training. None stands for what was not asked for or has no counterpart.
+    """
+
+    verified: list[str] = field(default_factory=list)
+    logits: Tensor | None = None
+    logits_difference: float | None = None
+    metrics: Metrics | None = None
+    metrics_trained: Metrics | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As the report of a merge has it; what was not asked for has no key."""
+        values: dict[str, Any] = {"verified": self.verified}
+        if self.logits_difference is not None:
+            values["logits_difference"] = self.logits_difference
+        if self.metrics is not None:
+            values |= {"metrics": self.metrics, "metrics_trained": self.metrics_trained}
+        return values
+
+
+def prove_files(folder: Path, wanted: Mapping[str, WrittenTensor]) -> None:
+    """Reads every tensor back from disk and compares its fingerprint with the `wanted` one.
 
     Raises SiftError (exit code 5) where a tensor is another one, is not there, or is too many.
     """
     places = {key: p for file in weight_files(folder) for key, p in list_file(file).places.items()}
-    odd = sorted(places.keys() ^ wanted.keys())
-    wrong = odd or [
+    unmatched = sorted(places.keys() ^ wanted.keys())
+    wrong = unmatched or [
         key
-        for key, (mark, held) in wanted.items()
-        if fingerprint(places[key].read().to(held)) != mark
+        for key, tensor in wanted.items()
+        if fingerprint(places[key].read().to(tensor.held)) != tensor.fingerprint
     ]
     if wrong:
         raise SiftError(
@@ -66,7 +100,10 @@ def reloaded_logits(folder: Path) -> Tensor:
 
 @contextmanager
 def _weights_on_disk(model: nn.Module, folder: Path) -> Iterator[None]:
-    """Lets go of the pages that a module's weights were read into once the module has computed."""
+    """Maps a model's weights from its files while inside, so that few are in memory at a time.
+
+    Once a module has computed, the pages that its weights were read into are let go.
+    """
     named = dict(model.named_parameters())
     maps = []
     for file in weight_files(folder):
@@ -97,12 +134,15 @@ def _weights_on_disk(model: nn.Module, folder: Path) -> Iterator[None]:
             hook.remove()
 
 
-def prove_logits(found: Tensor, wanted: Tensor, dtype: str) -> float:
-    """The largest difference; SiftError (exit code 5) where it is more than another machine's."""
+def prove_logits(logits: Tensor, trained: Tensor, dtype: str) -> float:
+    """The largest difference of two models' logits.
+
+    Raises SiftError (exit code 5) where it is more than another machine or version would make.
+    """
     difference = (
-        float((found - wanted).abs().max()) if found.shape == wanted.shape else float("nan")
+        float((logits - trained).abs().max()) if logits.shape == trained.shape else float("nan")
     )
-    if not difference <= LOGITS_TOLERANCE[dtype] * max(1.0, float(wanted.abs().max())):
+    if not difference <= LOGITS_TOLERANCE[dtype] * max(1.0, float(trained.abs().max())):
         raise SiftError(
             f"the merged model's logits differ from the trained model's by up to {difference:.3g}",
             ExitCode.NOT_VERIFIED,
@@ -115,10 +155,10 @@ def score(folder: Path, recipe: Recipe) -> Metrics:
     return open_session(recipe, train=False, tuned=reload(folder)).evaluate()
 
 
-def prove_metrics(found: Metrics, wanted: Metrics) -> None:
+def prove_metrics(metrics: Metrics, trained: Metrics) -> None:
     """Raises SiftError (exit code 5) where a metric is not the one measured after training."""
-    for name, value in wanted.items():
-        again = found.get(name, value)
+    for name, value in trained.items():
+        again = metrics.get(name, value)
         if again is None or value is None:
             same = again == value
         else:

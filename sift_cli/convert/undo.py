@@ -16,6 +16,7 @@ from sift_cli.models.loading import INDEX_FILE, load_tokenizer, quiet
 from sift_cli.models.tensors import Listing, Place, header_text, list_file, listed, write_file
 
 RECORD_FILE = "sift/merge.json"
+COMPOSED_FILE = "sift/composed.safetensors"  # a composition as one delta
 DROPPED_FILE = "sift/dropped.safetensors"
 # What belongs to a model beside its configuration and its weights, and is copied as it is.
 SIDE_FILES = (
@@ -37,10 +38,13 @@ REWRITTEN = ("config.json", TOKENIZER_CONFIG, INDEX_FILE)
 
 
 @dataclass(frozen=True)
-class Record:
-    """`headers` of the base's files word for word, the model's name for each of their keys,
-    fingerprints of what the model has no place for, and the base's text of each file that reads
-    otherwise in the merged folder (None where the base has none).
+class MergeRecord:
+    """The content of RECORD_FILE.
+
+    `headers` are those of the base's weight files word for word, `names` the model's name for each
+    of their keys, `dropped` the fingerprint of each tensor that the model has no place for (empty
+    where it was not kept). `texts` are the base's versions of the files that read otherwise in the
+    merged folder, None where the base has no such file.
     """
 
     headers: dict[str, str]
@@ -57,7 +61,7 @@ class Record:
         listings: Mapping[str, Listing],
         names: Mapping[str, str],
         dropped: Mapping[str, str],
-    ) -> "Record":
+    ) -> "MergeRecord":
         """The record for the folder `out` made from `base`."""
         texts = {}
         for name in REWRITTEN:
@@ -68,13 +72,13 @@ class Record:
         return cls(headers, dict(names), dict(dropped), texts)
 
     def save(self, folder: Path) -> None:
-        """Writes it into the merged folder."""
+        """Writes the record into the merged folder."""
         file = folder / RECORD_FILE
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def restore_texts(self, folder: Path, but: Sequence[str] = ()) -> None:
-        """Gives the files in `folder` the base's text again, those in `but` excepted."""
+        """Gives the files in `folder` the base's text again, except those in `but`."""
         for name, text in self.texts.items():
             if name in but:
                 continue
@@ -85,9 +89,9 @@ class Record:
 
 
 def save_dropped(folder: Path, dropped: Mapping[str, Place], most: int) -> dict[str, str]:
-    """Sets aside what the model has no place for, unless it has more than `most` bytes together.
+    """Keeps the tensors that the model has no place for, if they have at most `most` bytes.
 
-    Returns the fingerprints.
+    Returns the fingerprint of each, empty where they were not kept.
     """
     file = folder / DROPPED_FILE
     file.parent.mkdir(exist_ok=True)
@@ -106,13 +110,13 @@ def save_dropped(folder: Path, dropped: Mapping[str, Place], most: int) -> dict[
 
 
 def dropped_places(folder: Path) -> dict[str, Place]:
-    """What a merged folder has aside."""
+    """Where the tensors lie that a merge kept for undo, by key in the base's files."""
     file = folder / DROPPED_FILE
     return list_file(file).places if file.is_file() else {}
 
 
-def read_record(folder: Path) -> Record | None:
-    """The record in a merged folder; None where it has none, as one that others saved anew.
+def read_record(folder: Path) -> MergeRecord | None:
+    """The record in a merged folder; None where there is none, as once others saved it anew.
 
     Raises SiftError (exit code 3) where it is damaged.
     """
@@ -120,7 +124,7 @@ def read_record(folder: Path) -> Record | None:
     if not file.is_file():
         return None
     try:
-        record = Record(**json.loads(file.read_text(encoding="utf-8")))
+        record = MergeRecord(**json.loads(file.read_text(encoding="utf-8")))
         plain = all(Path(name).name == name != "" for name in record.headers)
         if record.format != 1 or not plain or not {*record.texts} <= {*REWRITTEN}:
             raise ValueError("not what sift writes")
@@ -137,12 +141,12 @@ def read_record(folder: Path) -> Record | None:
 
 def side_files(folder: Path) -> list[Path]:
     """The files of a model folder, relative to it, that a merge copies byte for byte."""
-    found = {file for pattern in SIDE_FILES for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file.relative_to(folder) for file in found)
+    files = {file for pattern in SIDE_FILES for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(folder) for file in files)
 
 
 def copy_side_files(folder: Path, out: Path) -> None:
-    """Copies them."""
+    """Copies the side files of a model folder into the folder `out`."""
     for name in side_files(folder):
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, out / name)
@@ -155,11 +159,12 @@ def keep_padding(base: Path, out: Path) -> None:
         copied = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     if copied.pad_token == wanted.pad_token:
         return
-    said: dict[str, Any] = json.loads(_text(out / TOKENIZER_CONFIG) or "{}")
-    said["pad_token"] = wanted.pad_token
-    text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+    config: dict[str, Any] = json.loads(_text(out / TOKENIZER_CONFIG) or "{}")
+    config["pad_token"] = wanted.pad_token
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (out / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def _text(file: Path) -> str | None:
+    """The text of a file, its line ends as they are; None where there is no file."""
     return file.read_bytes().decode() if file.is_file() else None

@@ -2,15 +2,16 @@
 
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
-from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sift_cli import __version__
 from sift_cli.delta.file import SIGNED, Delta, weight_delta
+from sift_cli.delta.header import Base, Header
 from sift_cli.delta.identity import rest_fingerprints
-from sift_cli.models.fingerprints import tied_names
+from sift_cli.models.fingerprints import dtype_name, tied_names
 from sift_cli.sparse import SparseParameters, Support
 
 
@@ -18,13 +19,13 @@ def build_delta(
     parameters: SparseParameters,
     new: Collection[str],
     marks: Mapping[str, str],
-    about: dict[str, Any],
+    header: Header,
 ) -> Delta:
     """The difference between the model's weights now and before any of them trained.
 
     It holds the entries of the support, and under a changing support all others that differ from
-    the base. `new` names the parameters that the base lacks: they are stored whole. `marks` are the
-    fingerprints of all other tensors of the model, taken before training.
+    the base. `new` names the parameters that the base lacks: all their entries are stored. `marks`
+    are the fingerprints of all other tensors of the model, taken before training.
     """
     supports = {segment.name: segment.support for segment in parameters}
     touched = {name: (support, base) for name, support, base in parameters.touched}
@@ -37,44 +38,49 @@ def build_delta(
             continue
         support, base = touched[name]
         trained = support.to(weight.device).gather(weight).cpu()
-        held = supports.get(name)
-        if held is None or len(held) < len(support):
-            bits = SIGNED[base.element_size()]  # so that -0 is not 0
-            keep = base.view(bits) != trained.view(bits)
-            every = support.positions
-            if every is None:
-                every = torch.arange(support.size)
-            if held is not None and held.positions is not None:
-                keep |= torch.isin(every, held.positions.cpu())
-            support, base, trained = (
-                Support.of(support.shape, every[keep]),
-                base[keep],
-                trained[keep],
-            )
+        support, base, trained = _to_store(supports.get(name), support, base, trained)
         if len(support):
-            whole = weight.detach()
-            weights[name] = weight_delta(support, base, trained, marks[name], whole)
-    return Delta(weights, dense, rest_fingerprints(marks, weights), about)
+            weights[name] = weight_delta(support, base, trained, marks[name], weight.detach())
+    return Delta(weights, dense, rest_fingerprints(marks, weights), header)
 
 
-def describe_base(
-    model: PreTrainedModel, path: str, revision: str | None, dtype: str
-) -> dict[str, Any]:
+def _to_store(
+    held: Support | None, touched: Support, base: Tensor, trained: Tensor
+) -> tuple[Support, Tensor, Tensor]:
+    """The entries of one weight that a delta stores, with their values before and after ([K]).
+
+    These are the ones that the support holds at the end (`held`, None for none), which training
+    may have left equal to the base, and those of the others it `touched` that differ.
+    """
+    if held is not None and len(held) >= len(touched):
+        return touched, base, trained
+    bits = SIGNED[base.element_size()]  # so that -0 is not 0
+    keep = base.view(bits) != trained.view(bits)
+    every = touched.positions
+    if every is None:
+        every = torch.arange(touched.size)
+    if held is not None and held.positions is not None:
+        keep |= torch.isin(every, held.positions.cpu())
+    return Support.of(touched.shape, every[keep]), base[keep], trained[keep]
+
+
+def describe_base(model: PreTrainedModel, path: str, revision: str | None, dtype: str) -> Base:
     """What a delta says of its base: where it lies, and how `model`, made from it, holds it."""
     default = getattr(torch, dtype)
-    return {
+    values = {
         "path": path,
         "revision": revision,
         "dtype": dtype,
         "architectures": model.config.architectures,
         "kept_dtypes": {
-            name: str(weight.dtype).removeprefix("torch.")
+            name: dtype_name(weight.dtype)
             for name, weight in model.named_parameters()
             if weight.dtype != default
         },
         "tied": tied_names(model),
         "vocabulary": getattr(model.config, "vocab_size", None),
     }
+    return Base.model_validate(values)
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Positions of a weight's changed entries as a byte stream: gaps in Rice code.
 
 Golomb 1966; Rice and Plaunt 1971. The parts of the code are kept apart (parameters, low bits plane
-by plane, high bits in unary), so that arrays decode whole.
+by plane, high bits in unary), so that numpy decodes each part of a run at once.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from sift_cli.delta.planes import Bytes
+from sift_cli.sparse.support import LARGEST_INT32
+
 BLOCK = 64  # gaps that share a parameter; a multiple of 8, so that blocks start at whole bytes
 RUN = 1 << 16  # gaps coded together: what is at work at a time stays in the processor's cache
-ROWS, COLUMNS = 0, 1
-LARGEST_SIZE = 2**62  # entries of a weight
-LARGEST_INT32 = 2**31 - 1
+ROWS, COLUMNS = 0, 1  # the order that positions are counted in: the first byte of a stream
+LARGEST_SIZE = 2**62  # entries of a weight: a position and a gap add up in int64
 SPREAD = 8  # rows and columns to an entry, beyond which positions never go by columns
 WORTH = 1.01  # by how much the order by columns must win: it takes longer to decode
 
 Positions = NDArray[np.signedinteger]
-Bytes = NDArray[np.uint8]
 
 
 def encode_positions(positions: Tensor, shape: Sequence[int]) -> Tensor:

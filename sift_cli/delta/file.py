@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sift_cli.delta.coding import decode_positions, encode_positions
-from sift_cli.delta.header import Header, Row, check_name, named_rows
+from sift_cli.delta.header import Envelope, Header, WeightRow, check_name, split_header
 from sift_cli.delta.planes import decode_bits, encode_bits
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import dtype_name, fingerprint, kind_of, tensor_bytes
@@ -25,6 +25,7 @@ from sift_cli.system.files import replacing, sha256_of
 FORMAT = 1
 CODING = "rice-deflate"
 STREAMS = "weights"  # the tensor that holds all positions and bits
+# By bytes of a weight's entry: how its bits are held, and how torch can compare and XOR them.
 BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -33,8 +34,8 @@ SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class WeightDelta:
     """The change of one weight: coded positions (None: every entry) and trained XOR base.
 
-    `bits` has shape [K] and an unsigned dtype as wide as the weight's. `base` and `trained` are
-    fingerprints of the whole weight before and after.
+    `bits` has shape [count] and an unsigned dtype as wide as the weight's. `base` and `trained` are
+    fingerprints of the weight, of all its entries, before and after training.
     """
 
     shape: tuple[int, ...]
@@ -53,7 +54,7 @@ class WeightDelta:
         return Support(self.shape, decode_positions(self.coded, self.count, self.shape))
 
     def toggle_(self, weight: Tensor) -> None:
-        """Base to trained, or trained to base, bit for bit and in place."""
+        """Turns the base's weight into the trained one, or back, bit for bit and in place."""
         support = self.support.to(weight.device)
         signed = SIGNED[weight.element_size()]
         flipped = _view(support.gather(weight), signed) ^ _view(self.bits, signed).to(weight.device)
@@ -64,20 +65,25 @@ class WeightDelta:
 class Delta:
     """A delta file in memory.
 
-    `weights` and `dense` go by parameter name; `dense` holds the tensors that the base lacks,
-    whole. `rest` has eight hex digits of fingerprint for each tensor of the base that is in
-    neither, in the order of their sorted names. `about` holds everything else that the header says:
-    base, task, labels, policy, recipe, metrics, versions, logits.
+    `weights` and `dense` go by parameter name; `dense` holds the tensors that the base lacks, such
+    as a new head. `rest` has eight hex digits of fingerprint for each tensor of the base that is in
+    neither, in the order of their sorted names. `header` says where the delta comes from.
     """
 
     weights: dict[str, WeightDelta]
     dense: dict[str, Tensor]
     rest: str
-    about: dict[str, Any]
+    header: Header
     # Methods that belong to serving.py, which knows this file: the package attaches them.
     apply_: ClassVar[Callable[["Delta", nn.Module], None]]
     undo_: ClassVar[Callable[["Delta", nn.Module], None]]
     swap_: ClassVar[Callable[["Delta", nn.Module], None]]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """A copy of the header as a plain dict, its keys sorted as in the file."""
+        about: dict[str, Any] = json.loads(_canonical(self.header.to_json()))
+        return about
 
     @property
     def entries(self) -> int:
@@ -91,32 +97,36 @@ class Delta:
 
 
 def weight_delta(
-    support: Support, base: Tensor, trained: Tensor, base_mark: str, whole: Tensor
+    support: Support, base: Tensor, trained: Tensor, base_mark: str, weight: Tensor
 ) -> WeightDelta:
     """The change of one weight from its entries before and after ([K], both in the weight's dtype).
 
-    `base_mark` is the fingerprint before training, `whole` the trained weight.
+    `base_mark` is the fingerprint before training, `weight` the trained weight with all entries.
     """
     signed = SIGNED[trained.element_size()]
     bits = _view(base.cpu(), signed) ^ _view(trained.cpu(), signed)
     positions = support.positions if len(support) < support.size else None
     return WeightDelta(
         support.shape,
-        whole.dtype,
+        weight.dtype,
         len(support),
         base_mark,
-        fingerprint(whole),
+        fingerprint(weight),
         None if positions is None else encode_positions(positions, support.shape),
         bits.view(BITS[trained.element_size()]),
     )
 
 
 def _view(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bits as another dtype of the same width."""
     return tensor.contiguous().view(dtype)
 
 
 def save_delta(path: Path, delta: Delta) -> str:
-    """Writes the file whole or not at all, the same delta to the same bytes; returns their hash."""
+    """Writes the file, complete or not at all; returns its SHA-256.
+
+    The same delta gives the same bytes.
+    """
     table, streams = {}, [torch.empty(0, dtype=torch.uint8)]
     for name, weight in sorted(delta.weights.items()):
         positions = streams[0] if weight.coded is None else weight.coded
@@ -135,7 +145,7 @@ def save_delta(path: Path, delta: Delta) -> str:
     for name, tensor in delta.dense.items():
         tensors[f"dense/{name}"] = tensor.detach().cpu().contiguous()
     header = {
-        **delta.about,
+        **delta.header.to_json(),
         "format": FORMAT,
         "coding": CODING,
         "weights": table,
@@ -158,11 +168,13 @@ def load_delta(path: Path) -> Delta:
         raise SiftError(f"{path}: no such delta file")
     try:
         with safe_open(path, framework="pt") as file:
-            header, rows = _read_header(path, (file.metadata() or {}).get("sift"))
+            values = _read_header(path, (file.metadata() or {}).get("sift"))
+            envelope, header = split_header(values)  # all claims, before anything they describe
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header.pop("digest") != _digest(header, tensors):
+        del values["digest"]
+        if envelope.digest != _digest(values, tensors):
             raise ValueError("its contents do not match its digest")
-        return _parse(header, rows, tensors)
+        return _parse(envelope, header, tensors)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "header"
@@ -171,8 +183,8 @@ def load_delta(path: Path) -> Delta:
         raise _damaged(path, str(error)) from error
 
 
-def _read_header(path: Path, text: str | None) -> tuple[dict[str, Any], dict[str, Row]]:
-    """The header, each of its claims of a kind and size that a delta can have; its weights."""
+def _read_header(path: Path, text: str | None) -> dict[str, Any]:
+    """The JSON object in the file's metadata, of a format that this version reads."""
     if text is None:
         raise SiftError(f"{path}: a safetensors file, but no sift delta", ExitCode.WRONG_FILE)
     header = json.loads(text)
@@ -190,15 +202,28 @@ def _read_header(path: Path, text: str | None) -> tuple[dict[str, Any], dict[str
             f"{CODING}); read it with the sift that wrote it",
             ExitCode.WRONG_FILE,
         )
-    checked = Header.model_validate(header | {"weights": named_rows(header.get("weights"))})
-    return header, checked.weights
+    return header
 
 
-def _parse(header: dict[str, Any], rows: dict[str, Row], tensors: dict[str, Tensor]) -> Delta:
-    streams, at = tensors.pop(STREAMS, None), 0
+def _parse(envelope: Envelope, header: Header, tensors: dict[str, Tensor]) -> Delta:
+    """The delta in `tensors`; ValueError where they do not hold what the envelope promises."""
+    streams = tensors.pop(STREAMS, None)
     if streams is None or streams.dtype != torch.uint8 or streams.dim() != 1:
         raise ValueError(f"there is no stream of bytes called {STREAMS}")
-    weights = {}
+    weights = _decode_weights(envelope.weights, streams)
+    dense = {}
+    for name, tensor in tensors.items():
+        kind, _, parameter = name.partition("/")
+        if kind != "dense":
+            raise ValueError(f"{name[:80]!r} belongs to no weight")
+        check_name(parameter)
+        dense[parameter] = tensor
+    return Delta(weights, dense, envelope.rest, header)
+
+
+def _decode_weights(rows: Mapping[str, WeightRow], streams: Tensor) -> dict[str, WeightDelta]:
+    """The change of each weight from the one stream ([B], uint8) of all, in the order of names."""
+    weights, at = {}, 0
     for name, row in sorted(rows.items()):
         shape, count, dtype = tuple(row.shape), row.count, getattr(torch, row.dtype)
         middle = at + row.positions
@@ -215,16 +240,7 @@ def _parse(header: dict[str, Any], rows: dict[str, Row], tensors: dict[str, Tens
             raise ValueError(f"{name}: {error}") from error
     if at != len(streams):
         raise ValueError(f"{len(streams) - at} bytes belong to no weight")
-    dense = {}
-    for name, tensor in tensors.items():
-        kind, _, owner = name.partition("/")
-        if kind != "dense":
-            raise ValueError(f"{name[:80]!r} belongs to no weight")
-        check_name(owner)
-        dense[owner] = tensor
-    del header["weights"]
-    rest = header.pop("rest")
-    return Delta(weights, dense, rest, header)
+    return weights
 
 
 def _damaged(path: Path, why: str) -> SiftError:
@@ -232,6 +248,7 @@ def _damaged(path: Path, why: str) -> SiftError:
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the header without its digest, and over names, kinds and bytes of tensors."""
     digest = hashlib.sha256(_canonical(header).encode())
     for name in sorted(tensors):
         digest.update(f"{name}{kind_of(tensors[name])}".encode())
@@ -240,4 +257,5 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _canonical(value: object) -> str:
+    """The one way that a value is written: a digest is over these bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

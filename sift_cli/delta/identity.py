@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from sift_cli.delta.file import Delta
-from sift_cli.errors import ExitCode, SiftError
+from sift_cli.errors import ExitCode, SiftError, in_lines
 from sift_cli.models.fingerprints import Kind
 
 VOCABULARY = re.compile(r"(^|\.)(word_embeddings|embed_tokens|wte|shared|lm_head)\.weight$")
@@ -51,7 +51,7 @@ def advice(
     `kinds` and `tied` are those of the model as far as they are known.
     """
     lacking = [name for name in delta.weights if name not in marks]
-    base = delta.about["base"]
+    base = delta.header.base
     wide = {name: kind for name in wrong if (kind := _kind(name, kinds))}
     return (
         _tied(delta, marks, tied)
@@ -59,7 +59,7 @@ def advice(
         or _resized(delta, wide)
         or _in_another_dtype(delta, wide)
         or _changed_already(delta, marks, merged)
-        or f"Give the model that it was trained on{_revision(base.get('revision'))}."
+        or f"Give the model that it was trained on{_revision(base.revision)}."
     )
 
 
@@ -73,7 +73,8 @@ def _kind(name: str, kinds: Mapping[str, Kind]) -> Kind | None:
 
 
 def _tied(delta: Delta, marks: Mapping[str, str], tied: Mapping[str, str]) -> str:
-    before: Mapping[str, str] = delta.about["base"].get("tied", {})
+    """A sentence where tensors are tied here and not in the base, or the other way, or ""."""
+    before = delta.header.base.tied
     for name, owner in before.items():
         if name in marks or (owner not in marks and owner in delta.weights):
             return (
@@ -90,23 +91,24 @@ def _tied(delta: Delta, marks: Mapping[str, str], tied: Mapping[str, str]) -> st
 
 
 def renamed(delta: Delta, marks: Mapping[str, str], lacking: Collection[str]) -> str:
-    """Under which other names the changed weights that are `lacking` are here; may be empty."""
+    """A sentence on changed weights that are `lacking` and are here under other names, or ""."""
     names = {mark: name for name, mark in marks.items()}
-    found = {n: names[delta.weights[n].base] for n in lacking if delta.weights[n].base in names}
-    if not found:
+    others = {n: names[delta.weights[n].base] for n in lacking if delta.weights[n].base in names}
+    if not others:
         return ""
-    old, new = max(found.items(), key=lambda pair: prod(delta.weights[pair[0]].shape))
-    version = delta.about.get("versions", {}).get("transformers")
+    old, new = max(others.items(), key=lambda pair: prod(delta.weights[pair[0]].shape))
+    version = delta.header.versions.get("transformers")
     hint = f"; the delta was made with transformers {version}" if version else ""
     return (
-        f"{len(found)} of {len(lacking)} weights that are lacking are here under other names, such "
-        f"as {new} for {old}: rename them back{hint}."
+        f"{len(others)} of {len(lacking)} weights that are lacking are here under other names, "
+        f"such as {new} for {old}: rename them back{hint}."
     )
 
 
 def _resized(delta: Delta, wrong: Mapping[str, Kind]) -> str:
+    """A sentence where the vocabulary has other rows than the base's, or ""."""
     for name, (_, shape) in wrong.items():
-        rows = delta.about["base"].get("vocabulary")
+        rows = delta.header.base.vocabulary
         if name in delta.weights:
             before = delta.weights[name].shape
             rows = before[0] if before[1:] == shape[1:] else None
@@ -119,18 +121,19 @@ def _resized(delta: Delta, wrong: Mapping[str, Kind]) -> str:
 
 
 def _in_another_dtype(delta: Delta, wrong: Mapping[str, Kind]) -> str:
+    """A sentence where rounding explains that nearly all weights differ, or ""."""
     if 2 * len(wrong.keys() & delta.weights.keys()) < len(delta.weights):
         return ""  # rounding would show in nearly all
     for name, (held, _) in wrong.items():
-        about = delta.about["base"]
-        default = getattr(torch, about.get("kept_dtypes", {}).get(name, about["dtype"]))
+        base = delta.header.base
+        default = getattr(torch, base.kept_dtypes.get(name, base.dtype))
         wanted = delta.weights[name].dtype if name in delta.weights else default
         if held == wanted:
             continue
         have, need = (str(dtype).removeprefix("torch.") for dtype in (held, wanted))
         if torch.promote_types(held, wanted) == held:
             return (
-                f"It holds {have} weights, and the delta fits those of {about['path']} rounded to "
+                f"It holds {have} weights, and the delta fits those of {base.path} rounded to "
                 f"{need}: sift rounds them by itself, from_pretrained does with dtype={wanted}."
             )
         return (
@@ -141,6 +144,7 @@ def _in_another_dtype(delta: Delta, wrong: Mapping[str, Kind]) -> str:
 
 
 def _changed_already(delta: Delta, marks: Mapping[str, str], merged: bool) -> str:
+    """A sentence where the model is what applying (or undoing) would give, or ""."""
     pairs = [(one.base, one.trained)[:: -1 if merged else 1] for one in delta.weights.values()]
     held = [marks.get(name) for name in delta.weights]
     if held != [after for _, after in pairs] or all(before == after for before, after in pairs):
@@ -176,13 +180,11 @@ def check_base(
     if not lacking and not wrong:
         return
     names = lacking + wrong
-    base = delta.about["base"]
+    base = delta.header.base
     role = "the merged model" if merged else "the base"
-    shown = "\n  ".join(names[:10])
-    more = f"\n  and {len(names) - 10} more" if len(names) > 10 else ""
     raise SiftError(
-        f"{source} is not {role} of this delta, which was trained on {base['path']} "
-        f"({base['dtype']}); {len(names)} tensors {'are lacking or ' if lacking else ''}differ:\n"
-        f"  {shown}{more}\n{advice(delta, marks, kinds or {}, tied or {}, names, merged)}",
+        f"{source} is not {role} of this delta, which was trained on {base.path} "
+        f"({base.dtype}); {len(names)} tensors {'are lacking or ' if lacking else ''}differ:\n"
+        f"  {in_lines(names)}\n{advice(delta, marks, kinds or {}, tied or {}, names, merged)}",
         ExitCode.WRONG_FILE,
     )

@@ -7,9 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+# Of these, sign and exponent take nine bits, one more than a plane has: they are rotated.
 EIGHT_BIT_EXPONENT = (torch.float32, torch.bfloat16)
-LENGTH = np.dtype("<u8")
-BITS_PER_BYTE = 8  # of the shortest code: so a plane is never deflated below an eighth
+LENGTH = np.dtype("<u8")  # of a plane, before its bytes
+BITS_PER_BYTE = 8  # Huffman codes have at least a bit: no plane deflates below an eighth
 
 Bytes = NDArray[np.uint8]
 

@@ -33,7 +33,7 @@ Note = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Entries:
-    """The entries that a delta changes in one weight: where, and their values before and after.
+    """The entries that a delta changes in one weight: positions, and values before and after.
 
     `positions` is int64 [K] on the weight's device, or None for every entry; the values are
     integers of the weight's width.
@@ -72,7 +72,7 @@ _watched: WeakKeyDictionary[nn.Module, Watched] = WeakKeyDictionary()
 
 
 def apply_(delta: Delta, model: nn.Module) -> None:
-    """Base to trained, in place.
+    """Puts a delta on a model that is its base, in place.
 
     Raises SiftError (exit code 3) where the model is not the delta's base: another model, one that
     a delta is on already, or one that something else has changed since.
@@ -88,7 +88,7 @@ def apply_(delta: Delta, model: nn.Module) -> None:
 
 
 def undo_(delta: Delta, model: nn.Module) -> None:
-    """Trained to base, in place; a head that the base lacks gets back what it was before.
+    """Takes a delta off a model, in place; a head that the base lacks is again what it was before.
 
     Raises SiftError (exit code 3) where `delta` is not what is on the model.
     """
@@ -102,9 +102,10 @@ def undo_(delta: Delta, model: nn.Module) -> None:
 
 
 def swap_(delta: Delta, model: nn.Module) -> None:
-    """`delta` in place of whichever is on the model, if any.
+    """Puts `delta` on a model in place of the delta that is on it, if one is.
 
-    Raises SiftError (exit code 3) as `apply_` does, and then leaves the model as it is.
+    Raises SiftError (exit code 3) where the model without that delta is not the base of this one,
+    and then leaves the model as it is.
     """
     state = state_tensors(model)
     watched = _watch(model, state, delta)
@@ -157,7 +158,7 @@ def _entries(
     state: Mapping[str, Tensor], delta: Delta, trained: bool = False
 ) -> dict[str, Entries]:
     """Positions and values, on the weights' devices; the weights hold the base's (or trained)."""
-    found = {}
+    entries = {}
     for name, change in delta.weights.items():
         weight = state[name]
         support = change.support.to(weight.device)
@@ -165,8 +166,8 @@ def _entries(
         here = support.gather(weight).view(signed)
         there = here ^ change.bits.contiguous().view(signed).to(weight.device)
         positions = None if support.positions is None else support.positions.long()
-        found[name] = Entries(positions, *((there, here) if trained else (here, there)))
-    return found
+        entries[name] = Entries(positions, *((there, here) if trained else (here, there)))
+    return entries
 
 
 def _check_dense(state: Mapping[str, Tensor], delta: Delta) -> None:
@@ -183,7 +184,10 @@ def _check_dense(state: Mapping[str, Tensor], delta: Delta) -> None:
 
 
 def _watch(model: nn.Module, state: dict[str, Tensor], delta: Delta) -> Watched:
-    """The model's record; the whole model is read where there is none, and what changed else."""
+    """What is known of the model; SiftError where it is not the base, or was changed by others.
+
+    All tensors are read the first time, and then those that were written to in between.
+    """
     watched = _watched.get(model)
     if watched is None:
         base = state_fingerprints(model, ())
@@ -215,7 +219,7 @@ def _remember(model: nn.Module, watched: Watched) -> Watched:
 
 
 def _read_again(state: Mapping[str, Tensor], watched: Watched, notes: dict[str, Note]) -> None:
-    """Reads the tensors whose notes differ; raises SiftError (exit code 3) where one is another."""
+    """Reads the tensors whose notes differ; SiftError (exit code 3) where the values do."""
     now = watched.base if watched.applied is None else _trained(watched.base, watched.applied)
     heads = {} if watched.applied is None else watched.applied.dense
     wrong = sorted(notes.keys() ^ watched.notes.keys())
@@ -236,8 +240,8 @@ def _read_again(state: Mapping[str, Tensor], watched: Watched, notes: dict[str, 
     watched.notes = notes
     watched.heads = {name: head.to(state[name].device) for name, head in watched.heads.items()}
     moved = {
-        delta: {name: _to(entries, state[name].device) for name, entries in found.items()}
-        for delta, found in watched.entries.items()
+        delta: {name: _to(entries, state[name].device) for name, entries in by_name.items()}
+        for delta, by_name in watched.entries.items()
     }
     watched.entries = WeakKeyDictionary(moved)
 
@@ -252,12 +256,12 @@ def _to(entries: Entries, device: torch.device) -> Entries:
 
 
 def _trained(base: Mapping[str, str], delta: Delta) -> dict[str, str]:
-    """Fingerprints with the delta on."""
+    """The fingerprints of the base's tensors once the delta is applied."""
     return {**base, **{name: weight.trained for name, weight in delta.weights.items()}}
 
 
 def _without(marks: Mapping[str, str], delta: Delta) -> dict[str, str]:
-    """Those of the tensors that the delta's base has."""
+    """The fingerprints of those tensors that the delta's base has."""
     return {name: mark for name, mark in marks.items() if name not in delta.dense}
 
 
@@ -273,7 +277,7 @@ def _note(tensor: Tensor) -> Note:
 
 
 def _same(one: Delta, other: Delta) -> bool:
-    """Whether two deltas, perhaps loaded twice, are one."""
+    """Whether two deltas, such as a file loaded twice, make the same change."""
     if one is other:
         return True
     marks = [{n: (w.base, w.trained) for n, w in d.weights.items()} for d in (one, other)]
@@ -285,9 +289,9 @@ def _same(one: Delta, other: Delta) -> bool:
 
 
 def _name(delta: Delta) -> str:
-    """A delta in words."""
-    said = [str(delta.about.get(key)) for key in ("task", "policy") if delta.about.get(key)]
-    return f"the {' '.join(said)} delta" if said else "a delta"
+    """What a message calls a delta."""
+    named = [str(word) for word in (delta.header.task, delta.header.policy) if word]
+    return f"the {' '.join(named)} delta" if named else "a delta"
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def kind_of(tensor: Tensor) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As in `float32`."""
+    """The dtype without torch's prefix, as in `float32`."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files tensor by tensor: read, written and listed, never mapped into memory whole."""
+"""Safetensors files tensor by tensor: read, written and listed, one tensor in memory at a time."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -46,7 +46,7 @@ class Place:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """What the tensor takes on disk."""
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
@@ -100,7 +100,7 @@ def list_file(file: Path) -> Listing:
 def listed(
     text: str,
 ) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], dict[str, str]]:
-    """Dtype and shape by key, in the order of their bytes, and the metadata of a header.
+    """What a header lists: dtype and shape by key, in the order of their bytes; its metadata.
 
     Raises ValueError, KeyError, TypeError or AttributeError where it is none.
     """

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from sift_cli.delta.header import Header
 from sift_cli.recipe import Recipe
 from sift_cli.runs.folder import DELTA_FILE, REPORT_FILE
 from sift_cli.runs.summary import Summary
@@ -53,16 +54,17 @@ sift eval .                                  # the metrics again
 {_ending(settings, task.published)}"""
 
 
-def model_card(about: Mapping[str, Any]) -> str:
-    """The card of a merged model, from what its delta says of itself (`Delta.about`)."""
-    settings, metrics = about["recipe"], about["metrics"]
+def model_card(header: Header) -> str:
+    """The card of a merged model, from the header of its delta, which must hold a recipe."""
+    assert header.recipe is not None
+    settings, metrics = header.recipe, header.metrics
     rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in metrics.items())
-    task = task_of_labels(about["labels"])
-    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
+    task = task_of_labels(header.labels)
+    versions = ", ".join(f"{name} {value}" for name, value in header.versions.items())
     return f"""{_front(settings, metrics, "finetune", task.published)}
 # {_title(settings)}
 
-`{_base(settings)}`, fine-tuned by changing few of its entries (policy `{about["policy"]}`,
+`{_base(settings)}`, fine-tuned by changing few of its entries (policy `{header.policy}`,
 {PAPER}). All others are the base's, bit for bit.
 
 | metric ({settings["eval"]["split"]}) | value |

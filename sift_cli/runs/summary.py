@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from sift_cli.delta.build import describe_base, versions
+from sift_cli.delta.header import Header
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import Recipe
 from sift_cli.runs.facts import settings_of
@@ -175,17 +176,17 @@ def summarize(
     )
 
 
-def describe(recipe: Recipe, session: Session, metrics: Metrics) -> dict[str, Any]:
+def describe(recipe: Recipe, session: Session, metrics: Metrics) -> Header:
     """What a delta says of itself; nothing that changes from one run of the recipe to the next."""
     base = recipe.model
-    return {
-        "base": describe_base(session.model, base.path, base.revision, base.dtype),
-        "architecture": type(session.model).__name__,
-        "task": session.task.name,
+    return Header(
+        base=describe_base(session.model, base.path, base.revision, base.dtype),
+        architecture=type(session.model).__name__,
+        task=session.task.name,
         **session.task.header(),
-        "policy": recipe.selection.policy,
-        "recipe": settings_of(recipe),
-        "metrics": dict(metrics),
-        "logits": probe(session.task, session.model, session.model.config).tolist(),
-        "versions": versions(),
-    }
+        policy=recipe.selection.policy,
+        recipe=settings_of(recipe),
+        metrics=dict(metrics),
+        logits=probe(session.task, session.model, session.model.config).tolist(),
+        versions=versions(),
+    )

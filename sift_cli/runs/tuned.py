@@ -32,11 +32,11 @@ def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe 
 
 def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | None]:
     delta = load_delta(path)
-    about = delta.about["base"]
-    source = base or about["path"]
-    folder = model_folder(source, None if base else about["revision"])
-    task = task_of_labels(delta.about["labels"])
-    loaded = load_model(folder, task.auto, task.configure(folder), DTYPES[about["dtype"]])
+    header = delta.header
+    source = base or header.base.path
+    folder = model_folder(source, None if base else header.base.revision)
+    task = task_of_labels(header.labels)
+    loaded = load_model(folder, task.auto, task.configure(folder), DTYPES[header.base.dtype])
     apply_delta(loaded.model, delta, source, stored_kinds(folder))
-    recipe = delta.about["recipe"]  # a difference of two models may have none
+    recipe = header.recipe  # a difference of two models may have none
     return loaded, parse_recipe(yaml.safe_dump(recipe), str(path)) if recipe else None

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from torch import Tensor
 
 from sift_cli.delta.build import build_delta
 from sift_cli.delta.file import save_delta
+from sift_cli.delta.header import Header
 from sift_cli.models.prepare import frozen
 from sift_cli.recipe import Recipe, SelectionSection, TrainSection
 from sift_cli.runs.cards import delta_card
@@ -210,7 +210,7 @@ class Chooser:
         out: Path,
         optimizer: SparseAdamW,
         marks: Mapping[str, str],
-        header: Callable[[], dict[str, Any]],
+        header: Callable[[], Header],
     ) -> Written:
         """Writes the delta, and weights.jsonl for the report."""
         parameters, session = optimizer.parameters, self.session

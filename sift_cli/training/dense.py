@@ -6,12 +6,12 @@ LoRA, SHiRA, full fine-tuning and the head alone differ in what `adapt` makes of
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sift_cli.delta.header import Header
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, TrainSection
 from sift_cli.runs.checkpoint import Checkpoint
@@ -163,7 +163,7 @@ class Dense:
         out: Path,
         optimizer: DenseAdamW,
         marks: Mapping[str, str],
-        header: Callable[[], dict[str, Any]],
+        header: Callable[[], Header],
     ) -> Written:
         """Writes what trained as a safetensors file."""
         assert self._adapted is not None

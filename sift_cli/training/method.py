@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sift_cli.delta.header import Header
 from sift_cli.recipe import Recipe
 from sift_cli.runs.checkpoint import Checkpoint
 from sift_cli.runs.session import Session
@@ -98,7 +99,7 @@ class Method(Protocol):
         out: Path,
         optimizer: Any,
         marks: Mapping[str, str],
-        header: Callable[[], dict[str, Any]],
+        header: Callable[[], Header],
     ) -> Written:
         """Writes what was trained into the run folder `out`.
 

@@ -13,9 +13,10 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from sift_cli.analysis.inspect import MOVES, bands, inspect, layers_and_kinds, moves
-from sift_cli.convert import merge
+from sift_cli.convert.merge import merge
 from sift_cli.delta import load_delta, save_delta
 from sift_cli.delta.file import SIGNED, Delta, weight_delta
+from sift_cli.delta.header import Base, Header
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.recipe import load_recipe
@@ -24,7 +25,7 @@ from sift_cli.training import train
 from tests.support.command import sift
 from tests.support.models import save_base
 
-ABOUT = {"base": {"path": "base", "revision": None, "dtype": "float32"}, "metrics": {}}
+HEADER = Header(base=Base(path="base", revision=None, dtype="float32"), metrics={})
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_what_rounding_swallowed_shows(tmp_path: Path) -> None:
     trained = (base.float() + torch.tensor([1e-4] * 7 + [0.5] * 3)).bfloat16()
     whole = Support((10,))
     weight = weight_delta(whole, base, trained, fingerprint(base), trained)
-    save_delta(tmp_path / "delta", Delta({"w": weight}, {}, "", ABOUT))
+    save_delta(tmp_path / "delta", Delta({"w": weight}, {}, "", HEADER))
     found = inspect(tmp_path / "delta")
     assert found["survived"] == pytest.approx(0.3)
     assert found["tensors"]["w"]["moves"]["nothing"] == 7
@@ -190,7 +191,7 @@ def test_the_heat_map_of_hundreds_of_layers_stays_a_picture(tmp_path: Path) -> N
             entries = support.gather(base), support.gather(trained)
             name = f"model.layers.{layer}.{kind}.weight"
             weights[name] = weight_delta(support, *entries, fingerprint(base), trained)
-    save_delta(tmp_path / "delta", Delta(weights, {}, "", ABOUT))
+    save_delta(tmp_path / "delta", Delta(weights, {}, "", HEADER))
     found = inspect(tmp_path / "delta", out=tmp_path / "maps/heat.png")
     assert len(found["layers"]) == 300
     height, width = imread(tmp_path / "maps/heat.png").shape[:2]

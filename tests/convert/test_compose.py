@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sift_cli.convert import compose as composing
-from sift_cli.convert import merge
 from sift_cli.convert.compose import RULES, Mix, compose_
+from sift_cli.convert.merge import merge
 from sift_cli.delta import Delta, load_delta, save_delta
 from sift_cli.delta.file import WeightDelta, weight_delta
 from sift_cli.errors import ExitCode, SiftError
@@ -209,13 +209,13 @@ def test_two_runs_as_one_folder_and_back(run: Run, base: Path, tmp_path: Path) -
     paths = [run("one", "train.seed=1"), run("two", "train.seed=2")]
     out = tmp_path / "both"
     report = merge(paths, out, weights=[0.5, 0.25], scale=2.0, head=paths[1])
-    assert report["verified"] == ["files"]
-    assert report["overlap"]["collisions"] > 0
-    assert report["overlaps"].keys() == {n for p in paths for n in load_delta(p).weights}
+    assert report.proof.verified == ["files"]
+    assert report.composition.total.collisions > 0
+    assert report.composition.overlaps.keys() == {n for p in paths for n in load_delta(p).weights}
     merged = weights_in(out)
     start = weights_in(base)
     trained = [load_tuned(str(path))[0].model.state_dict() for path in paths]
-    for name in report["overlaps"]:
+    for name in report.composition.overlaps:
         before = start[name.removeprefix("bert.")].double()
         change = [one[name].double() - before for one in trained]
         wanted = (before + 2 * (0.5 * change[0] + 0.25 * change[1])).float()
@@ -237,10 +237,11 @@ def test_two_runs_as_one_folder_and_back(run: Run, base: Path, tmp_path: Path) -
 def test_one_delta_whole_is_the_exact_path(run: Run, tmp_path: Path) -> None:
     path = run("one")
     report = merge([path], tmp_path / "a", weights=[1.0], scale=1.0)
-    assert "overlaps" not in report
-    assert report["verified"] == ["files", "logits"]
+    assert report.composition is None
+    assert not {"composed", "overlap", "overlaps", "head"} & report.to_json().keys()
+    assert report.proof.verified == ["files", "logits"]
     half = merge([path], tmp_path / "b", scale=0.5)
-    assert half["overlap"]["collisions"] == half["overlap"]["sign_conflicts"] == 0
+    assert half.composition.total.collisions == half.composition.total.sign_conflicts == 0
     whole, part = weights_in(tmp_path / "a"), weights_in(tmp_path / "b")
     assert any(not torch.equal(whole[name], value) for name, value in part.items())
 
@@ -268,7 +269,7 @@ def test_heads_are_chosen_not_added(run: Run, data: Path, tmp_path: Path) -> Non
     with pytest.raises(SiftError, match="none of the deltas"):
         merge([one, two], tmp_path / "x", head=three)
     report = merge([one, three], tmp_path / "x", head=three.parent)
-    assert report["head"] == str(three)
+    assert report.composition.head == str(three)
     config = json.loads((tmp_path / "x/config.json").read_text())
     assert config["id2label"] == {"0": "low", "1": "high"}
     merge([one, one], tmp_path / "twice")  # one head
@@ -291,10 +292,10 @@ def test_a_hundred_deltas(run: Run, base: Path, tmp_path: Path) -> None:
     path = run("one")
     report = merge([path] * 100, tmp_path / "x", weights=[0.01] * 100)
     one = merge([path], tmp_path / "y", verify=False)
-    assert report["changed"] == one["changed"]
+    assert report.changed == one.changed
     many, single = weights_in(tmp_path / "x"), weights_in(tmp_path / "y")
     assert all(torch.allclose(single[n], value, atol=1e-7) for n, value in many.items())
-    assert report["overlap"]["collisions"] == report["overlap"]["entries"]
+    assert report.composition.total.collisions == report.composition.total.entries
 
 
 def test_nothing_finite_is_refused(run: Run, tmp_path: Path) -> None:
@@ -330,9 +331,9 @@ def test_a_composition_keeps_weights_that_none_of_its_owner_changes(
     one = run("one", "selection.target=[query]")
     two = run("two", "selection.target=[value]", "train.seed=2")
     report = merge([one, two], tmp_path / "x", head=one)
-    assert report["overlap"]["collisions"] == 0
+    assert report.composition.total.collisions == 0
     names = [*load_delta(one).weights, *load_delta(two).weights]
-    assert [*report["overlaps"]] == sorted(names)
+    assert [*report.composition.overlaps] == sorted(names)
     delta = load_delta(tmp_path / "x/sift/composed.safetensors")
     assert isinstance(delta, Delta)
     assert sorted(delta.weights) == sorted(names)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sift_cli.convert import difference as differing
-from sift_cli.convert import merge
+from sift_cli.convert import pair as opening
 from sift_cli.convert.difference import difference
+from sift_cli.convert.merge import merge
 from sift_cli.delta import load_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.loading import LoadedModel, load_model
@@ -83,11 +83,11 @@ def test_an_exact_delta_merges_to_the_tuned_model_and_back(
     tuned = save_tuned(tmp_path / "tuned", base, architecture, dtype)
     out = tmp_path / "delta.safetensors"
     made = difference(str(base), str(tuned), out)
-    assert made["exact"]
-    assert made["norm_share"] == 1.0
-    assert made["notes"] == []
+    assert made.origin.exact
+    assert made.origin.norm_share == 1.0
+    assert made.notes == []
     report = merge(out, tmp_path / "merged")
-    assert report["logits_difference"] == 0.0
+    assert report.proof.logits_difference == 0.0
     wanted, got = (load_file(f / "model.safetensors") for f in (tuned, tmp_path / "merged"))
     assert all(torch.equal(got[name], value) for name, value in wanted.items())
     config = json.loads((tmp_path / "merged/config.json").read_text())
@@ -109,8 +109,8 @@ def test_few_changes_fit_any_density_and_stay_exact(base: Path, tmp_path: Path) 
     tuned = save_tuned(tmp_path / "tuned", base, change=change)
     out = tmp_path / "delta.safetensors"
     made = difference(str(base), str(tuned), out, density=0.001)
-    assert made["exact"]
-    assert made["changed"] == made["kept"] == len(load_file(base / "model.safetensors"))
+    assert made.origin.exact
+    assert made.origin.changed == made.kept == len(load_file(base / "model.safetensors"))
     merge(out, tmp_path / "merged")
     merged = load_file(tmp_path / "merged/model.safetensors")
     for name, value in load_file(tuned / "model.safetensors").items():
@@ -134,8 +134,8 @@ def test_the_largest_changes_are_kept_in_exact_number(
     kept = {name.removeprefix("bert."): w.support for name, w in delta.weights.items()}
     held = {name: s.gather(change[name].view(s.shape)) for name, s in kept.items()}
     if scope == "global":
-        assert made["kept"] == delta.entries == share(density, total)
-        floor = torch.cat(list(change.values())).sort(descending=True).values[made["kept"] - 1]
+        assert made.kept == delta.entries == share(density, total)
+        floor = torch.cat(list(change.values())).sort(descending=True).values[made.kept - 1]
         assert all(float(one.min()) >= float(floor) for one in held.values())
     else:
         assert {n: len(one) for n, one in held.items()} == {
@@ -145,17 +145,17 @@ def test_the_largest_changes_are_kept_in_exact_number(
             best = change[name].sort(descending=True).values[: len(one)]
             assert torch.equal(one.sort(descending=True).values, best)
     squares = [sum(float((v.double() ** 2).sum()) for v in d.values()) for d in (held, change)]
-    assert made["norm_share"] == pytest.approx((squares[0] / squares[1]) ** 0.5, rel=1e-6)
-    assert made["exact"] == (made["kept"] == made["changed"])
+    assert made.origin.norm_share == pytest.approx((squares[0] / squares[1]) ** 0.5, rel=1e-6)
+    assert made.origin.exact == (made.kept == made.origin.changed)
 
 
 def test_a_cut_delta_stands_for_base_plus_delta(base: Path, tuned: Path, tmp_path: Path) -> None:
     out = tmp_path / "delta.safetensors"
     made = difference(str(base), str(tuned), out, density=0.01)
-    assert not made["exact"]
-    assert 0.01 < made["norm_share"] < 0.5
+    assert not made.origin.exact
+    assert 0.01 < made.origin.norm_share < 0.5
     report = merge(out, tmp_path / "merged")
-    assert report["logits_difference"] == 0.0
+    assert report.proof.logits_difference == 0.0
     merged = load_as_it_is(tmp_path / "merged").model
     dense = load_as_it_is(tuned).model
     task = task_of_config(dense.config)
@@ -169,7 +169,7 @@ def test_a_cut_delta_stands_for_base_plus_delta(base: Path, tuned: Path, tmp_pat
 def test_the_same_models_give_the_same_bytes(base: Path, tuned: Path, tmp_path: Path) -> None:
     one = difference(str(base), str(tuned), tmp_path / "one", density=0.02, scope="global")
     other = difference(str(base), str(tuned), tmp_path / "other", density=0.02, scope="global")
-    assert one["delta_sha256"] == other["delta_sha256"]
+    assert one.delta_sha256 == other.delta_sha256
 
 
 def test_a_recipe_beside_the_tuned_weights_travels(
@@ -179,7 +179,7 @@ def test_a_recipe_beside_the_tuned_weights_travels(
     difference(str(base), str(tuned), tmp_path / "delta")
     recipe = load_tuned(str(tmp_path / "delta"))[1]
     assert recipe is not None
-    assert recipe.data.task == load_delta(tmp_path / "delta").about["task"] == "sst2"
+    assert recipe.data.task == load_delta(tmp_path / "delta").header.task == "sst2"
 
 
 def test_dtypes_must_be_named_where_they_differ(base: Path, tmp_path: Path) -> None:
@@ -190,14 +190,14 @@ def test_dtypes_must_be_named_where_they_differ(base: Path, tmp_path: Path) -> N
     with pytest.raises(SiftError, match=r"float32, .* in bfloat16; .*--dtype float32"):
         difference(str(base), str(half), tmp_path / "delta")
     made = difference(str(base), str(half), tmp_path / "delta", dtype="float32")
-    assert made["exact"]
+    assert made.origin.exact
     merge(tmp_path / "delta", tmp_path / "merged")
     wanted = load_file(half / "model.safetensors")
     merged = load_file(tmp_path / "merged/model.safetensors")
     assert all(torch.equal(merged[n], v.float()) for n, v in wanted.items())
     rounded = difference(str(base), str(tuned), tmp_path / "rounded", dtype="bfloat16")
-    assert rounded["kept"] == rounded["changed"]
-    assert not rounded["exact"]  # float32 values were rounded
+    assert rounded.kept == rounded.origin.changed
+    assert not rounded.origin.exact  # float32 values were rounded
 
 
 def test_what_no_delta_can_join_is_refused(base: Path, tuned: Path, tmp_path: Path) -> None:
@@ -242,9 +242,9 @@ def test_equal_models_have_no_difference(base: Path, tmp_path: Path) -> None:
     with pytest.raises(SiftError, match="no difference to hold"):
         difference(str(same), str(same), tmp_path / "delta")
     made = difference(str(base), str(same), tmp_path / "delta")  # the head alone
-    assert made["changed"] == 0
-    assert made["dense"] == ["classifier.bias", "classifier.weight"]
-    assert merge(tmp_path / "delta", tmp_path / "merged")["logits_difference"] == 0.0
+    assert made.origin.changed == 0
+    assert made.dense == ["classifier.bias", "classifier.weight"]
+    assert merge(tmp_path / "delta", tmp_path / "merged").proof.logits_difference == 0.0
 
 
 def test_what_the_delta_leaves_behind_is_said(base: Path, tuned: Path, tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_what_the_delta_leaves_behind_is_said(base: Path, tuned: Path, tmp_path:
     tokenizer = json.loads((edit / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"].pop("return")
     (edit / "tokenizer.json").write_text(json.dumps(tokenizer))
-    notes = "\n".join(difference(str(base), str(edit), tmp_path / "delta")["notes"])
+    notes = "\n".join(difference(str(base), str(edit), tmp_path / "delta").notes)
     assert "hidden_act is relu, but gelu in the base" in notes
     assert "adapter.x" in notes
     assert "vocabulary" in notes
@@ -271,7 +271,7 @@ def test_a_sharded_tuned_model(base: Path, tuned: Path, tmp_path: Path) -> None:
     index = tuned / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     parts = difference(str(base), str(tuned), tmp_path / "parts")
-    assert parts["delta_sha256"] == whole["delta_sha256"]
+    assert parts.delta_sha256 == whole.delta_sha256
 
 
 def test_a_changed_buffer_is_refused(
@@ -282,9 +282,9 @@ def test_a_changed_buffer_is_refused(
         loaded.model.register_buffer("steps", torch.tensor(3))
         return loaded
 
-    monkeypatch.setattr(differing, "load_model", with_buffer)
+    monkeypatch.setattr(opening, "load_model", with_buffer)
     same = edited(tuned, tmp_path / "same", lambda w: w.update({"steps": torch.tensor(3)}))
-    assert difference(str(base), str(same), tmp_path / "delta")["exact"]
+    assert difference(str(base), str(same), tmp_path / "delta").origin.exact
     other = edited(tuned, tmp_path / "other", lambda w: w.update({"steps": torch.tensor(4)}))
     with pytest.raises(SiftError, match=r"no parameter, which no delta holds: .*\n  steps"):
         difference(str(base), str(other), tmp_path / "refused")

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from sift_cli.convert import export as exporting
-from sift_cli.convert.export import choose_rank, export, shira_entries
+from sift_cli.convert.adapter import choose_rank, shira_entries
+from sift_cli.convert.export import export
 from sift_cli.delta import load_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.runs.tuned import load_tuned
@@ -45,14 +46,14 @@ def test_peft_loads_the_adapter_with_the_trained_logits(
     base = save_base(tmp_path / architecture, architecture)
     delta = run(f"model.path={base}", "train.learning_rate=0.1")
     report = export(delta, tmp_path / "adapter")
-    assert report["logits_difference"] < 1e-5
+    assert report.logits_difference < 1e-5
     trained = load_tuned(str(delta))[0].model
     model = PeftModel.from_pretrained(fresh(base), str(tmp_path / "adapter"))
     wanted = logits(trained)
     assert not torch.allclose(logits(fresh(base)), wanted, atol=1e-2)
     torch.testing.assert_close(logits(model), wanted, atol=1e-5, rtol=0)
-    assert report["compound"] == (["classifier"] if architecture == "roberta" else [])
-    if report["compound"]:  # should PEFT learn it, the note can go
+    assert report.compound == (["classifier"] if architecture == "roberta" else [])
+    if report.compound:  # should PEFT learn it, the note can go
         with pytest.raises(AttributeError, match="RobertaClassificationHead"):
             model.merge_and_unload()
         return
@@ -69,8 +70,8 @@ def test_the_inexact_entries_are_those_of_peft(run: Run, base: Path, tmp_path: P
     model = PeftModel.from_pretrained(fresh(base), str(tmp_path / "adapter")).merge_and_unload()
     state, trained = model.state_dict(), load_tuned(str(delta))[0].model.state_dict()
     missed = [(state[name] - value).abs() for name, value in trained.items()]
-    assert report["inexact"]["entries"] == sum(int((one > 0).sum()) for one in missed) > 0
-    assert report["inexact"]["largest"] == max(float(one.max()) for one in missed)
+    assert report.inexact.entries == sum(int((one > 0).sum()) for one in missed) > 0
+    assert report.inexact.largest == max(float(one.max()) for one in missed)
 
 
 def test_a_bfloat16_base_keeps_its_logits(run: Run, tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_a_bfloat16_base_keeps_its_logits(run: Run, tmp_path: Path) -> None:
     delta = run(f"model.path={base}", "model.dtype=bfloat16", "train.learning_rate=0.1")
     export(delta, tmp_path / "adapter")
     model = PeftModel.from_pretrained(fresh(base, "bfloat16"), str(tmp_path / "adapter"))
-    wanted = torch.tensor(load_delta(delta).about["logits"])
+    wanted = torch.tensor(load_delta(delta).header.logits)
     assert float((logits(model) - wanted).abs().max()) <= 0.02 * float(wanted.abs().max())
 
 
@@ -90,16 +91,16 @@ def test_norms_whole_and_embeddings_only_when_asked(run: Run, base: Path, tmp_pa
     assert "--partial" in str(caught.value)
     assert not list(tmp_path.glob("adapter*"))
     report = export(delta, tmp_path / "whole", whole=True)
-    assert report["left_out"] == {}
-    assert "bert.embeddings.word_embeddings" in report["whole"]
-    wanted = torch.tensor(load_delta(delta).about["logits"])
+    assert report.left_out == {}
+    assert "bert.embeddings.word_embeddings" in report.whole
+    wanted = torch.tensor(load_delta(delta).header.logits)
     model = PeftModel.from_pretrained(fresh(base), str(tmp_path / "whole"))
     torch.testing.assert_close(logits(model), wanted, atol=1e-5, rtol=0)
     part = export(delta, tmp_path / "part", partial=True)
-    assert len(part["left_out"]) == 3
-    assert part["logits_difference"] > 1e-3
+    assert len(part.left_out) == 3
+    assert part.logits_difference > 1e-3
     model = PeftModel.from_pretrained(fresh(base), str(tmp_path / "part"))
-    assert float((logits(model) - wanted).abs().max()) == pytest.approx(part["logits_difference"])
+    assert float((logits(model) - wanted).abs().max()) == pytest.approx(part.logits_difference)
     assert "another one" in (tmp_path / "part/README.md").read_text()
 
 
@@ -116,10 +117,10 @@ def test_a_layer_too_dense_for_the_rank_of_the_others(run: Run, base: Path, tmp_
     with pytest.raises(SiftError, match=f"{name}.weight: more changed entries"):
         export(delta, tmp_path / "adapter")
     report = export(delta, tmp_path / "adapter", whole=True)
-    assert name in report["whole"]
-    assert f"{name}.bias" not in report["biases"]
+    assert name in report.whole
+    assert f"{name}.bias" not in report.biases
     model = PeftModel.from_pretrained(fresh(base), str(tmp_path / "adapter"))
-    wanted = torch.tensor(load_delta(delta).about["logits"])
+    wanted = torch.tensor(load_delta(delta).header.logits)
     torch.testing.assert_close(logits(model), wanted, atol=1e-5, rtol=0)
 
 
@@ -153,12 +154,12 @@ def test_without_peft_the_same_bytes_are_written(
     delta = run()
     export(delta, tmp_path / "one")
     monkeypatch.setattr(exporting, "find_spec", lambda name: None)
-    assert export(delta, tmp_path / "other")["logits_difference"] is None
+    assert export(delta, tmp_path / "other").logits_difference is None
     for file in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
     config = json.loads((tmp_path / "one/adapter_config.json").read_text())
     assert config["peft_type"] == "SHIRA"
-    assert config["base_model_name_or_path"] == load_delta(delta).about["base"]["path"]
+    assert config["base_model_name_or_path"] == load_delta(delta).header.base.path
     tensors = load_file(tmp_path / "one/adapter_model.safetensors")
     first = f"base_model.model.{config['target_modules'][0]}"
     assert tensors[f"{first}.shira_weight"].dtype == torch.float32

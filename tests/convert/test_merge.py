@@ -17,8 +17,8 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from sift_cli.convert import merge
 from sift_cli.convert import merge as merging
+from sift_cli.convert.merge import merge
 from sift_cli.convert.proof import reloaded_logits
 from sift_cli.delta import Delta, load_delta, save_delta
 from sift_cli.delta.file import weight_delta
@@ -61,8 +61,8 @@ def test_merged_folder_is_the_trained_model_and_undo_the_base(
     base = save_base(tmp_path / architecture, architecture)
     delta = run(f"model.path={base}", f"model.dtype={dtype}", "selection.target=all")
     report = merge(delta, tmp_path / "merged")
-    assert report["verified"] == ["files", "logits"]
-    assert report["logits_difference"] == 0.0
+    assert report.proof.verified == ["files", "logits"]
+    assert report.proof.logits_difference == 0.0
     trained = load_tuned(str(delta))[0].model.state_dict()
     merged = loads_clean(tmp_path / "merged")
     assert {v.dtype for v in merged.parameters()} == {getattr(torch, dtype)}
@@ -209,11 +209,11 @@ def test_old_layer_norm_names_and_prefixed_checkpoints(
     weights["cls.predictions.bias"] = torch.zeros(3)
     save_file(weights, old / "model.safetensors", metadata={"format": "pt"})
     report = merge(delta, tmp_path / "merged", base=str(old))
-    assert report["dropped"] == ["cls.predictions.bias"]
+    assert report.dropped == ["cls.predictions.bias"]
     assert "cls.predictions.bias" not in load_file(tmp_path / "merged/model.safetensors")
     loads_clean(tmp_path / "merged")
     report = merge(delta, tmp_path / "back", base=str(tmp_path / "merged"), undo=True)
-    assert not report["lost"]
+    assert not report.lost
     same_files(old, tmp_path / "back")
     aside = tmp_path / "merged/sift/dropped.safetensors"
     aside.write_bytes(aside.read_bytes()[:-1] + b"?")
@@ -227,9 +227,9 @@ def test_a_large_head_that_the_model_has_not_is_lost(run: Run, base: Path, tmp_p
     save_file(weights | extra, base / "model.safetensors", metadata={"format": "pt"})
     delta = run()
     report = merge(delta, tmp_path / "merged")
-    assert report["dropped"] == report["lost"] == ["lm_head.weight"]
+    assert report.dropped == report.lost == ["lm_head.weight"]
     report = merge(delta, tmp_path / "back", base=str(tmp_path / "merged"), undo=True)
-    assert report["lost"] == ["lm_head.weight"]
+    assert report.lost == ["lm_head.weight"]
     back = load_file(tmp_path / "back/model.safetensors")
     assert back.keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in back.items())
@@ -246,7 +246,7 @@ def test_a_base_stored_narrower_than_trained_comes_back_as_it_was(
     merge(delta, tmp_path / "merged")
     assert {v.dtype for v in loads_clean(tmp_path / "merged").parameters()} == {torch.float32}
     report = merge(delta, tmp_path / "back", base=str(tmp_path / "merged"), undo=True)
-    assert not report["rounded"]
+    assert not report.rounded
     same_files(base, tmp_path / "back")
 
 
@@ -367,7 +367,7 @@ def test_logits_that_differ_fail_verification(
         merge(delta, tmp_path / "merged")
     assert caught.value.code == ExitCode.NOT_VERIFIED
     assert not list(tmp_path.glob("merged*"))
-    assert merge(delta, tmp_path / "merged", verify=False)["verified"] == []
+    assert merge(delta, tmp_path / "merged", verify=False).proof.verified == []
 
 
 def test_a_byte_that_the_disk_got_wrong(
@@ -408,8 +408,8 @@ def test_evaluate_scores_as_training_did(
 ) -> None:
     delta = run()
     report = merge(delta, tmp_path / "merged", evaluate=True)
-    assert report["verified"] == ["files", "logits", "metrics"]
-    assert report["metrics"] == report["metrics_trained"] == load_delta(delta).about["metrics"]
+    assert report.proof.verified == ["files", "logits", "metrics"]
+    assert report.proof.metrics == report.proof.metrics_trained == load_delta(delta).header.metrics
     monkeypatch.setattr(merging, "score", lambda *args: {"accuracy": 2.0})
     with pytest.raises(SiftError, match=r"accuracy is 2.0000, and 0.\d+ after training") as caught:
         merge(delta, tmp_path / "again", evaluate=True)
@@ -420,14 +420,14 @@ PEAK = """
 import json, re, sys
 from pathlib import Path
 from transformers import BertForSequenceClassification
-from sift_cli.delta import merge
+from sift_cli.convert.merge import merge
 
 def peak():  # of this process alone: getrusage also counts the one that started it
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 before = peak()
 report = merge(Path(sys.argv[1]), Path(sys.argv[2]), base=sys.argv[3])
-print(json.dumps({"imports": before, "peak": peak(), "verified": report["verified"]}))
+print(json.dumps({"imports": before, "peak": peak(), "verified": report.proof.verified}))
 """
 
 
@@ -470,9 +470,9 @@ def test_memory_stays_near_the_largest_tensor(run: Run, tmp_path: Path) -> None:
     rest = rest_fingerprints(state_fingerprints(model, dense), weights)
     del model
     assert len(list(base.glob("*.safetensors"))) >= 4
-    about = load_delta(run()).about | {"logits": None}
+    header = load_delta(run()).header.model_copy(update={"logits": None})
     delta = tmp_path / "large.safetensors"
-    save_delta(delta, Delta(weights, dense, rest, about))
+    save_delta(delta, Delta(weights, dense, rest, header))
     args = [sys.executable, "-c", PEAK, delta, tmp_path / "merged", base]
     done = subprocess.run([*map(str, args)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,8 @@ from torch import Tensor
 from sift_cli.cli import main
 from sift_cli.delta import Delta, load_delta, save_delta
 from sift_cli.delta.file import _canonical, _digest, weight_delta
+from sift_cli.delta.header import Base
+from sift_cli.delta.header import Header as DeltaHeader
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.sparse import Support
@@ -38,8 +40,8 @@ def small_delta() -> Delta:
         support.scatter_(trained, support.gather(base) + torch.randn(count, generator=random))
         before, after = support.gather(base), support.gather(trained)
         changes[name] = weight_delta(support, before, after, fingerprint(base), trained)
-    about = {"base": {"path": "somewhere", "dtype": "float32"}, "labels": ["no", "yes"]}
-    return Delta(changes, {"head.weight": torch.ones(2, 3)}, "0123456789abcdef", about)
+    header = DeltaHeader(base=Base(path="somewhere", dtype="float32"), labels=["no", "yes"])
+    return Delta(changes, {"head.weight": torch.ones(2, 3)}, "0123456789abcdef", header)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def content(delta: Delta) -> object:
     positions = {name: one.support.positions for name, one in delta.weights.items()}
     places = {name: None if one is None else raw(one) for name, one in positions.items()}
     dense = {name: raw(one) for name, one in delta.dense.items()}
-    return weights, places, dense, delta.rest, _canonical(delta.about)
+    return weights, places, dense, delta.rest, _canonical(delta.header.to_json())
 
 
 def damage(raw: bytes, random: Random) -> bytes:

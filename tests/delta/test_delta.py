@@ -13,13 +13,14 @@ from sift_cli.delta import Delta, apply_delta, load_delta, save_delta
 from sift_cli.delta.build import build_delta
 from sift_cli.delta.coding import RUN
 from sift_cli.delta.file import SIGNED, weight_delta
+from sift_cli.delta.header import Base, Header
 from sift_cli.delta.planes import encode_bits
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint, state_fingerprints
 from sift_cli.sparse import SparseAdamW, Support, attach
 from tests.support.models import ARCHITECTURES, tiny_batch, tiny_model
 
-ABOUT = {"base": {"path": "somewhere", "dtype": "float32"}}
+HEADER = Header(base=Base(path="somewhere", dtype="float32"))
 
 
 def train_a_little(model: nn.Module, density: float, steps: int = 3) -> tuple[Delta, Support]:
@@ -39,7 +40,7 @@ def train_a_little(model: nn.Module, density: float, steps: int = 3) -> tuple[De
         model(**tiny_batch(seed=step)).loss.backward()
         optimizer.step()
     parameters.detach()
-    return build_delta(parameters, ["score.weight"], marks, dict(ABOUT)), supports
+    return build_delta(parameters, ["score.weight"], marks, HEADER), supports
 
 
 def bits_equal(one: Tensor, other: Tensor) -> bool:
@@ -95,7 +96,7 @@ def test_tied_weights_are_stored_once_and_come_back(dtype: torch.dtype, tmp_path
     parameters = attach(trained, {"embed.weight": support})
     trained(torch.tensor([1, 2, 3])).square().sum().backward()
     SparseAdamW(parameters, lr=0.1).step()
-    save_delta(tmp_path / "d", build_delta(parameters, [], marks, dict(ABOUT)))
+    save_delta(tmp_path / "d", build_delta(parameters, [], marks, HEADER))
     delta = load_delta(tmp_path / "d")
     apply_delta(model, delta)
     assert bits_equal(model.head.weight, trained.embed.weight)
@@ -189,7 +190,7 @@ def test_a_change_outside_the_delta_is_noticed_too() -> None:
     marks = state_fingerprints(model, [])
     name = "classifier.weight"
     parameters = attach(model, {name: Support.of(model.classifier.weight.shape, torch.tensor([1]))})
-    delta = build_delta(parameters, [], marks, dict(ABOUT))
+    delta = build_delta(parameters, [], marks, HEADER)
     other = tiny_model("bert", torch.float32)
     other.bert.embeddings.word_embeddings.weight.data[3, 3] += 1.0
     with pytest.raises(SiftError) as caught:
@@ -210,7 +211,7 @@ def golden_delta() -> Delta:
     change = weight_delta(
         support, support.gather(base), support.gather(trained), fingerprint(base), trained
     )
-    return Delta({"w": change}, {"head.bias": torch.tensor([0.25])}, "", dict(ABOUT))
+    return Delta({"w": change}, {"head.bias": torch.tensor([0.25])}, "", HEADER)
 
 
 def test_golden_bytes(tmp_path: Path) -> None:
@@ -246,7 +247,7 @@ def patterned_delta() -> Delta:
         support.scatter_(trained, bits.to(signed).view(kind))
         change = (support, support.gather(base), support.gather(trained), fingerprint(base))
         changes[name] = weight_delta(*change, trained)
-    return Delta(changes, {}, "0123abcd", dict(ABOUT))
+    return Delta(changes, {}, "0123abcd", HEADER)
 
 
 def test_patterned_golden_file_reads_as_ever() -> None:

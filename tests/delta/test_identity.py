@@ -10,6 +10,7 @@ from torch import nn
 
 from sift_cli.delta import Delta, apply_delta
 from sift_cli.delta.build import build_delta
+from sift_cli.delta.header import Header
 from sift_cli.delta.identity import check_base
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import state_fingerprints, tied_names
@@ -33,11 +34,13 @@ def trained_on(
         for name, weight in model.named_parameters():
             if name in names:
                 weight.view(-1)[[1, 5]] += 1.0
-    about = {
-        "base": {"path": "a/base", "dtype": dtype, **base},
-        "versions": {"transformers": "5.17.0"},
-    }
-    delta = build_delta(parameters, [], marks, about)
+    header = Header.model_validate(
+        {
+            "base": {"path": "a/base", "dtype": dtype, **base},
+            "versions": {"transformers": "5.17.0"},
+        }
+    )
+    delta = build_delta(parameters, [], marks, header)
     parameters.detach()
     return delta, model
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sift_cli import Delta
 from sift_cli.delta import save_delta, serving
 from sift_cli.delta.file import weight_delta
+from sift_cli.delta.header import Base, Header
 from sift_cli.delta.identity import rest_fingerprints
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint, state_fingerprints
@@ -40,8 +41,8 @@ def random_delta(model: nn.Module, seed: int, dense: list[str], density: float =
             whole = weight.detach().clone()
             support.scatter_(whole, after)
             weights[name] = weight_delta(support, before, after, marks[name], whole)
-    about = {"base": {"path": "base", "dtype": "float32"}, "task": f"task{seed}", "labels": None}
-    return Delta(weights, heads, rest_fingerprints(marks, weights), about)
+    header = Header(base=Base(path="base", dtype="float32"), task=f"task{seed}", labels=None)
+    return Delta(weights, heads, rest_fingerprints(marks, weights), header)
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:

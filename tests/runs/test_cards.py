@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from sift_cli.convert import merge
+from sift_cli.convert.merge import merge
 from sift_cli.delta import load_delta
 from sift_cli.recipe import load_recipe
 from sift_cli.runs.cards import delta_card, model_card
@@ -60,9 +60,9 @@ def test_ids_of_the_hub_are_linked_and_pairs_shown(run: Path, recipe_file: Path)
     assert card.data.license == "unknown"
     assert "Licence: not stated" in card.text
     assert "--pair" in card.text
-    about = load_delta(run / "delta.safetensors").about
-    about = {**about, "recipe": recipe.model_dump(mode="json")}
-    card = ModelCard(model_card(about))
+    header = load_delta(run / "delta.safetensors").header
+    header = header.model_copy(update={"recipe": recipe.model_dump(mode="json")})
+    card = ModelCard(model_card(header))
     assert card.data.base_model_relation == "finetune"
     assert card.data.library_name == "transformers"
     assert "text_pair" in card.text

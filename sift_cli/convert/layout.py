@@ -1,0 +1,247 @@
+"""What a merge writes: for each file its tensors, where they come from, how they are held."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sift_cli.convert.undo import MergeRecord, dropped_places, side_files
+from sift_cli.delta.file import Delta
+from sift_cli.delta.identity import renamed
+from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.fingerprints import fingerprint
+from sift_cli.models.loading import DTYPES, INDEX_FILE, weight_files
+from sift_cli.models.names import owner
+from sift_cli.models.tensors import Listing, Place, list_file, listed
+
+ASIDE = 0.05  # tensors that the model has not are kept for undo up to this share of its size
+SPARE = 1 << 24  # bytes for configuration and tokenizer
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to write: read from `place`, or `value` where it comes from the delta.
+
+    `name` is the model's name for it, empty for a tensor that the model has not. `held` is the
+    dtype in which the trained model held it and in which deltas and fingerprints see it, `written`
+    the dtype of the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    held: torch.dtype
+    written: torch.dtype
+    place: Place | None = None
+    value: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """What it takes on disk."""
+        return prod(self.shape) * self.written.itemsize
+
+    def read(self) -> Tensor:
+        """The tensor, in the dtype `held`."""
+        if self.place is None:
+            assert self.value is not None
+            return self.value
+        return self.place.read().to(self.held)
+
+
+@dataclass
+class Shard:
+    """One file to write, and its tensors by key.
+
+    `header` is given where the file's header must be word for word that of the base's file.
+    """
+
+    file: str
+    metadata: Mapping[str, str]
+    tensors: dict[str, Planned] = field(default_factory=dict)
+    header: str | None = None
+
+
+@dataclass
+class Layout:
+    """All files to write, and what they are made from.
+
+    `listings` are the source's files and `names` the model's name for each key in them. `dropped`
+    are the source's tensors that the written model has no place for, by key; `replaced`, by the
+    model's name, those of them that the delta brings anew. `indexed`: the files get an index.
+
+    An undo alone has `rounded`, keys that cannot come back in the dtype that the base was stored
+    in, and `aside`, the fingerprint of each tensor that comes from what a merge set aside.
+    """
+
+    shards: list[Shard] = field(default_factory=list)
+    listings: dict[str, Listing] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, Place] = field(default_factory=dict)
+    replaced: dict[str, Planned] = field(default_factory=dict)
+    rounded: list[str] = field(default_factory=list)
+    aside: dict[str, str] = field(default_factory=dict)
+    indexed: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """What all tensors take on disk."""
+        return sum(planned.bytes for shard in self.shards for planned in shard.tensors.values())
+
+    @property
+    def sizes(self) -> dict[str, tuple[str, int]]:
+        """File and bytes of each tensor, by key."""
+        return {
+            key: (shard.file, planned.bytes)
+            for shard in self.shards
+            for key, planned in shard.tensors.items()
+        }
+
+    @property
+    def most_aside(self) -> int:
+        """The bytes that a merge may keep of tensors that it drops."""
+        return int(ASIDE * self.bytes)
+
+
+def lay_out(
+    folder: Path,
+    names: Mapping[str, str],
+    delta: Delta,
+    source: str,
+    *,
+    undo: bool,
+    record: MergeRecord | None,
+) -> Layout:
+    """The files that a merge of the model in `folder`, called `source`, writes, or that undo does.
+
+    `names` is of `tensor_names`. Without the `record` of its merge, a folder is turned back under
+    the names that it has. Raises SiftError (exit code 3) where the folder lacks a tensor.
+    """
+    if record is not None:
+        layout = layout_of_undo(folder, names, record)
+    else:
+        layout = layout_of_merge(folder, names, delta)
+    require_whole(layout, names, delta, source)
+    if not undo:
+        add_dense(layout, delta)
+    return layout
+
+
+def layout_of_merge(folder: Path, names: Mapping[str, str], delta: Delta) -> Layout:
+    """The model's tensors in files called as those in `folder`, under the model's own names."""
+    layout = Layout(indexed=(folder / INDEX_FILE).is_file())
+    for file in weight_files(folder):
+        listing = layout.listings[file.name] = list_file(file)
+        shard = Shard(file.name, {"format": "pt", **listing.metadata})
+        layout.shards.append(shard)
+        for key, place in listing.places.items():
+            name = owner(key, names)
+            if name is None:
+                layout.dropped[key] = place
+                continue
+            held = _held(delta, names[name], place.dtype)
+            planned = Planned(names[name], place.shape, held, held, place)
+            if names[name] in delta.dense:
+                layout.dropped[key] = place
+                layout.replaced[name] = planned
+            elif name in layout.names.values():
+                raise SiftError(f"{folder} holds {name} twice", ExitCode.WRONG_FILE)
+            else:
+                layout.names[key] = name
+                shard.tensors[name] = planned
+    layout.indexed |= len(layout.shards) > 1
+    return layout
+
+
+def add_dense(layout: Layout, delta: Delta) -> None:
+    """Puts the tensors that the base lacks at the end of the last file."""
+    for name, tensor in delta.dense.items():
+        dtype = tensor.dtype
+        planned = Planned(name, tuple(tensor.shape), dtype, dtype, value=tensor)
+        layout.shards[-1].tensors[name] = planned
+
+
+def layout_of_undo(folder: Path, names: Mapping[str, str], record: MergeRecord) -> Layout:
+    """The base's files as they were, as far as the merged folder `folder` holds their tensors."""
+    places = {
+        name: place
+        for file in weight_files(folder)
+        for name, place in list_file(file).places.items()
+    }
+    aside = dropped_places(folder)
+    layout = Layout()
+    for file, text in record.headers.items():
+        rows, metadata = listed(text)
+        shard = Shard(file, metadata)
+        for key, (stored, shape) in rows.items():
+            if key in record.dropped:
+                if key in aside:
+                    shard.tensors[key] = Planned("", shape, stored, stored, aside[key])
+                    layout.aside[key] = record.dropped[key]
+                continue
+            name = record.names.get(key, "")
+            place = places.get(name)
+            if place is None or place.shape != shape or name not in names:
+                raise SiftError(f"{folder} lacks {name or key}, or its shape", ExitCode.WRONG_FILE)
+            written = stored
+            if torch.promote_types(stored, place.dtype) != place.dtype:
+                written = place.dtype  # the base's is wider, and training rounded it
+                layout.rounded.append(key)
+            shard.tensors[key] = Planned(names[name], shape, place.dtype, written, place)
+        if all(key in shard.tensors and key not in layout.rounded for key in rows):
+            shard.header = text
+        layout.shards.append(shard)
+    layout.indexed = len(layout.shards) > 1 or INDEX_FILE in record.texts
+    return layout
+
+
+def require_whole(layout: Layout, names: Mapping[str, str], delta: Delta, source: str) -> None:
+    """Raises SiftError (exit code 3) where the source lacks a tensor of the model.
+
+    The message says so where one that it drops is the lacking one under another name.
+    """
+    held = {planned.name for shard in layout.shards for planned in shard.tensors.values()}
+    lacking = sorted({*names.values()} - held - {*delta.dense})
+    if not lacking:
+        return
+    changed = [name for name in lacking if name in delta.weights]
+    dtypes = {delta.weights[name].shape: delta.weights[name].dtype for name in changed}
+    here = {
+        key: fingerprint(place.read().to(dtypes[place.shape]))
+        for key, place in layout.dropped.items()
+        if place.shape in dtypes
+    }
+    hint = renamed(delta, here, changed)
+    raise SiftError(
+        f"{source} lacks {len(lacking)} tensors of the model, such as {lacking[0]}\n{hint}".strip(),
+        ExitCode.WRONG_FILE,
+    )
+
+
+def _held(delta: Delta, name: str, stored: torch.dtype) -> torch.dtype:
+    """The dtype in which the trained model held this tensor."""
+    if name in delta.weights:
+        return delta.weights[name].dtype
+    base = delta.header.base
+    if name in base.kept_dtypes:
+        kept: torch.dtype = getattr(torch, base.kept_dtypes[name])
+        return kept
+    return DTYPES[base.dtype] if stored.is_floating_point else stored
+
+
+def require_space(layout: Layout, out: Path, folder: Path) -> None:
+    """Raises SiftError where the disk of `out` has no room for the files made from `folder`."""
+    needed = (
+        int((1 + ASIDE * bool(layout.dropped)) * layout.bytes)
+        + sum((folder / name).stat().st_size for name in side_files(folder))
+        + SPARE
+    )
+    there = next(place for place in out.absolute().parents if place.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise SiftError(
+            f"{out} needs {needed / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB free; make "
+            "room or choose another --out"
+        )
