@@ -48,7 +48,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """The mean difference from `sift` over the `seeds` that both have, and a paired t-test's p.
 
     p is None with fewer than two seeds, or where all differences are the same.
@@ -78,7 +78,7 @@ class TableRow:
     delta_bytes: float
     trained_entries: float
     dense_entries: float
-    against_sift: Difference | None = None
+    against_sift: PairedDifference | None = None
 
     @classmethod
     def of(cls, runs: Sequence[FinishedRun], metrics: Sequence[str]) -> "TableRow":
@@ -160,7 +160,7 @@ def reference_of(row: TableRow, rows: Sequence[TableRow]) -> int | None:
 
 def paired(
     runs: Sequence[FinishedRun], reference: Sequence[FinishedRun], metric: str
-) -> Difference | None:
+) -> PairedDifference | None:
     """The difference of `runs` from `reference` by seed; None where they share none."""
     own, other = scores_by_seed(runs, metric), scores_by_seed(reference, metric)
     seeds = sorted(own.keys() & other.keys())
@@ -173,7 +173,7 @@ def paired(
         from scipy import stats
 
         p = float(stats.ttest_rel(*pairs).pvalue)
-    return Difference(mean(differences), len(seeds), p)
+    return PairedDifference(mean(differences), len(seeds), p)
 
 
 def scores_by_seed(runs: Sequence[FinishedRun], metric: str) -> dict[int, float]:

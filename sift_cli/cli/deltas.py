@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from sift_cli.cli.options import Base, Json, print_json, print_table, size, stdout
+from sift_cli.cli.options import BaseModelPath, Json, print_json, print_table, size, stdout
 from sift_cli.errors import SiftError
 from sift_cli.tasks.metrics import shown
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from sift_cli.convert.merge import Merged
 
 DeltaFile = Annotated[str, typer.Argument(help="A delta file, or a run folder that holds one.")]
-SHOWN = 20  # rows of the table of overlaps
+SHOWN_OVERLAPS = 20  # rows of the table of overlaps
 
 
 def merge(
     deltas: Annotated[list[Path], typer.Argument(help="Delta files or run folders, of one base.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    base: Base = None,
+    base: BaseModelPath = None,
     scale: Annotated[float, typer.Option(help="How much of the whole change; may be < 0.")] = 1.0,
     weight: Annotated[
         list[float] | None,
@@ -83,7 +83,7 @@ def merge(
 def _overlap_table(composition: "Composition") -> Table:
     """The weights on which deltas meet most often."""
     overlaps = composition.overlaps
-    most = sorted(overlaps, key=lambda name: (-overlaps[name].collisions, name))[:SHOWN]
+    most = sorted(overlaps, key=lambda name: (-overlaps[name].collisions, name))[:SHOWN_OVERLAPS]
     left = len(overlaps) - len(most)
     columns = ("deltas", "entries", "collisions", "sign conflicts", "changed")
     table = Table(
@@ -192,7 +192,7 @@ def export(
     delta: DeltaFile,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     to: Annotated[str, typer.Option(help="The layout: peft.")] = "peft",
-    base: Base = None,
+    base: BaseModelPath = None,
     whole: Annotated[
         bool, typer.Option("--whole", help="Store whole what the layout has no sparse form for.")
     ] = False,

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from sift_cli.recipe import OPTIONS, Recipe, parse_recipe
 
 SCHEMA_FILE = "sift-recipe.schema.json"
-WIDTH = 30  # letters before the comment of a key
+COMMENT_COLUMN = 30  # letters before the comment of a key
 
 
 def json_schema() -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _applies(key: str, resolved: dict[str, Any]) -> bool:
 
 
 def _with_comment(line: str, about: str | None) -> str:
-    return f"{line:<{WIDTH}}  # {about}" if about else line
+    return f"{line:<{COMMENT_COLUMN}}  # {about}" if about else line
 
 
 def _flow(value: Any) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 from sift_cli.cli import shipped
 from sift_cli.cli.options import (
     AllowCode,
-    Base,
+    BaseModelPath,
     Device,
     Json,
     Overrides,
@@ -34,7 +34,7 @@ from sift_cli.tasks.metrics import shown
 if TYPE_CHECKING:
     from sift_cli.runs.summary import Summary
 
-SHOWN = 4  # metrics in the summary of a training
+SHOWN_METRICS = 4  # metrics in the summary of a training
 
 
 def train(
@@ -91,7 +91,7 @@ def train(
 def _show_metrics(summary: "Summary") -> None:
     """The table of the first metrics, before and after training."""
     table = Table(f"metric ({summary.task})", "before", "after", box=None, pad_edge=False)
-    for name in list(summary.metrics)[:SHOWN]:
+    for name in list(summary.metrics)[:SHOWN_METRICS]:
         table.add_row(name, shown(summary.metrics_before[name]), shown(summary.metrics[name]))
     print_table(table)
 
@@ -100,8 +100,8 @@ def _show_numbers(summary: "Summary", folder: Path, page: Path | None) -> None:
     """What trained, what it took, and what to do next."""
     from sift_cli.runs.folder import DELTA_FILE, SUMMARY_FILE
 
-    if len(summary.metrics) > SHOWN:
-        stdout.print(f"and {len(summary.metrics) - SHOWN} more in {folder}/{SUMMARY_FILE}")
+    if len(summary.metrics) > SHOWN_METRICS:
+        stdout.print(f"and {len(summary.metrics) - SHOWN_METRICS} more in {folder}/{SUMMARY_FILE}")
     trained, total = summary.trained_entries, summary.total_entries
     stdout.print(
         f"{trained:,} of {total:,} entries trained ({trained / total:.2%}), and a head of "
@@ -153,7 +153,7 @@ def evaluate(
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split; eval.split if not given.")] = None,
     overrides: Overrides = None,
-    base: Base = None,
+    base: BaseModelPath = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -189,7 +189,7 @@ def predict(
     pair: Annotated[
         list[str] | None, typer.Option(help="The second text of each, for sentence pairs.")
     ] = None,
-    base: Base = None,
+    base: BaseModelPath = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:

@@ -12,7 +12,7 @@ from sift_cli.delta.file import Delta, WeightDelta, save_delta
 from sift_cli.delta.header import Header
 from sift_cli.delta.identity import NOT_TRAINED, check_base, rest_fingerprints
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.fingerprints import Kind, fingerprint
+from sift_cli.models.fingerprints import TensorKind, fingerprint
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Exact:
     def replace(self, name: str, tensor: Tensor) -> None:
         """Passes over a tensor of the source that the delta brings anew: it is not the base's."""
 
-    def check(self, source: str, kinds: Mapping[str, Kind]) -> None:
+    def check(self, source: str, kinds: Mapping[str, TensorKind]) -> None:
         """Raises SiftError (exit code 3) where a tensor that passed was not the base's."""
         check_base(self.delta, self._before, source, merged=self.undo, kinds=kinds)
 
@@ -118,7 +118,7 @@ class Composed:
         """Notes a tensor that the head replaces: deltas without a head know it as the base's."""
         self._before[name] = fingerprint(tensor)
 
-    def check(self, source: str, kinds: Mapping[str, Kind]) -> None:
+    def check(self, source: str, kinds: Mapping[str, TensorKind]) -> None:
         """Raises SiftError (exit code 3) where a tensor that passed was not each delta's base's."""
         for delta in self.deltas:
             marks = {name: mark for name, mark in self._before.items() if name not in delta.dense}

@@ -18,7 +18,7 @@ from sift_cli.delta.file import SIGNED, WeightDelta, weight_delta
 from sift_cli.errors import SiftError
 from sift_cli.sparse import Support
 
-BLOCK = 1 << 21  # entries of all deltas that are worked on at once
+ENTRIES_AT_ONCE = 1 << 21  # entries of all deltas that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,8 @@ def _meetings(at: Tensor, pull: Tensor, size: int) -> tuple[int, int, int]:
 
 
 def _blocks(parts: Sequence[SparseChange], low: int, high: int) -> Iterator[tuple[int, int]]:
-    """Ranges of the flat weight in each of which the parts have at most BLOCK entries together."""
-    if high - low > 1 and sum(part.count(low, high) for part in parts) > BLOCK:
+    """Ranges of the flat weight, in each of which the parts have ENTRIES_AT_ONCE entries at most."""
+    if high - low > 1 and sum(part.count(low, high) for part in parts) > ENTRIES_AT_ONCE:
         middle = (low + high) // 2
         yield from _blocks(parts, low, middle)
         yield from _blocks(parts, middle, high)

@@ -26,7 +26,7 @@ from sift_cli.selection.budget import Global, PerWeight, share
 from sift_cli.sparse import Support
 from sift_cli.tasks.evaluation import probe
 
-SCOPES = ("tensor", "global")
+DIFFERENCE_SCOPES = ("tensor", "global")
 # Keys of a configuration that change nothing of what the model computes.
 IDLE = {
     "architectures",
@@ -140,8 +140,8 @@ def _check_options(out: Path, density: float | None, scope: str, dtype: str | No
         raise SiftError(f"{out} exists already; choose another --out or remove it")
     if density is not None and not 0 < density <= 1:
         raise SiftError(f"--density {density:g}: a share above 0 and up to 1, such as 0.01")
-    if scope not in SCOPES:
-        raise SiftError(f"--scope {scope}: use {' or '.join(SCOPES)}")
+    if scope not in DIFFERENCE_SCOPES:
+        raise SiftError(f"--scope {scope}: use {' or '.join(DIFFERENCE_SCOPES)}")
     if dtype is not None and dtype not in DTYPES:
         raise SiftError(f"--dtype {dtype}: use {' or '.join(DTYPES)}")
 

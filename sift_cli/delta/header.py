@@ -17,7 +17,7 @@ from pydantic import (
 
 from sift_cli.delta.coding import LARGEST_SIZE
 
-NAME = re.compile(r"[\w-]+(\.[\w-]+)*")  # of a parameter: words with dots between
+PARAMETER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")  # of a parameter: words with dots between
 
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 
@@ -150,5 +150,5 @@ def named_rows(table: object) -> dict[str, dict[str, Any]]:
 
 def check_name(name: str) -> None:
     """Raises ValueError for what cannot be a parameter's name, such as a path."""
-    if not NAME.fullmatch(name):
+    if not PARAMETER_NAME.fullmatch(name):
         raise ValueError(f"{name[:80]!r} is no name of a parameter")

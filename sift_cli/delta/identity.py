@@ -9,7 +9,7 @@ import torch
 
 from sift_cli.delta.file import Delta
 from sift_cli.errors import ExitCode, SiftError, in_lines
-from sift_cli.models.fingerprints import Kind
+from sift_cli.models.fingerprints import TensorKind
 
 VOCABULARY = re.compile(r"(^|\.)(word_embeddings|embed_tokens|wte|shared|lm_head)\.weight$")
 
@@ -41,7 +41,7 @@ def differing(delta: Delta, marks: Mapping[str, str]) -> tuple[list[str], list[s
 def advice(
     delta: Delta,
     marks: Mapping[str, str],
-    kinds: Mapping[str, Kind],
+    kinds: Mapping[str, TensorKind],
     tied: Mapping[str, str],
     wrong: Sequence[str],
     merged: bool = False,
@@ -67,7 +67,7 @@ def _revision(revision: str | None) -> str:
     return f", revision {revision}" if revision else ""
 
 
-def _kind(name: str, kinds: Mapping[str, Kind]) -> Kind | None:
+def _kind(name: str, kinds: Mapping[str, TensorKind]) -> TensorKind | None:
     """Of a tensor whose name in a file may lack the model's first word."""
     return kinds.get(name) or kinds.get(name.partition(".")[2])
 
@@ -105,7 +105,7 @@ def renamed(delta: Delta, marks: Mapping[str, str], lacking: Collection[str]) ->
     )
 
 
-def _resized(delta: Delta, wrong: Mapping[str, Kind]) -> str:
+def _resized(delta: Delta, wrong: Mapping[str, TensorKind]) -> str:
     """A sentence where the vocabulary has other rows than the base's, or ""."""
     for name, (_, shape) in wrong.items():
         rows = delta.header.base.vocabulary
@@ -120,7 +120,7 @@ def _resized(delta: Delta, wrong: Mapping[str, Kind]) -> str:
     return ""
 
 
-def _in_another_dtype(delta: Delta, wrong: Mapping[str, Kind]) -> str:
+def _in_another_dtype(delta: Delta, wrong: Mapping[str, TensorKind]) -> str:
     """A sentence where rounding explains that nearly all weights differ, or ""."""
     if 2 * len(wrong.keys() & delta.weights.keys()) < len(delta.weights):
         return ""  # rounding would show in nearly all
@@ -167,7 +167,7 @@ def check_base(
     source: str,
     merged: bool = False,
     *,
-    kinds: Mapping[str, Kind] | None = None,
+    kinds: Mapping[str, TensorKind] | None = None,
     tied: Mapping[str, str] | None = None,
 ) -> None:
     """Raises SiftError (exit code 3) naming the tensors in which `source` is not the delta's base.

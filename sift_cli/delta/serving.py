@@ -18,7 +18,7 @@ from sift_cli.delta.file import SIGNED, Delta
 from sift_cli.delta.identity import NOT_TRAINED, check_base
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import (
-    Kind,
+    TensorKind,
     fingerprint,
     kinds_of,
     state_fingerprints,
@@ -299,7 +299,7 @@ def apply_delta(
     model: nn.Module,
     delta: Delta,
     source: str = "the model",
-    kinds: Mapping[str, Kind] | None = None,
+    kinds: Mapping[str, TensorKind] | None = None,
 ) -> None:
     """Turns the base into the trained model, in place and bit for bit.
 

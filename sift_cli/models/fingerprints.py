@@ -53,10 +53,10 @@ def state_fingerprints(model: nn.Module, skip: Iterable[str]) -> dict[str, str]:
     return {name: fingerprint(one) for name, one in state.items() if name not in left_out}
 
 
-Kind = tuple[torch.dtype, tuple[int, ...]]
+TensorKind = tuple[torch.dtype, tuple[int, ...]]
 
 
-def kinds_of(model: nn.Module) -> dict[str, Kind]:
+def kinds_of(model: nn.Module) -> dict[str, TensorKind]:
     """Dtype and shape of each parameter and saved buffer of a model."""
     return {name: (one.dtype, tuple(one.shape)) for name, one in model.state_dict().items()}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sift_cli.models.fingerprints import Kind
+from sift_cli.models.fingerprints import TensorKind
 from sift_cli.models.loading import weight_files
 from sift_cli.models.names import owner
 from sift_cli.models.tensors import Place, list_file
@@ -39,7 +39,7 @@ class Stored:
         return list(self.places[name].shape)
 
 
-def stored_kinds(folder: Path) -> dict[str, Kind]:
+def stored_kinds(folder: Path) -> dict[str, TensorKind]:
     """Dtype and shape of each floating-point tensor of a model folder, as its files hold it."""
     return {
         name: (place.dtype, place.shape)

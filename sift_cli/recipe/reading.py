@@ -13,7 +13,7 @@ from sift_cli.recipe.schema import Recipe
 from sift_cli.recipe.selection import AXES, OPTIONS
 from sift_cli.selection.policies import POLICIES
 
-Place = tuple[str | int, ...]
+KeyPlace = tuple[str | int, ...]
 
 LARGEST = 1 << 16  # bytes of a recipe
 ALIASES = 20  # in one recipe; each can double what is read
@@ -90,7 +90,7 @@ def trace_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, dic
 
 def _parse(
     text: str, source: str, overrides: Sequence[str]
-) -> tuple[Recipe, dict[str, Any], dict[Place, str]]:
+) -> tuple[Recipe, dict[str, Any], dict[KeyPlace, str]]:
     """The recipe, the values that were given (no defaults), and the place of each of their keys."""
     problems: list[tuple[str, str]] = []
     reader = _Reader(text, source, problems)
@@ -112,7 +112,7 @@ class _Reader:
 
     def __init__(self, text: str, source: str, problems: list[tuple[str, str]]) -> None:
         self.text, self.source, self.problems = text, source, problems
-        self.places: dict[Place, str] = {}  # of each key: `source:line:column`
+        self.places: dict[KeyPlace, str] = {}  # of each key: `source:line:column`
         self._loader: _Loader
         self._unfinished: set[int] = set()  # nodes around the one that is read, by id
 
@@ -135,7 +135,7 @@ class _Reader:
             )
         return values
 
-    def _value(self, node: yaml.Node, place: Place) -> Any:
+    def _value(self, node: yaml.Node, place: KeyPlace) -> Any:
         """What a node stands for. Raises SiftError for an alias to a node around it."""
         self.places.setdefault(place, self._locate(node.start_mark))
         if id(node) in self._unfinished:
@@ -151,7 +151,7 @@ class _Reader:
         finally:
             self._unfinished.discard(id(node))
 
-    def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, place: KeyPlace) -> dict[str, Any]:
         """The values of a mapping by key; keys given twice and keys that are no text are noted."""
         own = {id(key_node) for key_node, _ in node.value}
         self._loader.flatten_mapping(node)  # merge keys come first and may be given again
@@ -193,7 +193,7 @@ def _mark(error: yaml.reader.ReaderError, text: str) -> yaml.Mark:
 
 def _override(
     values: dict[str, Any],
-    places: dict[Place, str],
+    places: dict[KeyPlace, str],
     override: str,
     problems: list[tuple[str, str]],
 ) -> None:
@@ -239,7 +239,7 @@ def _filled_in(section: Mapping[str, Any]) -> list[str]:
     return [key for key, value in usual.items() if section.get(key) in (value, None)]
 
 
-def _describe(error: Any, places: dict[Place, str], source: str) -> tuple[str, str]:
+def _describe(error: Any, places: dict[KeyPlace, str], source: str) -> tuple[str, str]:
     """The place of a validation error of pydantic, and its message in the terms of recipes."""
     kind, message = error["type"], str(error["msg"])
     place = error["loc"]
@@ -261,14 +261,14 @@ def _describe(error: Any, places: dict[Place, str], source: str) -> tuple[str, s
     return where, f"{_dotted(place)}: {message}"
 
 
-def _dotted(place: Place) -> str:
+def _dotted(place: KeyPlace) -> str:
     return "".join(
         f"[{part}]" if isinstance(part, int) else f".{part}" if index else str(part)
         for index, part in enumerate(place)
     )
 
 
-def _fields(place: Place) -> dict[str, Any]:
+def _fields(place: KeyPlace) -> dict[str, Any]:
     """The fields of the section at `place`; none where it is no section."""
     section: Any = Recipe
     for key in place:
@@ -279,7 +279,7 @@ def _fields(place: Place) -> dict[str, Any]:
     return dict(section.model_fields)
 
 
-def _nearest_key(place: Place) -> str:
+def _nearest_key(place: KeyPlace) -> str:
     """The valid key nearest to an unknown one: among its siblings first, then anywhere."""
     key, parent = str(place[-1]), place[:-1]
     siblings = {_dotted((*parent, name)): name for name in _fields(parent)}
@@ -292,6 +292,6 @@ def _nearest_key(place: Place) -> str:
     return f"; known here: {', '.join(siblings.values())}"
 
 
-def _hint(place: Place) -> str:
+def _hint(place: KeyPlace) -> str:
     field = _fields(place[:-1]).get(str(place[-1]))
     return f" ({field.description})" if field is not None and field.description else ""

@@ -27,7 +27,7 @@ from sift_cli.runs.summary import Summary
 from sift_cli.runs.timing import Used
 from sift_cli.system.files import sha256_of, sync
 
-NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
+FILE_NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
 KEPT = 2  # files
 
 
@@ -116,7 +116,7 @@ class Checkpoints:
 
     def files(self) -> list[Path]:
         """The files there are, oldest first."""
-        return sorted(path for path in self.folder.glob("*") if NAME.fullmatch(path.name))
+        return sorted(path for path in self.folder.glob("*") if FILE_NAME.fullmatch(path.name))
 
     def newest(self, here: Facts) -> Checkpoint | None:
         """The newest that is whole; None where there is none at all.
@@ -203,12 +203,12 @@ def _other_run(out: Path, changes: list[str], code: ExitCode) -> SiftError:
 
 
 def _step(path: Path) -> int:
-    found = NAME.fullmatch(path.name)
+    found = FILE_NAME.fullmatch(path.name)
     assert found is not None
     return int(found[1])
 
 
 def _mark(path: Path) -> str:
-    found = NAME.fullmatch(path.name)
+    found = FILE_NAME.fullmatch(path.name)
     assert found is not None
     return found[2]

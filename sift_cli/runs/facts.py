@@ -17,8 +17,8 @@ from sift_cli.recipe import Recipe
 from sift_cli.runs.folder import NO_RESULT
 from sift_cli.runs.session import Session
 
-FORMAT = 1  # of checkpoints
-BLOCK = 10_000  # rows hashed at a time
+CHECKPOINT_FORMAT = 1  # of checkpoints
+ROWS_AT_ONCE = 10_000  # rows hashed at a time
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Facts:
         device = session.device.type
         card = torch.cuda.get_device_name(session.device) if device == "cuda" else ""
         return cls(
-            format=FORMAT,
+            format=CHECKPOINT_FORMAT,
             recipe=settings,
             data=data,
             base=state_fingerprints(session.model, ()),
@@ -136,7 +136,7 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
 def _hash_rows(rows: Any, lengths: list[int]) -> str:
     """Over every value of every row, and how many tokens the tokenizer made of it."""
     found = hashlib.sha256(json.dumps(lengths).encode())
-    for block in rows.iter(BLOCK):
+    for block in rows.iter(ROWS_AT_ONCE):
         found.update(json.dumps(block).encode())
     return found.hexdigest()[:16]
 

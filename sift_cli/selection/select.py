@@ -42,7 +42,7 @@ class Rule:
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class Retained:
     """A support that is to stay but for the share `drop` of its units that changed least.
 
     `change` is how far each entry is from the base, [K].
@@ -80,7 +80,7 @@ def select(
     seed: int = 0,
     backward: Sequence[Callable[[], object]] = (),
     change: Mapping[str, Tensor] | None = None,
-    held: Mapping[str, Held] | None = None,
+    held: Mapping[str, Retained] | None = None,
     norms: dict[str, Tensor] | None = None,
 ) -> dict[str, Support]:
     """The entries to train of the model's parameters called `names`; supports on the host.
@@ -173,7 +173,7 @@ def _chooser(
     return PerWeight(counts, per_neuron=rule.scope == "neuron")
 
 
-def _hold(scores: Tensor, units: Units, held: Held) -> Tensor:
+def _hold(scores: Tensor, units: Units, held: Retained) -> Tensor:
     """Scores under which all but the least changed of the held units win before any other."""
     positions = held.support.positions
     if positions is None:

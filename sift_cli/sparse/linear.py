@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sift_cli.sparse.kernels import Kernel
-from sift_cli.sparse.saved import Held, hold
+from sift_cli.sparse.saved import Saved, hold
 
 
 class _SelectedLinear(torch.autograd.Function):
@@ -27,7 +27,7 @@ class _SelectedLinear(torch.autograd.Function):
         bias: Tensor | None,
         values: Tensor,
         kernel: Kernel,
-        held: Held,
+        held: Saved,
     ) -> Tensor:
         ctx.save_for_backward(weight, *held.tensors)
         ctx.kernel, ctx.columns = kernel, held.columns

@@ -190,7 +190,7 @@ def attach(
     return parameters
 
 
-def whole(model: nn.Module, names: Sequence[str]) -> dict[str, Support]:
+def whole_supports(model: nn.Module, names: Sequence[str]) -> dict[str, Support]:
     """Supports that hold every entry of the parameters called `names`."""
     named = dict(model.named_parameters())
     return {name: Support(tuple(named[name].shape)) for name in names}

@@ -13,7 +13,7 @@ HALF = 1 / 2  # and up to which it is at least smaller than the whole
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class Saved:
     """Tensors to hold, and the function that makes the wanted columns of the input of them.
 
     `columns(*tensors)` gives [T, u].
@@ -23,7 +23,7 @@ class Held:
     columns: Callable[..., Tensor]
 
 
-def hold(x: Tensor, columns: Tensor | None) -> Held:
+def hold(x: Tensor, columns: Tensor | None) -> Saved:
     """How to give back the columns (None: all) of an input [..., n] later on.
 
     What GELU, a product or layer normalisation made is computed again from what these hold for
@@ -32,13 +32,13 @@ def hold(x: Tensor, columns: Tensor | None) -> Held:
     share = 1.0 if columns is None else len(columns) / x.shape[-1]
     made = None if share <= FEW else _made_by(x)
     if made is not None:
-        return Held(made.tensors, lambda *held: made.columns(*held, columns))
+        return Saved(made.tensors, lambda *held: made.columns(*held, columns))
     if share <= HALF:
-        return Held((_take(x.detach(), columns),), _same)
-    return Held((x.detach(),), lambda whole: _take(whole, columns))
+        return Saved((_take(x.detach(), columns),), _same)
+    return Saved((x.detach(),), lambda whole: _take(whole, columns))
 
 
-def _made_by(x: Tensor) -> Held | None:
+def _made_by(x: Tensor) -> Saved | None:
     """What the operation that made `x` holds; `columns` takes the indices as its last argument."""
     if torch.compiler.is_compiling() or _hooks():
         return None
@@ -48,19 +48,19 @@ def _made_by(x: Tensor) -> Held | None:
     match node.name():
         case "GeluBackward0":
             approximate = node._saved_approximate
-            return Held(
+            return Saved(
                 (node._saved_self,),
                 lambda source, columns: F.gelu(_take(source, columns), approximate=approximate),
             )
         case "MulBackward0":
             factors = (node._saved_self, node._saved_other)
             if all(one is not None and one.shape == x.shape for one in factors):
-                return Held(factors, _product)
+                return Saved(factors, _product)
         case "NativeLayerNormBackward0" if len(node._saved_normalized_shape) == 1:
             held = (node._saved_input, node._saved_result1, node._saved_result2)
             scale, shift = node._saved_weight, node._saved_bias
             if scale is not None and shift is not None:
-                return Held((*held, scale, shift), _normalised)
+                return Saved((*held, scale, shift), _normalised)
     return None
 
 

@@ -38,7 +38,7 @@ VARIABLES = (  # that change what a run does; none of them holds a secret
     "TOKENIZERS_PARALLELISM",
     "TRITON_INTERPRET",
 )
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
 def describe() -> dict[str, str]:
@@ -61,7 +61,9 @@ def describe() -> dict[str, str]:
     facts["mps"] = "yes" if torch.backends.mps.is_available() else "none"
     set_here = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     facts["variables"] = ", ".join(set_here) or "none"
-    facts["tokens"] = ", ".join(name for name in TOKENS if name in os.environ) or "none set"
+    facts["tokens"] = (
+        ", ".join(name for name in TOKEN_VARIABLES if name in os.environ) or "none set"
+    )
     return facts
 
 

@@ -39,7 +39,7 @@ Lines = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Kind:
+class LabelKind:
     """A row of the table of what differs between a label out of several and a number.
 
     `problem` names transformers' loss, `target` is the dtype of labels in a batch. `predicted`
@@ -82,7 +82,7 @@ def _label(logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
     return {"label": names[code], "probability": float(probabilities[code])}
 
 
-LABEL = Kind(
+LABEL = LabelKind(
     problem="single_label_classification",
     target=torch.long,
     metrics=("accuracy", "f1_macro"),
@@ -90,7 +90,7 @@ LABEL = Kind(
     said=_said_of_label,
     answer=_label,
 )
-NUMBER = Kind(
+NUMBER = LabelKind(
     problem="regression",
     target=torch.float,
     metrics=REGRESSION,
@@ -100,7 +100,7 @@ NUMBER = Kind(
 )
 
 
-def _kind(labels: Sequence[str] | None) -> Kind:
+def _kind(labels: Sequence[str] | None) -> LabelKind:
     return NUMBER if labels is None else LABEL
 
 
@@ -121,7 +121,7 @@ class Classification:
     auto: ClassVar[Any] = AutoModelForSequenceClassification
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> LabelKind:
         """The row of what differs between labels and numbers."""
         return _kind(self.labels)
 

@@ -21,10 +21,10 @@ from sift_cli.runs.record import write_weights
 from sift_cli.runs.session import Session
 from sift_cli.runs.summary import EntryCounts, Summary, Written
 from sift_cli.selection.scores import find_score
-from sift_cli.selection.select import Held, Rule, check, select
+from sift_cli.selection.select import Retained, Rule, check, select
 from sift_cli.selection.targets import choose_weights
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
-from sift_cli.sparse.parameters import whole
+from sift_cli.sparse.parameters import whole_supports
 from sift_cli.system.files import write_text
 from sift_cli.training.batches import Batches
 from sift_cli.training.method import Build
@@ -158,7 +158,7 @@ class Chooser:
         """Chooses anew from the batches that begin with this one, and trains that from now on."""
         parameters = optimizer.parameters
         held = {
-            segment.name: Held(segment.support, parameters.change(segment), self.drop)
+            segment.name: Retained(segment.support, parameters.change(segment), self.drop)
             for segment in parameters
             if self.drop < 1
         }
@@ -170,7 +170,7 @@ class Chooser:
         self,
         step: int,
         change: dict[str, Tensor] | None = None,
-        held: dict[str, Held] | None = None,
+        held: dict[str, Retained] | None = None,
         norms: dict[str, Tensor] | None = None,
     ) -> dict[str, Support]:
         """The entries to train from `step` on, and the modules that train whole.
@@ -191,7 +191,7 @@ class Chooser:
                 held=held,
                 norms=norms,
             )
-        return chosen | whole(model, self.dense)
+        return chosen | whole_supports(model, self.dense)
 
     def pack(self, optimizer: SparseAdamW) -> Packed:
         """Masters and supports; of what has left the support, the values in the weights."""

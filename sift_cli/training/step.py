@@ -12,7 +12,7 @@ from sift_cli.runs.session import Session
 from sift_cli.training.method import Optimizer
 
 Rows = Sequence[list[int]]  # of one step, by micro-batch
-Gradient = Callable[[Session, Rows], Tensor]
+StepGradient = Callable[[Session, Rows], Tensor]
 # step, rows, loss [] and norm [] -> whether the weights are to stay as they are (0 or 1, [])
 Guard = Callable[[int, Rows, Tensor, Tensor], Tensor]
 
@@ -46,7 +46,7 @@ def take_step(
     *,
     max_grad_norm: float | None,
     schedule: LRScheduler | None = None,
-    gradient: Gradient = add_gradient,
+    gradient: StepGradient = add_gradient,
 ) -> None:
     """Takes the step of that number (the first is 1): gradient, clipping, update, learning rate.
 

@@ -12,7 +12,7 @@ from sift_cli.errors import SiftError
 from sift_cli.recipe import SelectionSection, TrainSection
 from sift_cli.runs.session import Session
 from sift_cli.sparse import SparseAdamW, SparseParameters, Touched, attach
-from sift_cli.sparse.parameters import whole
+from sift_cli.sparse.parameters import whole_supports
 from sift_cli.training.batches import Batches
 from sift_cli.training.step import take_step
 from sift_cli.training.watch import Advice, Watch
@@ -60,7 +60,7 @@ def warm_up(
     names = [*(sparse if settings.everything else ()), *dense]
     if not names:
         raise SiftError("selection.warmup_trains: no module trains whole, so there is no head")
-    supports = whole(session.model, names)
+    supports = whole_supports(session.model, names)
     parameters = attach(session.model, supports, offload=settings.offload)
     _train(settings, session, batches, parameters, console)
     parameters.detach()

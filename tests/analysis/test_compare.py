@@ -22,7 +22,7 @@ from sift_cli.analysis.adapted import main, train_adapted
 from sift_cli.analysis.compare import best_rate, compare, compare_runs
 from sift_cli.analysis.jobs import Job, Runner, rates_of
 from sift_cli.analysis.methods import adapted_layers, rank_for
-from sift_cli.analysis.table import Difference, FinishedRun, Spread, markdown, tabulated
+from sift_cli.analysis.table import FinishedRun, PairedDifference, Spread, markdown, tabulated
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe, parse_recipe
 from sift_cli.runs.folder import TRAINED_FILE
@@ -282,9 +282,9 @@ def test_rows_are_held_against_sift_at_their_density_by_seed() -> None:
     }
     assert small.against_sift is large.against_sift is None
     assert same.against_sift.difference == pytest.approx(0.2)
-    assert other.against_sift == Difference(pytest.approx(0.2), 2, None)  # from sift at 0.2
+    assert other.against_sift == PairedDifference(pytest.approx(0.2), 2, None)  # from sift at 0.2
     assert undefined.metrics["f1"] == Spread(None, None, [None, 0.4])
-    assert undefined.against_sift == Difference(pytest.approx(-0.1), 1, None)
+    assert undefined.against_sift == PairedDifference(pytest.approx(-0.1), 1, None)
     assert found.notes[0] == "a note"
     assert found.notes[1].startswith("p: paired t-test over 2 seeds")
     assert "| random at 0.1 | 100 | 0.001 | undefined | -0.1000 |  | 1 | 0 | 0 |" in markdown(found)

@@ -12,7 +12,7 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.selection.policies import POLICIES, SCOPES
 from sift_cli.selection.policies import SCORES as SCORE_NAMES
 from sift_cli.selection.scores import SCORES, find_score
-from sift_cli.selection.select import Held, Rule, select
+from sift_cli.selection.select import Retained, Rule, select
 from sift_cli.selection.structures import Units
 from sift_cli.sparse import Support
 from tests.support.models import ARCHITECTURES, tiny_batch, tiny_model
@@ -256,7 +256,7 @@ def test_held_units_stay_but_for_those_that_changed_least(scope: str, structure:
     first = select(model, names, rule, seed=1)
     generator = torch.Generator().manual_seed(0)
     change = {name: torch.rand(len(one), generator=generator) for name, one in first.items()}
-    held = {name: Held(one, change[name], 0.3) for name, one in first.items()}
+    held = {name: Retained(one, change[name], 0.3) for name, one in first.items()}
     second = select(model, names, rule, seed=2, held=held)
     assert sum(map(len, second.values())) == sum(map(len, first.values()))
     for name, before in first.items():
