@@ -232,7 +232,7 @@ def _meetings(at: Tensor, pull: Tensor, size: int) -> tuple[int, int, int]:
 
 
 def _blocks(parts: Sequence[SparseChange], low: int, high: int) -> Iterator[tuple[int, int]]:
-    """Ranges of the flat weight, in each of which the parts have ENTRIES_AT_ONCE entries at most."""
+    """Ranges of the flat weight, in each of which the parts have up to ENTRIES_AT_ONCE entries."""
     if high - low > 1 and sum(part.count(low, high) for part in parts) > ENTRIES_AT_ONCE:
         middle = (low + high) // 2
         yield from _blocks(parts, low, middle)

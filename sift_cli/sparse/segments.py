@@ -76,8 +76,9 @@ def merged(held: Tensor, came: Tensor, kept: Tensor, new: Tensor) -> tuple[Tenso
     `kept` ([..., n]) and `new` ([..., k]) follow the positions. Nothing is sorted again: the cost
     is n + k log n.
     """
+    came = came.to(held.dtype)  # a support of every entry has int64 positions, others int32
     size = len(held) + len(came)
-    at = torch.searchsorted(held, came.to(held.dtype)) + torch.arange(len(came), device=came.device)
+    at = torch.searchsorted(held, came) + torch.arange(len(came), device=came.device)
     stays = torch.ones(size, dtype=torch.bool, device=held.device)
     stays[at] = False
     positions, columns = held.new_empty(size), kept.new_empty((*kept.shape[:-1], size))
