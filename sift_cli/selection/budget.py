@@ -1,6 +1,6 @@
 """How many units each weight may train, and the exact choice of that many.
 
-Units are single entries, or blocks, rows or columns that are chosen whole.
+Units are single entries, or blocks, rows or columns that are chosen as one.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ def share(density: float, size: int) -> int:
 
 def entries(units: Mapping[str, Units]) -> int:
     """Entries that the units of all weights hold."""
-    return sum(one.count * one.size for one in units.values())
+    return sum(own.count * own.size for own in units.values())
 
 
 def require_fits(budget: int, units: Mapping[str, Units]) -> None:
@@ -46,9 +46,9 @@ def allot(budget: int, units: Mapping[str, Units]) -> dict[str, int]:
     """
     require_fits(budget, units)
     total = entries(units)
-    exact = {name: Fraction(budget * one.count, total) for name, one in units.items()}
+    exact = {name: Fraction(budget * own.count, total) for name, own in units.items()}
     counts = {name: int(share_of) for name, share_of in exact.items()}
-    left = budget - sum(counts[name] * one.size for name, one in units.items())
+    left = budget - sum(counts[name] * own.size for name, own in units.items())
     for name in sorted(units, key=lambda name: counts[name] - exact[name]):
         if units[name].size <= left and counts[name] < units[name].count:
             counts[name] += 1
@@ -61,7 +61,7 @@ def allot(budget: int, units: Mapping[str, Units]) -> dict[str, int]:
 def largest(scores: Tensor, count: int) -> Tensor:
     """Positions of the `count` largest of `scores` ([n]), sorted; among equals the first win.
 
-    Costs one partial sort, and the same on every device.
+    One partial sort; which of equals win does not depend on the device, as it would with topk.
     """
     if count >= len(scores):
         return torch.arange(len(scores), device=scores.device)
@@ -75,7 +75,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def largest_per_neuron(scores: Tensor, count: int) -> Tensor:
-    """Units of `scores` ([neurons, across]) of which each neuron has its largest, sorted.
+    """The numbers of `count` units of `scores` ([neurons, across]), sorted: each neuron's largest.
 
     Where `count` is no multiple of the neurons, those whose next best unit scores highest get one
     more, so it is met exactly. Among equals the first win.
@@ -84,17 +84,17 @@ def largest_per_neuron(scores: Tensor, count: int) -> Tensor:
     each, more = divmod(count, neurons)
     values, order = scores.sort(dim=1, descending=True, stable=True)
     start = torch.arange(neurons, device=scores.device)[:, None] * across
-    won = (start + order[:, :each]).reshape(-1)
+    chosen = (start + order[:, :each]).reshape(-1)
     if more:
-        lucky = largest(values[:, each], more)
-        won = torch.cat([won, start[lucky, 0] + order[lucky, each]])
-    return won.sort().values
+        with_more = largest(values[:, each], more)
+        chosen = torch.cat([chosen, start[with_more, 0] + order[with_more, each]])
+    return chosen.sort().values
 
 
 class PerWeight:
     """Units compete within their own weight, or within their output neuron with `per_neuron`.
 
-    Each weight is settled when its scores arrive.
+    The choice within a weight is final when its scores arrive.
     """
 
     def __init__(self, counts: Mapping[str, int], per_neuron: bool = False) -> None:
@@ -105,15 +105,15 @@ class PerWeight:
     def add(self, name: str, scores: Tensor, size: int = 1) -> None:
         """Takes the scores of one weight's units, [down, across]."""
         count = self.counts[name]
-        won = (
+        chosen = (
             largest_per_neuron(scores, count)
             if self.per_neuron
             else largest(scores.reshape(-1), count)
         )
-        self._chosen[name] = won.cpu()
+        self._chosen[name] = chosen.cpu()
 
     def chosen(self) -> dict[str, Tensor]:
-        """The numbers of the units that won, by weight, on the host."""
+        """The numbers of the chosen units, by weight, on the host."""
         return self._chosen
 
 
@@ -142,26 +142,29 @@ class Global:
             units = largest(scores, self.budget // size)
         self._sizes[name] = size
         self._parts[self._owners[name]] = (scores[units].float().cpu(), units.cpu())
-        if self._held() > 2 * self.budget:
+        if self._candidates() > 2 * self.budget:
+            # The first that exceeds the budget stays: nothing behind it may be chosen, even if
+            # it fits.
             self._prune(spare=1)
 
     def chosen(self) -> dict[str, Tensor]:
-        """The numbers of the units that won; a weight none of whose units won is left out."""
+        """The numbers of the chosen units; a weight none of whose units is chosen is left out."""
         self._prune()
-        found = {}
+        chosen = {}
         for name, owner in self._owners.items():
             units = self._parts.get(owner, (None, torch.empty(0)))[1]
             if len(units):
-                found[name] = units
-        return found
+                chosen[name] = units
+        return chosen
 
-    def _held(self) -> int:
+    def _candidates(self) -> int:
+        """Entries of all units that are still in the running."""
         sizes = list(self._sizes.values())
         return sum(len(units) * sizes[owner] for owner, (_, units) in self._parts.items())
 
     def _prune(self, spare: int = 0) -> None:
-        """Keeps the winners so far and `spare` more: the first that no longer fits ends them."""
-        if self._held() <= self.budget:
+        """Drops all units but the best that fit into the budget, and `spare` that rank next."""
+        if self._candidates() <= self.budget:
             return
         owners = sorted(self._parts)
         scores = torch.cat([self._parts[owner][0] for owner in owners])

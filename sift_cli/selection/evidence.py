@@ -1,4 +1,4 @@
-"""What batches tell about weights: gradients and inputs, gone as soon as they are looked at."""
+"""What a score may look at: weights, and the gradients and inputs of calibration batches."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +13,9 @@ from sift_cli.selection.structures import Units
 def observed_gradients(
     weights: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Within, each backward pass hands every weight's gradient to `take` and frees it.
+    """In this context each backward pass hands every weight's gradient to `take` and frees it.
 
-    So at most one dense gradient is alive at a time. Flags are restored afterwards.
+    So at most one dense gradient is alive at a time. `requires_grad` is restored afterwards.
     """
     flags = {name: weight.requires_grad for name, weight in weights.items()}
     handles = []
@@ -41,7 +41,7 @@ def observed_gradients(
 
 @contextmanager
 def observed_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Within, gathers the sum of squares of each layer's inputs: name -> [inputs], fp32.
+    """In this context, sums the squares of each layer's inputs over tokens: name -> [inputs], fp32.
 
     Padding counts like any token.
     """
@@ -50,8 +50,8 @@ def observed_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tenso
     def add(name: str, arguments: tuple[object, ...]) -> None:
         inputs = arguments[0]
         assert isinstance(inputs, Tensor)
-        seen = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
-        squares[name] = squares[name] + seen if name in squares else seen
+        batch = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
+        squares[name] = squares[name] + batch if name in squares else batch
 
     handles = [
         layer.register_forward_pre_hook(lambda _, arguments, name=name: add(name, arguments))
@@ -64,8 +64,8 @@ def observed_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tenso
             handle.remove()
 
 
-# What a score function may ask for, by the name of its parameter. Weights of linear layers come as
-# [outputs, inputs], all others in their own shape.
+# What a score function may ask for, by the name of its parameter. Weights of linear layers are
+# [outputs, inputs] however they are stored, all others have their own shape.
 EVIDENCE = {
     "weight": "the weight",
     "gradient": "sum over the calibration batches of `fold` of its gradient, in its shape",
@@ -75,13 +75,32 @@ EVIDENCE = {
     "rank": "selection.rank",
 }
 
+NEED_DATA = {"gradient", "input_norm"}  # of these, what only batches tell
 
-NEED_DATA = {"gradient", "input_norm"}
+
+def evidence_of(
+    weight: Tensor,
+    units: Units,
+    gradient: Tensor | None,
+    squares: Tensor | None,
+    change: Tensor | None,
+) -> dict[str, object]:
+    """What is known of one weight, by the names in EVIDENCE.
+
+    `weight`, `gradient` and `change` have the shape in which the weight is stored; `squares`
+    ([inputs]) are its inputs' sums of squares.
+    """
+    return {
+        "weight": units.turned(weight),
+        "gradient": None if gradient is None else units.turned(gradient),
+        "input_norm": _input_norm(weight, units, squares),
+        "change": None if change is None else units.turned(change),
+    }
 
 
-def input_norm_of(name: str, weight: Tensor, units: Units, squares: Mapping[str, Tensor]) -> Tensor:
+def _input_norm(weight: Tensor, units: Units, squares: Tensor | None) -> Tensor:
     """The 2-norm of each of a weight's inputs, [inputs]; ones where it has no such input."""
-    if name in squares:
-        return squares[name].sqrt()
+    if squares is not None:
+        return squares.sqrt()
     width = units.shape[-1] if len(units.shape) else 1
     return torch.ones(width, device=weight.device)

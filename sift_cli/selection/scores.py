@@ -37,12 +37,12 @@ class Score:
 
     @property
     def needs_data(self) -> bool:
-        """Whether batches must be seen."""
+        """Whether calibration batches must be run."""
         return bool(self.needs & NEED_DATA)
 
     @property
     def folds(self) -> bool:
-        """Whether `gradient` is something else than the batches' gradient."""
+        """Whether `fold` changes each batch's gradient before the batches are summed."""
         return self.fold is not _itself
 
 
@@ -74,7 +74,7 @@ def _low_rank(weight: Tensor, generator: torch.Generator, rank: int) -> Tensor:
     if weight.dim() != 2 or rank >= min(weight.shape):
         return weight.abs()
     wide = weight.float()
-    width = min(rank + 8, *weight.shape)
+    width = min(rank + 8, *weight.shape)  # the paper advises 5 or 10 more than rank
     probe = torch.randn(weight.shape[1], width, generator=generator).to(wide.device)
     basis = torch.linalg.qr(wide @ probe).Q
     for _ in range(2):
@@ -90,11 +90,15 @@ def _activation_magnitude(weight: Tensor, input_norm: Tensor) -> Tensor:
 
 
 def _large_gradient_small_weight(weight: Tensor, gradient: Tensor) -> Tensor:
-    return gradient.abs() / (weight.abs() + 1e-8)
+    return gradient.abs() / (weight.abs() + 1e-8)  # finite for a weight of 0
 
 
 def _gradient_per_input(gradient: Tensor, input_norm: Tensor) -> Tensor:
-    """|gradient| over the norm of its input, so that loud inputs win no more than their share."""
+    """|gradient| over the norm of its input, so that large inputs get no more than their share.
+
+    The norm counts as at least a thousandth of the largest: inputs that are almost never on would
+    win by division alone.
+    """
     return gradient.abs() / input_norm.clamp_min(1e-3 * float(input_norm.max()) + 1e-30)
 
 

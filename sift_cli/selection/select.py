@@ -1,4 +1,4 @@
-"""From scores to supports, one dense gradient at a time."""
+"""From scores to supports, with one dense gradient alive at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from sift_cli.selection.budget import (
     require_fits,
     share,
 )
-from sift_cli.selection.evidence import input_norm_of, observed_gradients, observed_inputs
+from sift_cli.selection.evidence import evidence_of, observed_gradients, observed_inputs
 from sift_cli.selection.scores import Score, score_entries
 from sift_cli.selection.structures import Units
 from sift_cli.selection.targets import LinearLayer, density_of, linear_layers
@@ -43,7 +43,7 @@ class Rule:
 
 @dataclass(frozen=True, eq=False)
 class Retained:
-    """A support that is to stay but for the share `drop` of its units that changed least.
+    """A support to retain but for the share `drop` of its units: those that changed least.
 
     `change` is how far each entry is from the base, [K].
     """
@@ -54,10 +54,10 @@ class Retained:
 
 
 def check(model: nn.Module, names: Sequence[str], rule: Rule) -> None:
-    """Raises what `select` would of densities, budgets and blocks, before anything is computed."""
+    """Raises what `select` raises for densities, budgets and blocks; computes nothing."""
     if not names:
         raise SiftError("selection.target: nothing is left beside the modules trained whole")
-    weights, _, units = _cut(model, names, rule)
+    weights, _, units = _look_up(model, names, rule)
     _chooser(rule, weights, units)
 
 
@@ -66,7 +66,7 @@ def planned(model: nn.Module, names: Sequence[str], rule: Rule) -> dict[str, int
 
     Under scope `global` only their sum is known; it is split by the sizes of the weights.
     """
-    weights, _, units = _cut(model, names, rule)
+    weights, _, units = _look_up(model, names, rule)
     chooser = _chooser(rule, weights, units)
     counts = allot(chooser.budget, units) if isinstance(chooser, Global) else chooser.counts
     return {name: count * units[name].size for name, count in counts.items()}
@@ -80,7 +80,7 @@ def select(
     seed: int = 0,
     backward: Sequence[Callable[[], object]] = (),
     change: Mapping[str, Tensor] | None = None,
-    held: Mapping[str, Retained] | None = None,
+    retained: Mapping[str, Retained] | None = None,
     norms: dict[str, Tensor] | None = None,
 ) -> dict[str, Support]:
     """The entries to train of the model's parameters called `names`; supports on the host.
@@ -88,52 +88,45 @@ def select(
     Each callable in `backward` runs one calibration batch forward and backward. With one batch each
     gradient is scored and freed as it arrives, with several their sum gathers on the host. A weight
     that the loss does not depend on has no gradient to rank and is left out. `change` (dense, by
-    name) is evidence for scores that ask for it; `held` says what of an earlier support stays.
-    `norms` takes the 2-norm of each weight's gradient ([]), where the score looks at it.
+    name) is evidence for scores that ask for it; `retained` says what of an earlier support stays.
+    `norms` is filled with the 2-norm of each weight's gradient ([]), where the score looks at it.
     Raises SiftError where a score is not finite, a budget or a block does not fit, or a score needs
     batches and there are none.
     """
-    weights, layers, units = _cut(model, names, rule)
-    score, held = rule.score, held or {}
+    weights, layers, units = _look_up(model, names, rule)
+    score, retained = rule.score, retained or {}
     if score.needs_data and not backward:
         raise SiftError("selection.score: it looks at batches, and there are none to look at")
     chooser = _chooser(rule, weights, units)
-    watched = {
-        name: layers[name].module
-        for name in names
-        if "input_norm" in score.needs and name in layers and weights[name].dim() == 2
-    }
-    with observed_inputs(watched) as squares:
+    with observed_inputs(_observed(score, weights, layers)) as squares:
 
-        def settle(name: str, gradient: Tensor | None) -> None:
-            weight, cut = weights[name].detach(), units[name]
+        def compete(name: str, gradient: Tensor | None) -> None:
+            """Scores one weight's units and hands them to the chooser."""
             if norms is not None and gradient is not None and not score.folds:
-                wide = torch.promote_types(gradient.dtype, torch.float32)
-                norms[name] = torch.linalg.vector_norm(gradient, dtype=wide)
-            evidence = {
-                "weight": cut.turned(weight),
-                "gradient": None if gradient is None else cut.turned(gradient),
-                "input_norm": input_norm_of(name, weight, cut, squares),
-                "change": cut.turned(change[name]) if change is not None else None,
-                "rank": rule.rank,
-            }
-            scores = cut.mean(score_entries(score, name, evidence, seed))
-            if name in held:
-                scores = _hold(scores, cut, held[name])
-            chooser.add(name, scores, cut.size)
+                norms[name] = _norm(gradient)
+            own, moved = units[name], None if change is None else change[name]
+            weight = weights[name].detach()
+            evidence = evidence_of(weight, own, gradient, squares.get(name), moved)
+            evidence["rank"] = rule.rank
+            scores = own.mean(score_entries(score, name, evidence, seed))
+            if name in retained:
+                scores = _retain(scores, own, retained[name])
+            chooser.add(name, scores, own.size)
 
         if score.needs_data:
-            _see_batches(weights, score, backward, settle)
+            _run_batches(weights, score, backward, compete)
         else:
             for name in names:
-                settle(name, None)
+                compete(name, None)
+    chosen = chooser.chosen()
     return {
-        name: Support.of(tuple(weights[name].shape), units[name].positions(won))
-        for name, won in _in_order(chooser.chosen(), names).items()
+        name: Support.of(tuple(weights[name].shape), units[name].positions(chosen[name]))
+        for name in names
+        if name in chosen and len(chosen[name])
     }
 
 
-def _cut(
+def _look_up(
     model: nn.Module, names: Sequence[str], rule: Rule
 ) -> tuple[dict[str, nn.Parameter], dict[str, LinearLayer], dict[str, Units]]:
     """The weights called `names`, the model's linear layers, and the units of each weight."""
@@ -153,9 +146,26 @@ def _cut(
     return weights, layers, units
 
 
+def _observed(
+    score: Score, weights: Mapping[str, Tensor], layers: Mapping[str, LinearLayer]
+) -> dict[str, nn.Module]:
+    """The layers whose inputs the score looks at, by the name of their weight."""
+    if "input_norm" not in score.needs:
+        return {}
+    return {
+        name: layers[name].module
+        for name, weight in weights.items()
+        if name in layers and weight.dim() == 2
+    }
+
+
 def _chooser(
     rule: Rule, weights: Mapping[str, Tensor], units: Mapping[str, Units]
 ) -> PerWeight | Global:
+    """What takes scores and chooses, by scope, with the number of units or entries to choose.
+
+    Raises SiftError where a budget does not fit.
+    """
     if rule.scope == "global":
         count = rule.budget
         if count is None:
@@ -169,39 +179,46 @@ def _chooser(
     else:
         assert rule.density is not None
         densities = density_of(rule.density, weights)
-        counts = {name: share(densities[name], one.count) for name, one in units.items()}
+        counts = {name: share(densities[name], own.count) for name, own in units.items()}
     return PerWeight(counts, per_neuron=rule.scope == "neuron")
 
 
-def _hold(scores: Tensor, units: Units, held: Retained) -> Tensor:
-    """Scores under which all but the least changed of the held units win before any other."""
-    positions = held.support.positions
+def _norm(gradient: Tensor) -> Tensor:
+    """The 2-norm, [], in fp32 or wider."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
+    return norm
+
+
+def _retain(scores: Tensor, units: Units, retained: Retained) -> Tensor:
+    """Scores under which all but the least changed of the retained units win before any other."""
+    device, positions = retained.change.device, retained.support.positions
     if positions is None:
-        positions = torch.arange(held.support.size, device=held.change.device)
-    holding = units.holding(positions.long().to(held.change.device))
-    unit, place = holding.unique(return_inverse=True)
-    moved = torch.zeros(len(unit), device=held.change.device).index_add_(
-        0, place, held.change.float()
-    )
-    stay = len(unit) - share(held.drop, len(unit))
+        positions = torch.arange(retained.support.size, device=device)
+    unit, place = units.holding(positions.long().to(device)).unique(return_inverse=True)
+    moved = torch.zeros(len(unit), device=device).index_add_(0, place, retained.change.float())
+    stay = len(unit) - share(retained.drop, len(unit))
     flat = scores.reshape(-1).clone()
     flat[unit[largest(moved, stay)].to(flat.device)] = float("inf")
     return flat.view(scores.shape)
 
 
-def _see_batches(
+def _run_batches(
     weights: Mapping[str, nn.Parameter],
     score: Score,
     backward: Sequence[Callable[[], object]],
-    settle: Callable[[str, Tensor | None], None],
+    compete: Callable[[str, Tensor | None], None],
 ) -> None:
-    """Runs the batches; each gradient is folded and settled, or added up on the host."""
+    """Runs the batches and hands each weight's folded gradient to `compete`.
+
+    With one batch as it arrives; with several their sum, which gathers on the host in fp32.
+    """
     sums: dict[str, Tensor] = {}
 
     def take(name: str, gradient: Tensor) -> None:
         folded = score.fold(gradient)
         if len(backward) == 1:
-            settle(name, folded)
+            compete(name, folded)
         elif name in sums:
             sums[name] += folded.to("cpu", sums[name].dtype)
         else:
@@ -211,8 +228,4 @@ def _see_batches(
         for run in backward:
             run()
     for name in list(sums):
-        settle(name, sums.pop(name).to(weights[name].device))
-
-
-def _in_order(chosen: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    return {name: chosen[name] for name in names if name in chosen and len(chosen[name])}
+        compete(name, sums.pop(name).to(weights[name].device))

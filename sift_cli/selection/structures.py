@@ -1,4 +1,4 @@
-"""What is chosen whole: single entries, blocks, rows or columns of a weight."""
+"""The units that are chosen as one: single entries, blocks, rows or columns of a weight."""
 
 from dataclasses import dataclass
 from math import prod
@@ -13,10 +13,10 @@ from sift_cli.errors import SiftError
 class Units:
     """One weight cut into `count` units of `size` entries each, numbered row by row.
 
-    `shape` is [outputs, inputs] for a matrix. `transposed` says that the weight is stored the
-    other way round (GPT-2's Conv1D). A row holds what one output neuron reads, a column what one
+    `shape` is [outputs, inputs] for a matrix. `transposed` says that the weight is stored as
+    [inputs, outputs] (GPT-2's Conv1D). A row holds what one output neuron reads, a column what one
     input feeds; blocks are `block` x `block`, and what is left over at the edges takes no part.
-    Tensors that are no matrix consist of entries.
+    Each entry of a tensor that is no matrix is a unit.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Units:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Units down and across."""
+        """Number of units down and across."""
         if len(self.shape) != 2:
             return 1, prod(self.shape)
         high, wide = self.box
@@ -77,8 +77,8 @@ class Units:
         if self.size == 1:
             return scores.reshape(self.grid)
         (down, across), (high, wide) = self.grid, self.box
-        whole = scores[: down * high, : across * wide]
-        return whole.reshape(down, high, across, wide).float().mean((1, 3))
+        covered = scores[: down * high, : across * wide]
+        return covered.reshape(down, high, across, wide).float().mean((1, 3))
 
     def positions(self, units: Tensor) -> Tensor:
         """The entries of the given units, as positions in the stored weight; in no order."""
@@ -93,7 +93,7 @@ class Units:
         return flat.reshape(-1)
 
     def holding(self, positions: Tensor) -> Tensor:
-        """The unit of each of the given positions in the stored weight."""
+        """The number of the unit that holds each of the given positions of the stored weight."""
         if len(self.shape) != 2:
             return positions
         (_, across), (high, wide) = self.grid, self.box

@@ -22,7 +22,7 @@ def matches(pattern: str, name: str) -> bool:
     wanted = [re.compile(translate(part)) for part in pattern.split(".")]
     parts = name.split(".")
     return any(
-        all(one.match(part) for one, part in zip(wanted, parts[start:], strict=False))
+        all(regex.match(part) for regex, part in zip(wanted, parts[start:], strict=False))
         for start in range(len(parts) - len(wanted) + 1)
     )
 
@@ -34,12 +34,12 @@ def choose_weights(
     dense: Sequence[str],
     new: Iterable[str],
 ) -> tuple[list[str], list[str]]:
-    """Names of the weights that train sparsely and of those that train whole.
+    """Names of the weights that train sparsely, and of those all of whose entries train.
 
-    `target` is `all-linear` (weights and biases of linear layers), `all`, or name patterns. Whole
-    are those that match `dense`, and those in `new`: what the checkpoint did not hold is random and
-    has no base to differ from. Raises SiftError for a pattern in `target` or `exclude` that matches
-    nothing.
+    `target` is `all-linear` (weights and biases of linear layers), `all`, or name patterns. All
+    entries train of what matches `dense` and of what `new` names: what the checkpoint did not hold
+    is random and has no base to differ from. Raises SiftError for a pattern in `target` or
+    `exclude` that matches nothing.
     """
     names = [name for name, _ in model.named_parameters()]
     fresh = set(new)
@@ -48,17 +48,17 @@ def choose_weights(
         for pattern in given:
             if pattern not in KEYWORDS and not any(matches(pattern, name) for name in names):
                 raise _no_match(key, pattern, names)
-    whole = [
+    full = [
         name for name in names if name in fresh or any(matches(pattern, name) for pattern in dense)
     ]
     linear = linear_layers(model)
-    taken, out = set(whole), []
+    taken, sparse = set(full), []
     for name in names:
         if name in taken or any(_targets(pattern, name, linear) for pattern in exclude):
             continue
         if any(_targets(pattern, name, linear) for pattern in patterns):
-            out.append(name)
-    return out, whole
+            sparse.append(name)
+    return sparse, full
 
 
 def _targets(pattern: str, name: str, linear: Container[str]) -> bool:
@@ -88,22 +88,22 @@ def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
 
 
 def density_of(density: float | Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """The density of each of `names`: one for all, or that of the last pattern that matches.
+    """The density of each of `names`: the same for all, or that of the last pattern that matches.
 
     Raises SiftError for a pattern that matches none of them.
     """
     names = list(names)
     if not isinstance(density, Mapping):
         return dict.fromkeys(names, density)
-    found = dict.fromkeys(names, density["default"])
+    densities = dict.fromkeys(names, density["default"])
     for pattern, own in density.items():
         if pattern == "default":
             continue
         matched = [name for name in names if matches(pattern, name)]
         if not matched:
             raise _no_match("density", pattern, names)
-        found.update(dict.fromkeys(matched, own))
-    return found
+        densities.update(dict.fromkeys(matched, own))
+    return densities
 
 
 def _no_match(key: str, pattern: str, names: Sequence[str]) -> SiftError:

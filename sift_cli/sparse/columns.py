@@ -70,8 +70,8 @@ class Columns:
             positions = positions_of(segment.support, left).cpu()
             rows = torch.stack([column[places] for column in columns]).cpu()
             if segment.name in self._parked:
-                earlier, kept = self._parked[segment.name]
-                positions, rows = merged(earlier, positions, kept, rows)
+                earlier, their_rows = self._parked[segment.name]
+                positions, rows = merged(earlier, positions, their_rows, rows)
             self._parked[segment.name] = positions, rows
 
     def give_back(self, origin: Tensor, masters: bool) -> None:

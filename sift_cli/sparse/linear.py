@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sift_cli.sparse.kernels import Kernel
-from sift_cli.sparse.saved import Saved, hold
+from sift_cli.sparse.saved import Saved, to_save
 
 
 class _SelectedLinear(torch.autograd.Function):
     """y = x W^T + b, where W is frozen and `values` ([K]) stands for its selected entries.
 
     The entries live in W itself, so `values` takes no part in the product: it is the leaf at which
-    their gradient arrives, whatever device it lies on. `held` gives back the columns of x that the
-    kernel needs.
+    their gradient arrives, whatever device it lies on. `saved` gives back the columns of x that
+    the kernel needs.
     """
 
     @staticmethod
@@ -27,10 +27,10 @@ class _SelectedLinear(torch.autograd.Function):
         bias: Tensor | None,
         values: Tensor,
         kernel: Kernel,
-        held: Saved,
+        saved: Saved,
     ) -> Tensor:
-        ctx.save_for_backward(weight, *held.tensors)
-        ctx.kernel, ctx.columns = kernel, held.columns
+        ctx.save_for_backward(weight, *saved.tensors)
+        ctx.kernel, ctx.columns = kernel, saved.columns
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.dtype, ctx.device = values.dtype, values.device
         kind = x.device.type
@@ -40,7 +40,7 @@ class _SelectedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_out,) = grad_outputs
-        weight, *held = ctx.saved_tensors
+        weight, *sources = ctx.saved_tensors
         grad_x = grad_bias = grad_values = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_out @ weight.to(grad_out.dtype)
@@ -48,7 +48,7 @@ class _SelectedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = flat.sum(0).to(ctx.bias_dtype)
         if ctx.needs_input_grad[3]:
-            inputs = ctx.columns(*held).to(grad_out.dtype)
+            inputs = ctx.columns(*sources).to(grad_out.dtype)
             grad_values = ctx.kernel.gradient(flat, inputs).to(ctx.device, ctx.dtype)
         return grad_x, None, grad_bias, grad_values, None, None
 
@@ -61,12 +61,12 @@ def selected_forward(
     def forward(input: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return nn.Linear.forward(layer, input)
-        held = hold(input, kernel.columns)
+        saved = to_save(input, kernel.columns)
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         out: Tensor = _SelectedLinear.apply(  # type: ignore[no-untyped-call]
-            input, layer.weight, layer.bias, values, kernel, held
+            input, layer.weight, layer.bias, values, kernel, saved
         )
         return out
 

@@ -16,7 +16,7 @@ from sift_cli.sparse.wiring import KernelFor, wire
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """What became of the flat buffer when the support changed.
+    """How the entries of the flat buffer moved when the support changed.
 
     `origin` ([K], int64) is where each entry lay before, -1 for those that came; `left` ([K
     before], bool) marks those that left; `before` are the segments as they were.
@@ -31,10 +31,10 @@ class SparseParameters:
     """Masters and gradients of all selected entries, in the order of the model's parameters.
 
     `flat` is one parameter of shape [K] in fp32 (fp64 for an fp64 model) whose `.grad` is a buffer
-    of the same shape: every backward pass adds to it. `touched` remembers what trained entries were
-    before. The model's weights hold the tuned values themselves; `write_back` rounds the masters
-    into them once. Masters and gradients lie on the device of the first weight, or on the host
-    where they are offloaded.
+    of the same shape: every backward pass adds to it. `touched` remembers the base values of all
+    entries that ever trained. The model's weights hold the tuned values themselves; `write_back`
+    rounds the masters into them once. Masters and gradients lie on the device of the first weight,
+    or on the host where they are offloaded.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class SparseParameters:
         Entries that stay keep their masters; entries that leave keep their value in the weights, or
         go back to the base with `revert`.
         """
-        self.detach()
+        self.detach()  # hooks and leaves know the old segments
         before = self.segments
         after = segments_of(self.model, supports, self._offload)
         old = {segment.name: segment for segment in before}
@@ -134,7 +134,7 @@ class SparseParameters:
         self._write_flat = writer(after, self._offload)
         self.flat.data = self.flat.data.new_empty(after[-1].stop)
         self._read()
-        self.flat.data[stays] = kept
+        self.flat.data[stays] = kept  # the weights hold these rounded
         self.flat.grad = self.grad = torch.zeros_like(self.flat.data)
         self.wire()
         return Move(before, origin, left)
@@ -160,6 +160,7 @@ class SparseParameters:
             self.flat.data[segment.span] = values.to(self.flat)
 
     def _revert(self, segment: Segment, left: Tensor) -> None:
+        """Writes the base values of the entries that `left` ([n], bool) marks into the weight."""
         if not bool(left.any()):
             return
         gone = Support.of(segment.support.shape, positions_of(segment.support, left))

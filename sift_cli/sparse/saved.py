@@ -1,4 +1,4 @@
-"""What a linear layer holds of its input until the backward pass: as little as gives it back."""
+"""What a linear layer saves of its input for the backward pass: as little as gives it back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,37 +9,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEW = 1 / 8  # share of columns up to which a copy of them is cheaper than computing them again
-HALF = 1 / 2  # and up to which it is at least smaller than the whole
+HALF = 1 / 2  # and up to which it is made where they cannot, since it is smaller than the input
 
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """Tensors to hold, and the function that makes the wanted columns of the input of them.
+    """Tensors for the backward pass, and what computes the input's columns from them.
 
-    `columns(*tensors)` gives [T, u].
+    `columns(*tensors)` gives [T, u], T tokens and u columns.
     """
 
     tensors: tuple[Tensor, ...]
     columns: Callable[..., Tensor]
 
 
-def hold(x: Tensor, columns: Tensor | None) -> Saved:
-    """How to give back the columns (None: all) of an input [..., n] later on.
+def to_save(x: Tensor, columns: Tensor | None) -> Saved:
+    """What to save of an input [..., n] of which the backward pass needs `columns` (None: all).
 
-    What GELU, a product or layer normalisation made is computed again from what these hold for
+    The output of GELU, a product or layer normalisation is computed again from what these save for
     their own backward pass, at no memory; else the columns are copied where that is smaller.
     """
     share = 1.0 if columns is None else len(columns) / x.shape[-1]
     made = None if share <= FEW else _made_by(x)
     if made is not None:
-        return Saved(made.tensors, lambda *held: made.columns(*held, columns))
+        return Saved(made.tensors, lambda *sources: made.columns(*sources, columns))
     if share <= HALF:
         return Saved((_take(x.detach(), columns),), _same)
-    return Saved((x.detach(),), lambda whole: _take(whole, columns))
+    return Saved((x.detach(),), lambda every: _take(every, columns))
 
 
 def _made_by(x: Tensor) -> Saved | None:
-    """What the operation that made `x` holds; `columns` takes the indices as its last argument."""
+    """What the operation that made `x` saves; None where `x` cannot be computed from that.
+
+    `columns` takes the indices as its last argument.
+    """
     if torch.compiler.is_compiling() or _hooks():
         return None
     node: Any = x.grad_fn
@@ -54,13 +57,13 @@ def _made_by(x: Tensor) -> Saved | None:
             )
         case "MulBackward0":
             factors = (node._saved_self, node._saved_other)
-            if all(one is not None and one.shape == x.shape for one in factors):
+            if all(factor is not None and factor.shape == x.shape for factor in factors):
                 return Saved(factors, _product)
         case "NativeLayerNormBackward0" if len(node._saved_normalized_shape) == 1:
-            held = (node._saved_input, node._saved_result1, node._saved_result2)
+            saved = (node._saved_input, node._saved_result1, node._saved_result2)
             scale, shift = node._saved_weight, node._saved_bias
             if scale is not None and shift is not None:
-                return Saved((*held, scale, shift), _normalised)
+                return Saved((*saved, scale, shift), _normalised)
     return None
 
 

@@ -30,9 +30,10 @@ class Segment:
 def segments_of(
     model: nn.Module, supports: Mapping[str, Support], offload: bool = False
 ) -> list[Segment]:
-    """The supports that hold anything, in the order of the model's parameters.
+    """A segment for each support that holds entries, in the order of the model's parameters.
 
-    With `offload` they are for a flat buffer on the host.
+    `offload` says that the flat buffer lies on the host. Raises KeyError for a name that the model
+    lacks, ValueError for a support of another shape or where no entry is selected.
     """
     named = dict(model.named_parameters())
     unknown = [name for name in supports if name not in named]
@@ -70,25 +71,30 @@ def find(positions: Tensor, among: Tensor) -> Tensor:
     return torch.where(among[place] == positions, place, -1)
 
 
-def merged(held: Tensor, came: Tensor, kept: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Two sorted rows of positions without a common one ([n], [k]) as one, and their columns.
+def merged(
+    old: Tensor, new: Tensor, old_values: Tensor, new_values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The union of two disjoint sorted lists of positions ([n], [k]), sorted, and its values.
 
-    `kept` ([..., n]) and `new` ([..., k]) follow the positions. Nothing is sorted again: the cost
-    is n + k log n.
+    `old_values` ([..., n]) and `new_values` ([..., k]) follow their positions; the dtypes are those
+    of the old. Nothing is sorted again: the cost is n + k log n.
     """
-    came = came.to(held.dtype)  # a support of every entry has int64 positions, others int32
-    size = len(held) + len(came)
-    at = torch.searchsorted(held, came) + torch.arange(len(came), device=came.device)
-    stays = torch.ones(size, dtype=torch.bool, device=held.device)
-    stays[at] = False
-    positions, columns = held.new_empty(size), kept.new_empty((*kept.shape[:-1], size))
-    positions[stays], positions[at] = held, came
-    columns[..., stays], columns[..., at] = kept, new
-    return positions, columns
+    size, new = len(old) + len(new), new.to(old.dtype)
+    at = torch.searchsorted(old, new) + torch.arange(len(new), device=new.device)
+    from_old = torch.ones(size, dtype=torch.bool, device=old.device)
+    from_old[at] = False
+    positions = old.new_empty(size)
+    values = old_values.new_empty((*old_values.shape[:-1], size))
+    positions[from_old], positions[at] = old, new
+    values[..., from_old], values[..., at] = old_values, new_values
+    return positions, values
 
 
 def origin_of(old: Segment | None, new: Segment) -> Tensor:
-    """Where each entry of a segment lay in the flat buffer before, -1 where it did not."""
+    """Where each entry of `new` lay in the flat buffer before, -1 where it did not train: [K].
+
+    `old` is the same weight's segment before, None where none of it trained; int64.
+    """
     count, device = len(new.support), new.weight.device
     if old is None:
         return torch.full((count,), -1, device=device)
@@ -104,32 +110,34 @@ def origin_of(old: Segment | None, new: Segment) -> Tensor:
 
 
 def writer(segments: Sequence[Segment], offload: bool = False) -> Callable[[Tensor], None]:
-    """What writes a flat buffer into the weights: few calls, whatever the number of weights.
+    """A function that writes a flat buffer into the weights, in few calls for any number of them.
 
-    Modules that train whole are one foreach copy. Entries are one launch per dtype on a GPU; a CPU
-    has no launches to save, and from the host (`offload`) each weight's share is sent by itself.
+    Weights that train in full take one foreach copy. Those of which some entries train take one
+    launch per dtype on a GPU; a CPU has no launches to save, and from the host (`offload`) each
+    weight's entries are sent by themselves.
     """
-    whole = [segment for segment in segments if segment.support.positions is None]
-    some = [segment for segment in segments if segment.support.positions is not None]
+    full = [segment for segment in segments if segment.support.positions is None]
+    partial = [segment for segment in segments if segment.support.positions is not None]
     launches = []
     if not offload and writes_at_once(segments):
         from sift_cli.sparse.gpu import Scatter
 
-        for _, group in groupby(sorted(some, key=_kind), _kind):
+        for _, group in groupby(sorted(partial, key=_kind), _kind):
             parts = list(group)
             first = parts[0].support.positions
             assert first is not None
+            # The parts' positions are views of one tensor: `segments_of` saw to that.
             positions = first._base if first._base is not None else first
-            launches.append((Scatter([one.span for one in parts], positions), parts))
-        some = []
+            launches.append((Scatter([part.span for part in parts], positions), parts))
+        partial = []
 
     def write(flat: Tensor) -> None:
-        if whole:
-            into = [segment.weight.detach().view(-1) for segment in whole]
-            torch._foreach_copy_(into, [flat[segment.span] for segment in whole])
+        if full:
+            into = [segment.weight.detach().view(-1) for segment in full]
+            torch._foreach_copy_(into, [flat[segment.span] for segment in full])
         for scatter, parts in launches:
             scatter([segment.weight.detach() for segment in parts], flat)
-        for segment in some:
+        for segment in partial:
             segment.support.scatter_(segment.weight, flat[segment.span])
 
     return write
@@ -142,14 +150,17 @@ def writes_at_once(segments: Sequence[Segment]) -> bool:
 
 
 def _one_tensor_of_positions(segments: Sequence[Segment]) -> list[Segment]:
-    """The same segments, where the positions of each dtype of weights are views of one tensor."""
+    """The same segments, their positions being views of one tensor for each dtype of weights.
+
+    That tensor is what one launch of `gpu.Scatter` reads.
+    """
     shared = {}
-    some = [segment for segment in segments if segment.support.positions is not None]
-    for _, group in groupby(sorted(some, key=_kind), _kind):
+    partial = [segment for segment in segments if segment.support.positions is not None]
+    for _, group in groupby(sorted(partial, key=_kind), _kind):
         parts = list(group)
-        found = [one.support.positions for one in parts if one.support.positions is not None]
-        together = torch.cat(found)
-        for part, positions in zip(parts, together.split([len(one) for one in found]), strict=True):
+        own = [part.support.positions for part in parts if part.support.positions is not None]
+        views = torch.cat(own).split([len(positions) for positions in own])
+        for part, positions in zip(parts, views, strict=True):
             shared[part.name] = Support(part.support.shape, positions)
     return [
         replace(segment, support=shared.get(segment.name, segment.support)) for segment in segments

@@ -1,4 +1,4 @@
-"""How backward passes through a model deliver the selected gradients, and only these."""
+"""Wires a model so that backward passes deliver the selected gradients, and only these."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

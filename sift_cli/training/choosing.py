@@ -188,7 +188,7 @@ class Chooser:
                 seed=self.train.seed,
                 backward=backward_passes(self.session, batches),
                 change=change,
-                held=held,
+                retained=held,
                 norms=norms,
             )
         return chosen | whole_supports(model, self.dense)

@@ -83,7 +83,7 @@ def test_rules_against_brute_force(
     scale = data.draw(shares_of)
     weight = base.clone()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(composing, "BLOCK", block)
+        patch.setattr(composing, "ENTRIES_AT_ONCE", block)
         mix = Mix(shares, rule, scale)
         change, overlap = compose_("w", weight, dict(enumerate(deltas)), mix, fingerprint(base))
     changes = dense_changes(base, deltas)
@@ -316,6 +316,9 @@ def test_the_command_shows_where_deltas_meet(run: Run, tmp_path: Path) -> None:
         assert word in done.stdout
     done = sift(*args, "--out", tmp_path / "y", "--json")
     report = json.loads(done.stdout)
+    assert [*report][-5:] == ["verified", "composed", "overlap", "overlaps", "head"]
+    assert [*report["composed"]] == ["weights", "rule", "scale", "keep", "seed"]
+    assert [*report["overlap"]] == ["entries", "collisions", "sign_conflicts", "changed"]
     assert report["composed"]["rule"] == "ties"
     assert report["overlap"]["entries"] == sum(
         one["entries"] for one in report["overlaps"].values()

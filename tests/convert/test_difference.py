@@ -86,6 +86,10 @@ def test_an_exact_delta_merges_to_the_tuned_model_and_back(
     assert made.origin.exact
     assert made.origin.norm_share == 1.0
     assert made.notes == []
+    assert " ".join(made.to_json()) == (
+        "out base tuned density scope exact changed norm norm_share dtype kept total_entries "
+        "dense_entries dense delta_bytes delta_sha256 notes"
+    )
     report = merge(out, tmp_path / "merged")
     assert report.proof.logits_difference == 0.0
     wanted, got = (load_file(f / "model.safetensors") for f in (tuned, tmp_path / "merged"))

@@ -210,7 +210,13 @@ def test_what_export_prints(run: Run, tmp_path: Path, monkeypatch: pytest.Monkey
     assert "biases replace the base model's own" in done.stdout
     assert "loaded with PEFT, logits differ by" in done.stdout
     done = sift("export", delta, "--out", tmp_path / "json", "--no-verify", "--json")
-    assert json.loads(done.stdout)["whole"] == ["classifier"]
+    report = json.loads(done.stdout)
+    assert report["whole"] == ["classifier"]
+    assert " ".join(report) == (
+        "out base rank layers entries whole compound biases left_out inexact bytes "
+        "logits_difference"
+    )
+    assert [*report["inexact"]] == ["entries", "largest"]
     monkeypatch.setattr(exporting, "find_spec", lambda name: None)
     done = sift("export", delta, "--out", tmp_path / "without")
     assert "peft is not installed (pip install 'sift-cli[peft]')" in done.stdout

@@ -31,6 +31,9 @@ from sift_cli.sparse import Support
 from tests.support.command import Run
 from tests.support.models import SIZE, save_base, tiny_model, tiny_tokenizer
 
+# of a merge's report, in their order; others follow where more was asked for
+KEYS = ["out", "base", "tensors", "changed", "bytes", "dropped", "lost", "rounded", "verified"]
+
 
 def loads_clean(folder: Path) -> torch.nn.Module:
     model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -367,7 +370,9 @@ def test_logits_that_differ_fail_verification(
         merge(delta, tmp_path / "merged")
     assert caught.value.code == ExitCode.NOT_VERIFIED
     assert not list(tmp_path.glob("merged*"))
-    assert merge(delta, tmp_path / "merged", verify=False).proof.verified == []
+    report = merge(delta, tmp_path / "merged", verify=False)
+    assert report.proof.verified == []
+    assert [*report.to_json()] == KEYS
 
 
 def test_a_byte_that_the_disk_got_wrong(
@@ -410,6 +415,7 @@ def test_evaluate_scores_as_training_did(
     report = merge(delta, tmp_path / "merged", evaluate=True)
     assert report.proof.verified == ["files", "logits", "metrics"]
     assert report.proof.metrics == report.proof.metrics_trained == load_delta(delta).header.metrics
+    assert [*report.to_json()] == [*KEYS, "logits_difference", "metrics", "metrics_trained"]
     monkeypatch.setattr(merging, "score", lambda *args: {"accuracy": 2.0})
     with pytest.raises(SiftError, match=r"accuracy is 2.0000, and 0.\d+ after training") as caught:
         merge(delta, tmp_path / "again", evaluate=True)

@@ -249,15 +249,15 @@ def test_a_score_that_needs_batches_says_so() -> None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("structure", ["entry", "block"])
-def test_held_units_stay_but_for_those_that_changed_least(scope: str, structure: str) -> None:
+def test_retained_units_stay_but_for_those_that_changed_least(scope: str, structure: str) -> None:
     model = tiny_model("bert")
     names = [WEIGHT, "bert.encoder.layer.1.output.dense.weight"]
     rule = Rule(SCORES["random"], scope, structure, density=0.25, block=2)
     first = select(model, names, rule, seed=1)
     generator = torch.Generator().manual_seed(0)
     change = {name: torch.rand(len(one), generator=generator) for name, one in first.items()}
-    held = {name: Retained(one, change[name], 0.3) for name, one in first.items()}
-    second = select(model, names, rule, seed=2, held=held)
+    retained = {name: Retained(one, change[name], 0.3) for name, one in first.items()}
+    second = select(model, names, rule, seed=2, retained=retained)
     assert sum(map(len, second.values())) == sum(map(len, first.values()))
     for name, before in first.items():
         named = dict(model.named_parameters())

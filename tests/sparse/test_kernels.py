@@ -21,7 +21,7 @@ from sift_cli.sparse.kernels import (
     sampled,
     triton,
 )
-from sift_cli.sparse.saved import hold
+from sift_cli.sparse.saved import to_save
 
 CPU = torch.device("cpu")
 TRITON = find_spec("triton") is not None
@@ -216,22 +216,22 @@ def test_what_gelu_norms_and_products_made_is_not_held() -> None:
         (norm(y), [y]),
         (y * (z := y.exp()), [y, z]),
     ):
-        held = hold(made, None)
-        pointers = {one.data_ptr() for one in held.tensors}
+        saved = to_save(made, None)
+        pointers = {one.data_ptr() for one in saved.tensors}
         assert made.data_ptr() not in pointers
         assert {one.data_ptr() for one in sources} <= pointers
-        torch.testing.assert_close(held.columns(*held.tensors), made.detach())
-        some = hold(made, torch.arange(9))
+        torch.testing.assert_close(saved.columns(*saved.tensors), made.detach())
+        some = to_save(made, torch.arange(9))
         torch.testing.assert_close(some.columns(*some.tensors), made.detach()[:, :9])
 
 
 def test_few_columns_are_copied_and_the_rest_let_go() -> None:
     x = torch.randn(3, 64, requires_grad=True) + 1
-    held = hold(x, torch.tensor([3, 9]))
-    (tensor,) = held.tensors
+    saved = to_save(x, torch.tensor([3, 9]))
+    (tensor,) = saved.tensors
     assert tensor.untyped_storage().nbytes() == 3 * 2 * 4
-    assert torch.equal(held.columns(tensor), x.detach()[:, [3, 9]])
-    (whole,) = hold(x, torch.arange(60)).tensors
+    assert torch.equal(saved.columns(tensor), x.detach()[:, [3, 9]])
+    (whole,) = to_save(x, torch.arange(60)).tensors
     assert whole.data_ptr() == x.data_ptr()
 
 

@@ -351,6 +351,18 @@ def test_state_and_load_state_come_back_to_the_same_weights() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_parked_entries_of_a_weight_that_trained_in_part_and_in_full() -> None:
+    """Positions are int32 in a support of some entries, and counted (int64) in one of all."""
+    some = [Support.of((2, 3), torch.tensor(places)) for places in ([0, 4], [1], [0, 4, 5])]
+    for order in ([some[0], Support((2, 3)), some[1]], [Support((2, 3)), some[0], some[1]]):
+        optimizer = SparseAdamW(attach(nn.Linear(3, 2), {"weight": order[0]}), 0.1, history="park")
+        for support in [*order[1:], some[2]]:
+            optimizer.step()
+            optimizer.move({"weight": support})
+        assert optimizer.state()["parked/weight/positions"].tolist() == [1, 2, 3]
+        assert optimizer.state()["ages"].tolist() == [2, 2, 1]
+
+
 def test_attach_refuses_names_and_shapes_that_do_not_fit() -> None:
     model = tiny_model("bert")
     with pytest.raises(KeyError, match="no parameter nowhere"):
