@@ -161,7 +161,7 @@ def compare_runs(folders: Sequence[Path], out: Path | None = None) -> Comparison
         summary = Summary.read(folder)
         if summary is None:
             raise SiftError(f"{folder}: no finished run; it holds no {SUMMARY_FILE}")
-        recipe = settings_of(folder)
+        recipe = row_settings(folder)
         method, density = summary.policy, recipe.get("selection", {}).get("density")
         if method in WITHOUT_BUDGET:
             density = None
@@ -174,7 +174,7 @@ def compare_runs(folders: Sequence[Path], out: Path | None = None) -> Comparison
     return write(out, comparison) if out else comparison
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
+def row_settings(folder: Path) -> dict[str, Any]:
     """The resolved recipe of a run without what changes no result; empty where it has none."""
     path = folder / RECIPE_FILE
     if not path.is_file():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sift_cli.analysis.methods import METHODS
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import Recipe, parse_recipe
+from sift_cli.runs.folder import CHECKPOINTS
 from sift_cli.runs.summary import Summary
 from sift_cli.system.stopping import hears
 from sift_cli.tasks.metrics import shown
@@ -123,6 +125,8 @@ class Runner:
         recipe.write_text(job.recipe.to_yaml(), encoding="utf-8")
         code, errors = self._process(self._command(job, recipe, folder))
         if code == ExitCode.NOT_FINITE:
+            if job.method in METHODS:  # dense, so large
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             return None
         if code:
             last = (errors.strip().splitlines() or ["it said nothing"])[-1]

@@ -14,8 +14,6 @@ from sift_cli.sparse.segments import find
 from sift_cli.training.choosing import Chooser
 
 CURVE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-
-
 BETA2 = 0.999  # decay of Adam's second moment
 
 
@@ -121,10 +119,10 @@ class TrackedGradient:
                 self._compare(step, name, positions)
         if curve:
             counts = [share(density, len(squares)) for density in CURVE]
-            top = squares.topk(counts[-1]).values.double().cumsum(0)
+            top = squares.topk(counts[-1]).values.cpu().double().cumsum(0)
             at = self.curve.setdefault(step, {})
             at[name] = [float(top[count - 1]) for count in counts]
-            self.whole.setdefault(step, {})[name] = float(squares.double().sum())
+            self.whole.setdefault(step, {})[name] = float(squares.cpu().double().sum())
 
     def _compare(self, step: int, name: str, positions: Tensor) -> None:
         common = torch.isin(positions, self._first.setdefault(name, positions)).sum()

@@ -90,7 +90,7 @@ class PeakMemory:
     gpu: bool = False
 
     def step(self, prepare: Prepare) -> dict[str, int]:
-        """Of a training step: the bytes of each of PARTS, which sum to the peak.
+        """The bytes of each of PARTS in a training step, which sum to the peak.
 
         `prepare` decides what of the model trains. `activations` are what the forward pass made,
         `transient` what the backward pass and the optimizer did and no part is named for.
@@ -111,7 +111,7 @@ class PeakMemory:
         return self._parts(ledger, start)
 
     def selection(self, names: Iterable[str], batches: int = 1) -> dict[str, int]:
-        """Of the pass that ranks the gradients of the weights called `names`, by part."""
+        """Bytes by part of the pass that ranks the gradients of the weights called `names`."""
 
         def rank(name: str, gradient: Tensor) -> None:
             scores = gradient.abs().reshape(-1)
@@ -131,7 +131,7 @@ class PeakMemory:
         return self._parts(ledger)
 
     def evaluation(self) -> dict[str, int]:
-        """Of a forward pass without gradients, by part."""
+        """Bytes by part of a forward pass without gradients."""
         with numberless():
             model, ledger = self._open()
             model.eval()

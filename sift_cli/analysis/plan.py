@@ -222,7 +222,7 @@ def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[
 def memory_of_methods(
     outline: Outline, batch: Batch, device: torch.device, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Of a step of the recipe, of LoRA and of full training, each with and without checkpointing.
+    """Bytes of a step of the recipe, LoRA and full training, each with and without checkpointing.
 
     `missing` in place of the bytes says why a method cannot be counted.
     """
@@ -259,7 +259,7 @@ def memory_of_methods(
 def memory_of_passes(
     outline: Outline, batch: Batch, device: torch.device, console: Console
 ) -> dict[str, dict[str, int]]:
-    """Of the pass that ranks gradients with `batch`, where the score needs one; of evaluation."""
+    """Bytes of the pass that ranks gradients of `batch`, where there is one, and of evaluation."""
     recipe, build = outline.recipe, outline.build
     chosen, gpu = recipe.selection, device.type == "cuda"
     bf16 = autocasts(recipe.model, recipe.train, device)
@@ -325,7 +325,7 @@ def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str
     method = selecting(recipe.selection, recipe.train, allow_code)(session, batches)
     prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
     optimizer = method.begin()
-    watch, limit = Watch(session, optimizer.parameters), recipe.train.max_grad_norm
+    watch, limit = Watch(session), recipe.train.max_grad_norm
     timing, tokens = Timing(), []
     for step, rows in enumerate(islice(batches.endless(), STEPS + 1), start=1):
         with timing.step(session.device):

@@ -100,8 +100,8 @@ class _Walk:
     optimizer: SparseAdamW
     schedule: LRScheduler
     watch: Watch
-    masks: "dict[str, TrackedMask]"
-    seen: "TrackedGradient"
+    masks: dict[str, TrackedMask]
+    seen: TrackedGradient
 
     @classmethod
     def begin(
@@ -121,7 +121,7 @@ class _Walk:
             chooser=chooser,
             optimizer=optimizer,
             schedule=schedule_of(recipe.train, optimizer.adamw, chooser.batches.steps),
-            watch=Watch(session),
+            watch=Watch(session, skips=recipe.train.skip_nonfinite),
             masks=masks,
             seen=TrackedGradient({name: named[name].numel() for name in chooser.sparse}),
         )
@@ -180,7 +180,7 @@ def _with_policy(recipe: Recipe, policy: str) -> Recipe:
 
 
 def _class_masks(
-    session: Session, mask: "TrackedMask", batch_size: int
+    session: Session, mask: TrackedMask, batch_size: int
 ) -> dict[str, dict[str, Tensor]]:
     """The mask of one batch of each class alone, by label and weight; none where there are none.
 

@@ -36,7 +36,7 @@ class Composition:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As the report of a merge has it."""
+        """The keys of `sift merge --json` about it."""
         total = asdict(self.total)
         del total["deltas"]
         return {

@@ -50,7 +50,7 @@ class Proof:
     metrics_trained: Metrics | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As the report of a merge has it; what was not asked for has no key."""
+        """The keys of `sift merge --json` about it; what was not asked for has none."""
         values: dict[str, Any] = {"verified": self.verified}
         if self.logits_difference is not None:
             values["logits_difference"] = self.logits_difference

@@ -11,6 +11,7 @@ from sift_cli.delta.file import Delta
 from sift_cli.errors import ExitCode, SiftError, in_lines
 from sift_cli.models.fingerprints import TensorKind
 
+NOT_TRAINED = "not the trained weight"  # in place of a fingerprint
 VOCABULARY = re.compile(r"(^|\.)(word_embeddings|embed_tokens|wte|shared|lm_head)\.weight$")
 
 
@@ -150,9 +151,6 @@ def _changed_already(delta: Delta, marks: Mapping[str, str], merged: bool) -> st
     if held != [after for _, after in pairs] or all(before == after for before, after in pairs):
         return ""
     return "It is the base itself." if merged else "The delta is in it already."
-
-
-NOT_TRAINED = "not the trained weight"  # in place of a fingerprint
 
 
 def rest_fingerprints(marks: Mapping[str, str], touched: Iterable[str]) -> str:

@@ -178,7 +178,7 @@ def _check_dense(state: Mapping[str, Tensor], delta: Delta) -> None:
             has = "lacks it" if shape is None else f"has shape {shape}"
             raise SiftError(
                 f"{name}: the delta brings one of shape {tuple(tensor.shape)}, the model {has}; "
-                f"load the base for {head_width(delta.about.get('labels'))} labels",
+                f"load the base for {head_width(delta.header.labels)} labels",
                 ExitCode.WRONG_FILE,
             )
 

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on bit for bit, of the trained entries alone.
+"""Checkpoints: all that a run needs to go on bit for bit, of what it trains alone.
 
 A checkpoint is one safetensors file, `step-STEP-HASH.safetensors`: it is damaged where its bytes do
 not have the hash. What is no tensor stands as JSON in its metadata. The rest of the model is the
@@ -33,7 +33,7 @@ KEPT = 2  # files
 
 @dataclass(frozen=True)
 class Best:
-    """Of which step the kept weights are, what they score, and which step was evaluated last."""
+    """The step of the weights kept so far, what they score, and the step evaluated last."""
 
     step: int
     metrics: dict[str, float | None] | None
@@ -132,9 +132,8 @@ class Checkpoints:
             with safe_open(path, framework="pt") as file:
                 values = json.loads(file.metadata()["sift"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            saved = Checkpoint.of(tensors, values)
-            self._compare(saved.facts, here)
-            return saved
+            self._compare(Facts(**values["facts"]), here)  # first: of another format, all differs
+            return Checkpoint.of(tensors, values)
         if files:
             raise SiftError(
                 f"{self.folder}: every checkpoint is damaged; begin anew with --overwrite",
@@ -156,7 +155,12 @@ class Checkpoints:
                 self.folder.rmdir()
 
     def finished(
-        self, settings: Mapping[str, Any], *, resume: bool, overwrite: bool
+        self,
+        settings: Mapping[str, Any],
+        *,
+        policy: str | None,
+        resume: bool,
+        overwrite: bool,
     ) -> Summary | None:
         """The summary of the run in the folder where it is the one to resume, and has finished.
 
@@ -178,7 +182,10 @@ class Checkpoints:
                 f"{self.out} holds a finished run; choose another --out, or pass --overwrite"
             )
         there = settings_of(load_recipe(self.out / RECIPE_FILE))
-        if changes := recipe_changes(there, settings):
+        changes = recipe_changes(there, settings)
+        if policy not in (None, summary.policy):
+            changes.append(f"method: it was {summary.policy}, now it is {policy}")
+        if changes:
             raise _other_run(self.out, changes, ExitCode.USAGE)
         self.console.print(f"{self.out} holds this run, finished; nothing to do", highlight=False)
         self.remove()

@@ -23,6 +23,7 @@ from sift_cli.runs.folder import (
     REPORT_FILE,
     SUMMARY_FILE,
     TENSORBOARD,
+    TRAINED_FILE,
     WANDB_FILE,
 )
 from sift_cli.system.files import write_text
@@ -174,14 +175,14 @@ class Sinks:
 def open_sinks(recipe: Recipe, out: Path, console: Console, after: int = 0) -> Sinks:
     """Writes recipe.yaml and opens the sinks of a run that goes on after step `after`.
 
-    What an earlier run finished with is removed.
+    What marks an earlier run as finished, and its weights, are removed.
     """
     sinks: list[Sink] = []  # first: a package that is missing must not cost the earlier run
     if recipe.log.tensorboard:
         sinks.append(TensorBoard(out / TENSORBOARD, after))
     if recipe.log.wandb:
         sinks.append(WandB(out / WANDB_FILE, recipe.model_dump(mode="json"), after))
-    for name in (SUMMARY_FILE, DELTA_FILE, REPORT_FILE):
+    for name in (SUMMARY_FILE, DELTA_FILE, TRAINED_FILE, REPORT_FILE):
         (out / name).unlink(missing_ok=True)
     if not after:
         (out / GRADIENT_FILE).unlink(missing_ok=True)

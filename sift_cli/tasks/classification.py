@@ -43,7 +43,7 @@ class LabelKind:
     """A row of the table of what differs between a label out of several and a number.
 
     `problem` names transformers' loss, `target` is the dtype of labels in a batch. `predicted`
-    makes what metrics see ([N]) of logits ([N, C]). `said` makes the lines of predictions.jsonl of
+    makes what metrics see ([N]) of logits ([N, C]). `lines` makes the lines of predictions.jsonl of
     logits, labels ([N]) and label names, and how wrong each is ([N], 0 where it is right);
     `answer` what `sift predict` says of one row's logits ([C]).
     """
@@ -52,11 +52,11 @@ class LabelKind:
     target: torch.dtype
     metrics: tuple[str, ...]
     predicted: Callable[[Tensor], Tensor]
-    said: Callable[[Tensor, Tensor, Sequence[str]], tuple[Lines, Tensor]]
+    lines: Callable[[Tensor, Tensor, Sequence[str]], tuple[Lines, Tensor]]
     answer: Callable[[Tensor, Sequence[str]], dict[str, Any]]
 
 
-def _said_of_label(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[Lines, Tensor]:
+def _lines_of_label(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[Lines, Tensor]:
     probability, code = logits.softmax(-1).max(-1)
     lines = [
         {"label": names[label], "predicted": names[one], "probability": short(value)}
@@ -67,7 +67,7 @@ def _said_of_label(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tupl
     return lines, probability.where(code != labels, 0.0)
 
 
-def _said_of_number(logits: Tensor, labels: Tensor, _: Sequence[str]) -> tuple[Lines, Tensor]:
+def _lines_of_number(logits: Tensor, labels: Tensor, _: Sequence[str]) -> tuple[Lines, Tensor]:
     predicted = logits.squeeze(-1)
     lines = [
         {"label": short(label), "predicted": short(value)}
@@ -87,7 +87,7 @@ LABEL = LabelKind(
     target=torch.long,
     metrics=("accuracy", "f1_macro"),
     predicted=lambda logits: logits.argmax(-1),
-    said=_said_of_label,
+    lines=_lines_of_label,
     answer=_label,
 )
 NUMBER = LabelKind(
@@ -95,7 +95,7 @@ NUMBER = LabelKind(
     target=torch.float,
     metrics=REGRESSION,
     predicted=lambda logits: logits.squeeze(-1),
-    said=_said_of_number,
+    lines=_lines_of_number,
     answer=lambda logits, _: {"score": float(logits[0])},
 )
 
@@ -243,8 +243,8 @@ class Classification:
         The worst mistakes also hold their text.
         """
         labels = torch.tensor(rows["label"][:])
-        said, error = self.kind.said(outputs, labels, self.labels or ())
-        lines = [{"row": row, **one} for row, one in zip(rows["row"][:], said, strict=True)]
+        answers, error = self.kind.lines(outputs, labels, self.labels or ())
+        lines = [{"row": row, **one} for row, one in zip(rows["row"][:], answers, strict=True)]
         worst = error.sort(descending=True, stable=True).indices[:MISTAKES].tolist()
         for at in worst:
             if float(error[at]) > 0:

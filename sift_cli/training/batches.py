@@ -81,11 +81,11 @@ class Batches:
         return self.since(1)
 
     def endless(self) -> Iterator[list[list[int]]]:
-        """As iteration, without an end."""
+        """The micro-batches of each step, epoch after epoch without an end."""
         return replace(self, steps=2**62).since(1)
 
     def since(self, step: int) -> Iterator[list[list[int]]]:
-        """As iteration, from the given step (1 is the first) to the last."""
+        """The micro-batches of each step from the given one (1 is the first) to the last."""
         epoch, skip = divmod(step - 1, self.steps_per_epoch)
         while step <= self.steps:
             order = bucketed(

@@ -1,4 +1,4 @@
-"""Whole parameters in the same loop: what torch's own AdamW trains, behind the calls of the sparse.
+"""Whole parameters in the same loop: torch's own AdamW behind the calls of SparseAdamW.
 
 LoRA, SHiRA, full fine-tuning and the head alone differ in what `adapt` makes of the model.
 """
@@ -57,7 +57,7 @@ class DenseParameters:
     def load_state(self, state: Mapping[str, tuple[Support, Tensor]]) -> None:
         """Brings the weights back to where `state` was taken."""
         for name, (support, values) in state.items():
-            support.scatter_(self.named[name], values)
+            self.named[name].copy_(values.view(support.shape))
 
     def detach(self) -> None:
         """Nothing to do: the model's forward passes are its own."""
@@ -102,7 +102,7 @@ class DenseAdamW:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model made ready: what trains, by name, and what one would keep of it once it has."""
+    """A model made ready: what trains, by name; `save` gives the tensors to write in the end."""
 
     weights: Mapping[str, nn.Parameter]
     save: Callable[[], Mapping[str, Tensor]]
@@ -139,7 +139,7 @@ class Dense:
         return DenseAdamW(parameters, self.settings.learning_rate, self.settings.weight_decay)
 
     def restore(self, saved: Checkpoint) -> DenseAdamW:
-        """The same with the weights of the checkpoint."""
+        """Adapts the model, and gives its weights the values that the checkpoint has."""
         optimizer = self.begin()
         optimizer.parameters.load_state(entries_in(saved, "weights"))
         return optimizer

@@ -55,13 +55,19 @@ def train(
     console = console or Console(stderr=True, quiet=True)
     with guarded(out):
         checkpoints = Checkpoints(out, recipe.checkpoint, console)
-        summary = checkpoints.finished(settings_of(recipe), resume=resume, overwrite=overwrite)
+        summary = checkpoints.finished(
+            settings_of(recipe),
+            policy=recipe.selection.policy if build is None else None,
+            resume=resume,
+            overwrite=overwrite,
+        )
         if summary is not None:
             return summary
         build = build or selecting(recipe.selection, recipe.train, allow_code, console)
         session = open_session(recipe, device=device)
         run = begin(recipe, session, build, checkpoints, timing, resume=resume)
-        require_space(out, space_for(run.state.parameters))
+        regular = recipe.checkpoint.every is not None
+        require_space(out, space_for(run.state.parameters, regular))
         with Stop() as stop:
             with closing(open_sinks(recipe, out, console, run.done)) as log:
                 if run.saved is None:

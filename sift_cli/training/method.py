@@ -20,7 +20,7 @@ Weights = Mapping[str, tuple[Support, Tensor]]  # by name: which entries, and th
 
 
 class Trained(Protocol):
-    """The numbers that train: SparseParameters, or those of dense.py."""
+    """The numbers that train: SparseParameters, or DenseParameters."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -66,10 +66,7 @@ class Optimizer(Protocol):
 
 
 class Method(Protocol):
-    """What trains at which step, and what is written of it.
-
-    `norms` are 2-norms of the first batch's whole gradient by weight, where `begin` has seen it.
-    """
+    """What trains at which step, and what is written of it."""
 
     @property
     def name(self) -> str:
@@ -77,13 +74,13 @@ class Method(Protocol):
 
     @property
     def norms(self) -> Mapping[str, Tensor]:
-        """See above."""
+        """2-norms of the first batch's gradient by weight; empty where none was looked at."""
 
     def begin(self) -> Optimizer:
         """Makes the model ready, and chooses what trains."""
 
     def restore(self, saved: Checkpoint) -> Optimizer:
-        """The same from a checkpoint, on a model that is the base."""
+        """Makes the model ready, which is the base, and trains what the checkpoint says."""
 
     def due(self, step: int) -> bool:
         """Whether what trains changes before this step."""

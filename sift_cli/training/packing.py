@@ -33,7 +33,7 @@ def supports_in(saved: Checkpoint, kind: str) -> dict[str, Support]:
 
 
 def entries_in(saved: Checkpoint, kind: str) -> dict[str, tuple[Support, Tensor]]:
-    """The same with their values."""
+    """The supports of that kind with the values of their entries ([K]), by name."""
     return {
         name: (support, saved.tensors[f"{kind}/{name}/values"])
         for name, support in supports_in(saved, kind).items()

@@ -111,6 +111,11 @@ class State:
         set_random_states(saved.random, saved.tensors, self.device)
 
 
-def space_for(parameters: Trained) -> int:
-    """About how many bytes the checkpoints and the delta of a run take at most."""
-    return len(parameters) * (ENTRY_BYTES * (KEPT + 1) + DELTA_BYTES) + MORE_BYTES
+def space_for(parameters: Trained, regular: bool) -> int:
+    """About how many bytes the checkpoints and the delta of a run take at most.
+
+    Of checkpoints that are `regular`, one is written beside those that are kept; otherwise there is
+    one at most, which a signal asks for.
+    """
+    files = KEPT + 1 if regular else 1
+    return len(parameters) * (ENTRY_BYTES * files + DELTA_BYTES) + MORE_BYTES

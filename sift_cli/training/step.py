@@ -12,6 +12,7 @@ from sift_cli.runs.session import Session
 from sift_cli.training.method import Optimizer
 
 Rows = Sequence[list[int]]  # of one step, by micro-batch
+# gathers the gradient of a step's mean loss where the optimizer looks for it; gives that mean, []
 StepGradient = Callable[[Session, Rows], Tensor]
 # step, rows, loss [] and norm [] -> whether the weights are to stay as they are (0 or 1, [])
 Guard = Callable[[int, Rows, Tensor, Tensor], Tensor]
