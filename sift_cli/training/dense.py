@@ -49,7 +49,7 @@ class DenseParameters:
     def state(self) -> dict[str, tuple[Support, Tensor]]:
         """A copy of every weight, flat and on the host."""
         return {
-            name: (Support(tuple(weight.shape)), weight.detach().flatten().cpu().clone())
+            name: (Support(tuple(weight.shape)), weight.detach().flatten().to("cpu", copy=True))
             for name, weight in self.named.items()
         }
 
