@@ -4,18 +4,16 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
 
+from sift_cli.analysis.finished import Finished, require_one_task
 from sift_cli.analysis.jobs import HALF_DECADE, WITHOUT_BUDGET, Job, Runner, rates_of
 from sift_cli.analysis.methods import ADAPTERS, METHODS, require_peft
 from sift_cli.analysis.table import Comparison, FinishedRun, label, markdown, tabulated
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
 from sift_cli.recipe import Recipe
-from sift_cli.runs.folder import RECIPE_FILE, SUMMARY_FILE
 from sift_cli.runs.session import tell_emulated
 from sift_cli.runs.summary import Summary
 from sift_cli.selection.policies import POLICIES
@@ -154,35 +152,18 @@ def on_all_seeds(chosen: Sequence[Job], seeds: int, runner: Runner) -> list[Fini
 def compare_runs(folders: Sequence[Path], out: Path | None = None) -> Comparison:
     """The same table of runs that have finished; those that differ in their seed alone are one row.
 
-    Writes nothing unless `out` is given. Raises SiftError for a folder that holds no finished run.
+    Writes nothing unless `out` is given. Raises SiftError for a folder that holds no finished run,
+    and for runs that were not scored on the same rows by the same metrics.
     """
+    finished = [Finished.read(folder) for folder in folders]
+    require_one_task(finished)
     runs, names = [], dict[str, str]()
-    for folder in folders:
-        summary = Summary.read(folder)
-        if summary is None:
-            raise SiftError(f"{folder}: no finished run; it holds no {SUMMARY_FILE}")
-        recipe = row_settings(folder)
-        method, density = summary.policy, recipe.get("selection", {}).get("density")
-        if method in WITHOUT_BUDGET:
-            density = None
-        rate = recipe.get("train", {}).get("learning_rate")
-        recipe.get("train", {}).pop("seed", None)
-        settings = json.dumps([method, recipe], sort_keys=True)
-        name = names.setdefault(settings, folder.name)
-        runs.append(FinishedRun(summary, method, density, rate, name))
+    for one in finished:
+        density, rate = one.density, one.rate
+        name = names.setdefault(one.row, one.folder.name)
+        runs.append(FinishedRun(one.summary, one.summary.policy, density, rate, name))
     comparison = tabulated(runs, [])
     return write(out, comparison) if out else comparison
-
-
-def row_settings(folder: Path) -> dict[str, Any]:
-    """The resolved recipe of a run without what changes no result; empty where it has none."""
-    path = folder / RECIPE_FILE
-    if not path.is_file():
-        return {}
-    recipe: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for key in ("out", "log"):
-        recipe.pop(key, None)
-    return recipe
 
 
 def check_methods(methods: Sequence[str]) -> None:

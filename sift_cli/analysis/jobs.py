@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sift_cli.analysis.methods import METHODS
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import Recipe, parse_recipe
+from sift_cli.runs.facts import settings_of
 from sift_cli.runs.folder import CHECKPOINTS
 from sift_cli.runs.summary import Summary
 from sift_cli.system.stopping import hears
@@ -66,7 +67,7 @@ class Job:
     @property
     def name(self) -> str:
         """The folder of the run: method, density, rate and seed, and a hash of the recipe."""
-        identity = {"method": self.method, **self.recipe.model_dump(exclude={"out", "log"})}
+        identity = {"method": self.method, **settings_of(self.recipe)}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
         density = "" if self.density is None else f"-d{self.density:g}"
         return f"{self.method}{density}-r{self.rate:g}-s{self.seed}-{digest}"

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
-from sift_cli.errors import SiftError
 from sift_cli.runs.summary import Summary
 from sift_cli.tasks.metrics import shown
 
@@ -115,13 +114,7 @@ class Comparison:
 
 
 def tabulated(runs: Sequence[FinishedRun], notes: Sequence[str]) -> Comparison:
-    """Mean and standard deviation of each group of runs, and the difference from `sift`.
-
-    Raises SiftError for runs of several tasks.
-    """
-    tasks = list(dict.fromkeys(run.summary.task for run in runs))
-    if len(tasks) > 1:
-        raise SiftError(f"these are runs of {', '.join(tasks)}; compare one task at a time")
+    """A row for each group of runs, all of one task, with its difference from `sift`."""
     metrics = list(runs[-1].summary.metrics)
     grouped: dict[tuple[Any, ...], list[FinishedRun]] = {}
     for run in runs:
@@ -134,7 +127,7 @@ def tabulated(runs: Sequence[FinishedRun], notes: Sequence[str]) -> Comparison:
         if reference is not None and alone[reference] is not row:
             row = replace(row, against_sift=paired(group, groups[reference], metrics[0]))
         rows.append(row)
-    return Comparison(tasks[0], metrics[0], rows, [*notes, *notes_on_seeds(rows)])
+    return Comparison(runs[0].summary.task, metrics[0], rows, [*notes, *notes_on_seeds(rows)])
 
 
 def notes_on_seeds(rows: Sequence[TableRow]) -> list[str]:

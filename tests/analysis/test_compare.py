@@ -290,10 +290,64 @@ def test_rows_are_held_against_sift_at_their_density_by_seed() -> None:
     assert "| random at 0.1 | 100 | 0.001 | undefined | -0.1000 |  | 1 | 0 | 0 |" in markdown(found)
 
 
-def test_runs_of_two_tasks_are_refused() -> None:
-    runs = [run("sift", 1, accuracy=1.0), run("sift", 1, task="cola", matthews=1.0)]
-    with pytest.raises(SiftError, match="runs of rte, cola; compare one task at a time"):
-        tabulated(runs, [])
+def finished(folder: Path, one: FinishedRun, recipe: str = "") -> Path:
+    """A run folder of which no more is known than its scores, and its recipe where one is given."""
+    folder.mkdir()
+    one.summary.write(folder)
+    if recipe:
+        (folder / "recipe.yaml").write_text(recipe)
+    return folder
+
+
+CUSTOM = "model: {path: base}\ndata: {path: %s, task: custom, text: text, label: %s%s}\n"
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"task": "cola", "matthews": 1.0}, "task is custom in the one and cola in the other"),
+        ({"task": "custom", "pearson": 0.5}, "metrics is accuracy in the one and pearson in the"),
+        (CUSTOM % ("b.csv", "label", ""), "data.path is a.csv in the one and b.csv in the other"),
+        (CUSTOM % ("a.csv", "stars", ""), "data.label is label in the one and stars in the other"),
+        (CUSTOM % ("a.csv", "label", ", holdout: 0.1"), "data.holdout is None in the one and 0.1"),
+    ],
+)
+def test_runs_scored_otherwise_are_refused(
+    other: str | dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    recipe, known = (other, {}) if isinstance(other, str) else ("", other)
+    one = run("sift", 1, task="custom", accuracy=1.0)
+    two = run("sift", 2, **({"task": "custom", "accuracy": 1.0} if recipe else known))
+    folders = [
+        finished(tmp_path / "a", one, CUSTOM % ("a.csv", "label", "")),
+        finished(tmp_path / "b", two, recipe),
+    ]
+    done = sift("compare", *folders)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "compare runs of one task, scored on the same rows by the same metrics" in done.stderr
+
+
+def test_one_file_under_two_names_is_one_task(tmp_path: Path) -> None:
+    recipes = [CUSTOM % (path, "label", "") for path in ("a.csv", Path("a.csv").resolve())]
+    folders = [
+        finished(tmp_path / f"{seed}", run("sift", seed, task="custom", f1=0.5), recipe)
+        for seed, recipe in enumerate(recipes)
+    ]
+    assert compare_runs(folders).metric == "f1"
+
+
+def test_what_changes_no_result_makes_no_row(recipe_text: str, tmp_path: Path) -> None:
+    more = ["", "checkpoint: {every: 7}\n", "log: {every: 3}\n", "out: elsewhere\n"]
+    folders = [
+        finished(tmp_path / f"{seed}", run("sift", seed, accuracy=0.5), recipe_text + line)
+        for seed, line in enumerate(more)
+    ]
+    (row,) = compare_runs(folders).rows
+    assert row.seeds == 4
+    base = parse_recipe(recipe_text, "recipe")
+    often = parse_recipe(recipe_text + more[1], "recipe")
+    assert Job.of(base, "sift", None, 1e-3, 4).name == Job.of(often, "sift", None, 1e-3, 4).name
 
 
 @pytest.mark.parametrize(

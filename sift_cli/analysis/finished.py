@@ -1,0 +1,88 @@
+"""Finished runs by their folders: what each is, and whether they may stand in one table."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sift_cli.analysis.jobs import WITHOUT_BUDGET
+from sift_cli.analysis.table import Density
+from sift_cli.errors import SiftError
+from sift_cli.recipe import load_recipe
+from sift_cli.runs.facts import settings_of
+from sift_cli.runs.folder import RECIPE_FILE, SUMMARY_FILE
+from sift_cli.runs.summary import Summary
+
+CUSTOM = "custom"  # the task that is what its data are
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run in `folder`; `settings` are of `settings_of`, empty where it holds no recipe."""
+
+    folder: Path
+    summary: Summary
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Finished":
+        """Raises SiftError where none has finished there, or its recipe cannot be read."""
+        summary = Summary.read(folder)
+        if summary is None:
+            raise SiftError(f"{folder}: no finished run; it holds no {SUMMARY_FILE}")
+        recipe = folder / RECIPE_FILE
+        settings = settings_of(load_recipe(recipe)) if recipe.is_file() else {}
+        return cls(folder, summary, settings)
+
+    @property
+    def density(self) -> Density:
+        """As its recipe gives it; None where the method has none, or where that is not known."""
+        if self.summary.policy in WITHOUT_BUDGET or not self.settings:
+            return None
+        density: Density = self.settings["selection"]["density"]
+        return density
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate, where it is known."""
+        return self.settings["train"]["learning_rate"] if self.settings else None
+
+    @property
+    def row(self) -> str:
+        """What runs that differ in their seed alone have in common."""
+        method, settings = self.summary.policy, dict(self.settings)
+        if settings:
+            settings["train"] = {k: v for k, v in settings["train"].items() if k != "seed"}
+        return json.dumps([method, settings], sort_keys=True)
+
+    def scored(self) -> dict[str, Any]:
+        """What its score is of, by what a message calls it; as far as it is known."""
+        found: dict[str, Any] = {"task": self.summary.task}
+        if self.settings:
+            data = self.settings["data"]
+            if self.summary.task == CUSTOM:
+                found |= {f"data.{key}": data[key] for key in ("path", "config", "label")}
+            found["data.holdout"] = data["holdout"]
+            found["eval.split"] = self.settings["eval"]["split"]
+        return found | {"metrics": ", ".join(self.summary.metrics)}
+
+
+def require_one_task(runs: Sequence[Finished]) -> None:
+    """Raises SiftError where runs were not scored on the same rows by the same metrics."""
+    first = runs[0]
+    for other in runs[1:]:
+        before, after = first.scored(), other.scored()
+        for key in before:
+            if key in after and not _same(key, before[key], after[key]):
+                raise SiftError(
+                    f"{first.folder} and {other.folder} cannot stand in one table: {key} is "
+                    f"{before[key]} in the one and {after[key]} in the other; compare runs of one "
+                    "task, scored on the same rows by the same metrics"
+                )
+
+
+def _same(key: str, one: Any, other: Any) -> bool:
+    if key == "data.path":
+        return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    return bool(one == other)
