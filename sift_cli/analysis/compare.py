@@ -10,8 +10,8 @@ from rich.console import Console
 from sift_cli.analysis.finished import Finished, require_one_task
 from sift_cli.analysis.jobs import HALF_DECADE, WITHOUT_BUDGET, Job, Runner, rates_of
 from sift_cli.analysis.methods import ADAPTERS, METHODS, require_peft
-from sift_cli.analysis.table import Comparison, FinishedRun, label, markdown, tabulated
-from sift_cli.errors import SiftError
+from sift_cli.analysis.table import Comparison, Diverged, FinishedRun, label, markdown, tabulated
+from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.devices import pick_device
 from sift_cli.recipe import Recipe
 from sift_cli.runs.session import tell_emulated
@@ -46,7 +46,9 @@ def compare(
     `densities` (the recipe's own budget if empty) LoRA and SHiRA get the rank that comes nearest to
     as many entries. `rates` are learning rates by method; with `sweep` so many are tried around
     each on the first seed, and the one with the best metric runs on the others. What has finished
-    in `out` is not run again. Raises SiftError for what cannot be compared.
+    in `out` is not run again. Runs that diverge are told in the table, and the others go on.
+
+    Raises SiftError for what cannot be compared, and (exit code 4) where every run diverged.
     """
     console = console or Console(stderr=True, quiet=True)
     rates = rates or {}
@@ -57,11 +59,14 @@ def compare(
     tell_emulated(recipe.model, recipe.train, pick_device(device), console)
     runner = Runner(out, workers, device, allow_code, console)
     tried = jobs_of(recipe, methods, densities, rates, sweep)
+    chosen, notes, lost = [jobs[0] for jobs in tried], [UNTUNED], list[Diverged]()
     if sweep > 1:
-        chosen, notes = swept(tried, runner)
-    else:
-        chosen, notes = [jobs[0] for jobs in tried], [UNTUNED]
-    return write(out, tabulated(on_all_seeds(chosen, seeds, runner), notes))
+        chosen, notes, lost = swept(tried, runner)
+    runs, more = on_all_seeds(chosen, seeds, runner)
+    lost += more
+    if not runs:
+        raise diverged_error(lost)
+    return write(out, tabulated(runs, notes, lost))
 
 
 def jobs_of(
@@ -87,11 +92,20 @@ def jobs_of(
     ]
 
 
-def swept(tried: Sequence[Sequence[Job]], runner: Runner) -> tuple[list[Job], list[str]]:
-    """Runs all of them: of each method and density the job with the best rate, and notes."""
-    summaries = runner.run([job for jobs in tried for job in jobs], "sweep")
-    chosen, notes = [], []
+def swept(
+    tried: Sequence[Sequence[Job]], runner: Runner
+) -> tuple[list[Job], list[str], list[Diverged]]:
+    """Runs all of them: of each method and density the job with the best rate, and notes.
+
+    Where a method diverged at every rate, it has no job, and its runs are among the last.
+    """
+    found = runner.run([job for jobs in tried for job in jobs], "sweep")
+    chosen, notes, lost = [], [], list[Diverged]()
     for jobs in tried:
+        summaries = {job: one for job in jobs if isinstance(one := found[job], Summary)}
+        if not summaries:
+            lost += [one for job in jobs if isinstance(one := found[job], Diverged)]
+            continue
         best, remark = best_rate(jobs, summaries)
         chosen.append(best)
         notes += remark
@@ -100,29 +114,20 @@ def swept(tried: Sequence[Sequence[Job]], runner: Runner) -> tuple[list[Job], li
         f"Learning rates: the best of {sweep}, a factor of {HALF_DECADE:.2f} apart, on the "
         f"evaluation split with seed {seed}; so the scores of that seed are a little too good."
     )
-    return chosen, notes
+    return chosen, notes, lost
 
 
-def best_rate(
-    jobs: Sequence[Job], summaries: Mapping[Job, Summary | None]
-) -> tuple[Job, list[str]]:
+def best_rate(jobs: Sequence[Job], summaries: Mapping[Job, Summary]) -> tuple[Job, list[str]]:
     """The job with the best first metric, and a note where its rate is at the edge of the sweep.
 
-    Raises SiftError where all of them diverged.
+    `summaries` are those of the jobs that did not diverge, at least one.
     """
     best, highest = None, None
-    for job in jobs:
-        summary = summaries[job]
-        if summary is None:
-            continue
-        name, score = next(iter(summary.metrics.items()))
+    for job in (job for job in jobs if job in summaries):
+        name, score = next(iter(summaries[job].metrics.items()))
         if best is None or (score is not None and better(name, score, highest)):
             best, highest = job, score
-    if best is None:
-        raise SiftError(
-            f"{jobs[0].method} diverged at every learning rate; give a lower one with "
-            f"--lr {jobs[0].method}=RATE"
-        )
+    assert best is not None
     if best.rate not in (jobs[0].rate, jobs[-1].rate):
         return best, []
     return best, [
@@ -131,22 +136,32 @@ def best_rate(
     ]
 
 
-def on_all_seeds(chosen: Sequence[Job], seeds: int, runner: Runner) -> list[FinishedRun]:
-    """Runs each job with so many seeds, from its own up. Raises SiftError where one diverges."""
+def on_all_seeds(
+    chosen: Sequence[Job], seeds: int, runner: Runner
+) -> tuple[list[FinishedRun], list[Diverged]]:
+    """Runs each job with so many seeds, from its own up: what finished, and what diverged."""
     jobs = [
         Job.of(job.recipe, job.method, job.density, job.rate, job.seed + more)
         for more in range(seeds)
         for job in chosen
     ]
-    runs = []
-    for job, summary in runner.run(jobs, "run").items():
-        if summary is None:
-            raise SiftError(
-                f"{job.method} diverged at a learning rate of {job.rate:g} with seed {job.seed}; "
-                f"give it another with --lr {job.method}=RATE, or try several with --lr-sweep 3"
-            )
-        runs.append(FinishedRun(summary, job.method, job.density, job.rate))
-    return runs
+    runs, lost = [], []
+    for job, found in runner.run(jobs, "run").items():
+        if isinstance(found, Diverged):
+            lost.append(found)
+        else:
+            runs.append(FinishedRun(found, job.method, job.density, job.rate))
+    return runs, lost
+
+
+def diverged_error(lost: Sequence[Diverged]) -> SiftError:
+    """What a comparison ends with in which runs diverged."""
+    methods = " ".join(f"--lr {method}=RATE" for method in {one.method: 0 for one in lost})
+    lines = [one.sentence() for one in lost]
+    return SiftError(
+        "\n".join([*lines, f"Give lower learning rates ({methods}), or try several: --lr-sweep 3"]),
+        ExitCode.NOT_FINITE,
+    )
 
 
 def compare_runs(folders: Sequence[Path], out: Path | None = None) -> Comparison:

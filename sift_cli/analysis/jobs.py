@@ -20,10 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sift_cli.analysis.methods import METHODS
+from sift_cli.analysis.table import Diverged
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import Recipe, parse_recipe
 from sift_cli.runs.facts import settings_of
-from sift_cli.runs.folder import CHECKPOINTS
+from sift_cli.runs.folder import CHECKPOINTS, METRICS_FILE
+from sift_cli.runs.sinks import logged
 from sift_cli.runs.summary import Summary
 from sift_cli.system.stopping import hears
 from sift_cli.tasks.metrics import shown
@@ -87,14 +89,14 @@ class Runner:
     changing: threading.RLock = field(default_factory=threading.RLock)
     ended: threading.Event = field(default_factory=threading.Event)
 
-    def run(self, jobs: Sequence[Job], what: str) -> dict[Job, Summary | None]:
-        """The summary of each job, from disk where it has finished; None where it diverged.
+    def run(self, jobs: Sequence[Job], what: str) -> dict[Job, Summary | Diverged]:
+        """What each job came to, from disk where it has finished.
 
         Raises SiftError where one fails for another reason; those that have finished stay. SIGTERM
         ends what runs too, and then this as Ctrl-C would, which reaches the processes by itself.
         """
         unique = {job.name: job for job in jobs}
-        done: dict[str, Summary | None] = {}
+        done: dict[str, Summary | Diverged] = {}
         with (
             self._progress(what, len(unique)) as report,
             self._passing_on(),
@@ -114,8 +116,8 @@ class Runner:
                     future.cancel()
         return {job: done[job.name] for job in jobs}
 
-    def _finished(self, job: Job) -> Summary | None:
-        """The summary of a job, which is run unless it has finished; None where it diverged."""
+    def _finished(self, job: Job) -> Summary | Diverged:
+        """What a job came to, which is run unless it has finished."""
         folder = self.out / "runs" / job.name
         summary = Summary.read(folder)
         if summary is not None:
@@ -125,12 +127,12 @@ class Runner:
             parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(job.recipe.to_yaml(), encoding="utf-8")
         code, errors = self._process(self._command(job, recipe, folder))
+        last = (errors.strip().splitlines() or ["it said nothing"])[-1]
         if code == ExitCode.NOT_FINITE:
             if job.method in METHODS:  # dense, so large
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-            return None
+            return Diverged(job.method, job.density, job.rate, job.seed, _placed(last, folder))
         if code:
-            last = (errors.strip().splitlines() or ["it said nothing"])[-1]
             raise SiftError(f"{job.name}: {last}", _code(code))
         summary = Summary.read(folder)
         assert summary is not None  # a run that ends well has written it
@@ -200,12 +202,12 @@ class Runner:
         task = bar.add_task(what, total=total)
         count = 0
 
-        def report(job: Job, summary: Summary | None) -> None:
+        def report(job: Job, found: Summary | Diverged) -> None:
             nonlocal count
             count += 1
             result = "diverged"
-            if summary is not None:
-                first, value = next(iter(summary.metrics.items()))
+            if isinstance(found, Summary):
+                first, value = next(iter(found.metrics.items()))
                 result = f"{first} {shown(value)}"
             name = job.name.rpartition("-")[0]
             self.console.print(f"{what} {count}/{total}: {name}: {result}", highlight=False)
@@ -225,6 +227,13 @@ def rates_of(base: float, method: str, given: Mapping[str, float], sweep: int) -
         return [middle]
     steps = [at - (sweep - 1) / 2 for at in range(sweep)]
     return [float(f"{middle * HALF_DECADE**step:.2g}") for step in steps]
+
+
+def _placed(said: str, folder: Path) -> str:
+    """A message with the step that its run had logged last; an evaluation's names none itself."""
+    last = max((record["step"] for record in logged(folder / METRICS_FILE)), default=None)
+    known = last is None or said.startswith("step ")
+    return said if known else f"{said}; the last step it logged is {last:,}"
 
 
 def _interrupted() -> SiftError:

@@ -1,7 +1,7 @@
 """The table of a comparison: a row for the runs that differ in their seeds alone."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -27,6 +27,22 @@ class FinishedRun:
     density: Density
     rate: float | None
     settings: str | None = None
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """A run that ended where numbers were not finite; `said` is the message that it ended with."""
+
+    method: str
+    density: Density
+    rate: float
+    seed: int
+    said: str
+
+    def sentence(self) -> str:
+        """Which run, and what it said."""
+        where = f"seed {self.seed}, learning rate {self.rate:g}"
+        return f"{label(self.method, self.density)} diverged ({where}): {self.said}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,8 @@ class PairedDifference:
 class TableRow:
     """The runs of one method that differ in their seeds; numbers without a spread are means.
 
-    `run` is the name of their settings, `rank` that of an adapter.
+    `run` is the name of their settings, `rank` that of an adapter. `diverged` counts runs beside
+    the `seeds`, of which the row knows nothing.
     """
 
     method: str
@@ -78,6 +95,7 @@ class TableRow:
     trained_entries: float
     dense_entries: float
     against_sift: PairedDifference | None = None
+    diverged: int = 0
 
     @classmethod
     def of(cls, runs: Sequence[FinishedRun], metrics: Sequence[str]) -> "TableRow":
@@ -101,19 +119,25 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What compare.json holds: `metric` is the one that decides, `notes` what to know of it."""
+    """What compare.json holds: `metric` is the one that decides, `notes` what to know of it.
+
+    `diverged` are the runs that came to nothing; a method of which all did has no row.
+    """
 
     task: str
     metric: str
     rows: list[TableRow]
     notes: list[str]
+    diverged: list[Diverged] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As compare.json holds it."""
         return asdict(self)
 
 
-def tabulated(runs: Sequence[FinishedRun], notes: Sequence[str]) -> Comparison:
+def tabulated(
+    runs: Sequence[FinishedRun], notes: Sequence[str], diverged: Sequence[Diverged] = ()
+) -> Comparison:
     """A row for each group of runs, all of one task, with its difference from `sift`."""
     metrics = list(runs[-1].summary.metrics)
     grouped: dict[tuple[Any, ...], list[FinishedRun]] = {}
@@ -126,8 +150,10 @@ def tabulated(runs: Sequence[FinishedRun], notes: Sequence[str]) -> Comparison:
         reference = reference_of(row, alone)
         if reference is not None and alone[reference] is not row:
             row = replace(row, against_sift=paired(group, groups[reference], metrics[0]))
-        rows.append(row)
-    return Comparison(runs[0].summary.task, metrics[0], rows, [*notes, *notes_on_seeds(rows)])
+        lost = sum((one.method, one.density) == (row.method, row.density) for one in diverged)
+        rows.append(replace(row, diverged=lost))
+    notes = [*notes, *notes_on_seeds(rows), *(one.sentence() for one in diverged)]
+    return Comparison(runs[0].summary.task, metrics[0], rows, notes, list(diverged))
 
 
 def notes_on_seeds(rows: Sequence[TableRow]) -> list[str]:
@@ -192,8 +218,9 @@ def cells(row: TableRow, metric: str) -> list[str]:
     score, against = row.metrics[metric], row.against_sift
     spread = "" if score.std is None else f" ± {score.std:.4f}"
     rank = "" if row.rank is None else f", r {row.rank}"
+    lost = f", {row.diverged} of {row.seeds + row.diverged} diverged" if row.diverged else ""
     return [
-        label(row.method, row.density) + rank,
+        label(row.method, row.density) + rank + lost,
         f"{row.trained_entries:,.0f}",
         "" if row.learning_rate is None else f"{row.learning_rate:g}",
         f"{shown(score.mean)}{spread}",

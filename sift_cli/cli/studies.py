@@ -173,10 +173,14 @@ def compare(
         )
     if as_json:
         print_json(comparison.to_json())
-        return
-    show_compare(comparison)
-    if out:
-        stdout.print(f"Table, plot and runs: {out}")
+    else:
+        show_compare(comparison)
+        if out:
+            stdout.print(f"Table, plot and runs: {out}")
+    if comparison.diverged:
+        from sift_cli.analysis.compare import diverged_error
+
+        raise diverged_error(comparison.diverged)
 
 
 def only_recipe(what: list[str]) -> Path:

@@ -198,14 +198,28 @@ def _numbers(record: StepRecord) -> dict[str, float]:
     return flat | {f"metrics/{name}": value for name, value in metrics if value is not None}
 
 
+def logged(path: Path) -> Iterator[dict[str, Any]]:
+    """The records in metrics.jsonl, in order; a line that a kill cut short is none of them."""
+    for _, record in _records(path):
+        yield record
+
+
 def _lines_until(path: Path, step: int) -> Iterator[str]:
-    """The lines of steps up to `step`; a line that a kill cut short is none of them."""
+    """The lines of steps up to `step`."""
+    for line, record in _records(path):
+        if record["step"] <= step:
+            yield line + "\n"
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line that holds a record, and the record."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                yield line + "\n"
+            record = json.loads(line)
+            int(record["step"])
+            yield line, record
 
 
 def _fits_json(value: object) -> bool:

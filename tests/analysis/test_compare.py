@@ -22,7 +22,14 @@ from sift_cli.analysis.adapted import main, train_adapted
 from sift_cli.analysis.compare import best_rate, compare, compare_runs
 from sift_cli.analysis.jobs import Job, Runner, rates_of
 from sift_cli.analysis.methods import adapted_layers, rank_for
-from sift_cli.analysis.table import FinishedRun, PairedDifference, Spread, markdown, tabulated
+from sift_cli.analysis.table import (
+    Diverged,
+    FinishedRun,
+    PairedDifference,
+    Spread,
+    markdown,
+    tabulated,
+)
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe, parse_recipe
 from sift_cli.runs.folder import TRAINED_FILE
@@ -174,7 +181,7 @@ def test_the_best_rate_follows_the_metric_and_passes_over_what_is_undefined(
     jobs = [Job.of(recipe, "sift", None, rate, 0) for rate in (1.0, 2.0, 3.0)]
     same = {job: SimpleNamespace(metrics={"made-up": None}) for job in jobs}
     assert best_rate(jobs, same)[0] is jobs[0]
-    diverged = {jobs[0]: None, jobs[1]: SimpleNamespace(metrics={"made-up": None}), jobs[2]: None}
+    diverged = {jobs[1]: SimpleNamespace(metrics={"made-up": None})}
     assert best_rate(jobs, diverged)[0] is jobs[1]
 
 
@@ -187,8 +194,48 @@ def test_rates_lie_around_the_given_one() -> None:
 
 def test_a_method_that_diverges_is_told(recipe_file: Path, tmp_path: Path, here: list[str]) -> None:
     recipe = load_recipe(recipe_file, ["train.lr_schedule=constant", "train.warmup=0"])
-    with pytest.raises(SiftError, match=r"sift diverged at a learning rate of .* with seed 3"):
+    said = r"sift diverged \(seed 3, learning rate 1e\+30\): step 2: the .* is nan"
+    with pytest.raises(SiftError, match=said) as raised:
         compare(recipe, tmp_path, methods=["sift"], seeds=1, rates={"sift": 1e30})
+    assert raised.value.code == 4
+    assert "--lr sift=RATE" in str(raised.value)
+
+
+@pytest.mark.parametrize("sweep", [1, 2])
+def test_others_go_on_where_a_method_diverges(
+    sweep: int, recipe_file: Path, tmp_path: Path, here: list[str]
+) -> None:
+    args = ["--methods", "sift,random", "--seeds", "1", "--lr", "sift=1e30", "--out", tmp_path]
+    args += ["--set", "train.lr_schedule=constant", "--set", "train.warmup=0"]
+    done = sift("compare", recipe_file, *args, "--lr-sweep", sweep, "--json")
+    assert done.returncode == 4
+    assert done.stderr.count("sift diverged (seed 3, learning rate") == sweep
+    found = json.loads(done.stdout)
+    assert [row["method"] for row in found["rows"]] == ["random"]
+    assert [one["method"] for one in found["diverged"]] == ["sift"] * sweep
+    assert json.loads((tmp_path / "compare.json").read_text()) == found
+    assert "- sift diverged (seed 3, learning rate" in (tmp_path / "compare.md").read_text()
+
+
+def test_a_row_tells_which_of_its_runs_diverged() -> None:
+    lost = Diverged("sift", 0.1, 1e-3, 2, "no number")
+    found = tabulated([run("sift", 1, f1=0.5), run("random", 1, f1=0.5)], [], [lost])
+    assert [row.diverged for row in found.rows] == [1, 0]
+    assert "| sift at 0.1, 1 of 2 diverged |" in markdown(found)
+
+
+def test_an_evaluation_that_is_not_finite_is_placed(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Runner(tmp_path, 1, None, False, Console(quiet=True))
+    job = Job.of(parse_recipe(recipe_file.read_text(), "recipe"), "sift", None, 1e-3, 4)
+    log = tmp_path / "runs" / job.name / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"step": 10}\n{"step": 20}\n{"st')
+    for said in ("evaluation: the outputs are not finite", "step 21: the loss is nan"):
+        monkeypatch.setattr(Runner, "_process", lambda *_, said=said: (4, f"told before\n{said}\n"))
+        placed = "; the last step it logged is 20" if said.startswith("evaluation") else ""
+        assert runner.run([job], "run")[job].said == said + placed
 
 
 def test_emulated_bfloat16_is_told(
