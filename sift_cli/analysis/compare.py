@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sift_cli.analysis.finished import Finished, require_one_task
+from sift_cli.analysis.finished import Finished, differing, require_one_task
 from sift_cli.analysis.jobs import HALF_DECADE, WITHOUT_BUDGET, Job, Runner, rates_of
 from sift_cli.analysis.methods import ADAPTERS, METHODS, require_peft
 from sift_cli.analysis.table import Comparison, Diverged, FinishedRun, label, markdown, tabulated
@@ -173,10 +173,11 @@ def compare_runs(folders: Sequence[Path], out: Path | None = None) -> Comparison
     finished = [Finished.read(folder) for folder in folders]
     require_one_task(finished)
     runs, names = [], dict[str, str]()
-    for one in finished:
-        density, rate = one.density, one.rate
-        name = names.setdefault(one.row, one.folder.name)
-        runs.append(FinishedRun(one.summary, one.summary.policy, density, rate, name))
+    for one, differs in zip(finished, differing(finished), strict=True):
+        name = one.folder.name
+        name = names.setdefault(one.row, str(one.folder) if name in names.values() else name)
+        method, density, rate = one.summary.policy, one.density, one.rate
+        runs.append(FinishedRun(one.summary, method, density, rate, name, differs))
     comparison = tabulated(runs, [])
     return write(out, comparison) if out else comparison
 

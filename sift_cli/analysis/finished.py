@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from sift_cli.analysis.jobs import WITHOUT_BUDGET
-from sift_cli.analysis.table import Density
+from sift_cli.analysis.table import SELECTION, Density
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe
-from sift_cli.runs.facts import settings_of
+from sift_cli.runs.facts import flat, settings_of
 from sift_cli.runs.folder import RECIPE_FILE, SUMMARY_FILE
 from sift_cli.runs.summary import Summary
 
+# what the table has columns for
+SHOWN = ("train.seed", "train.learning_rate", "selection.policy", "selection.density")
 CUSTOM = "custom"  # the task that is what its data are
 
 
@@ -80,6 +82,32 @@ def require_one_task(runs: Sequence[Finished]) -> None:
                     f"{before[key]} in the one and {after[key]} in the other; compare runs of one "
                     "task, scored on the same rows by the same metrics"
                 )
+
+
+def differing(runs: Sequence[Finished]) -> list[dict[str, Any]]:
+    """Of each run, the settings in which not all runs agree, by dotted key.
+
+    What the table shows by itself is left out. What a policy chooses (`selection`) counts among the
+    runs of one method alone; a run without a recipe differs in nothing that is known.
+    """
+    known = [flat(run.settings) for run in runs]
+    methods = [run.summary.policy for run in runs]
+
+    def differs(key: str, value: Any, method: str) -> bool:
+        return any(
+            key in other and other[key] != value
+            for other, one in zip(known, methods, strict=True)
+            if one == method or not key.startswith(SELECTION)
+        )
+
+    return [
+        {
+            key: value
+            for key, value in own.items()
+            if not key.startswith(SHOWN) and differs(key, value, method)
+        }
+        for own, method in zip(known, methods, strict=True)
+    ]
 
 
 def _same(key: str, one: Any, other: Any) -> bool:

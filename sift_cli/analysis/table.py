@@ -1,6 +1,6 @@
 """The table of a comparison: a row for the runs that differ in their seeds alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any
@@ -9,6 +9,7 @@ from sift_cli.runs.summary import Summary
 from sift_cli.tasks.metrics import shown
 
 REFERENCE = "sift"
+SELECTION = "selection."  # keys of what belongs to a method
 FEW_SEEDS = 6  # with fewer, the notes say what p is worth
 
 Density = float | dict[str, float] | None  # as a recipe gives it
@@ -19,7 +20,8 @@ class FinishedRun:
     """A finished run; runs with the same method, density and `settings` make one row.
 
     `settings` is a name for all that may differ beside method, density and seed; None where nothing
-    does.
+    does. `differs` has those of its settings, by dotted key, in which others that stand in the
+    table have another value.
     """
 
     summary: Summary
@@ -27,6 +29,7 @@ class FinishedRun:
     density: Density
     rate: float | None
     settings: str | None = None
+    differs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class PairedDifference:
 class TableRow:
     """The runs of one method that differ in their seeds; numbers without a spread are means.
 
-    `run` is the name of their settings, `rank` that of an adapter. `diverged` counts runs beside
+    `run` is the name of their settings, `differs` those that other rows have otherwise. `rank` is
+    that of an adapter. `diverged` counts runs beside
     the `seeds`, of which the row knows nothing.
     """
 
@@ -96,6 +100,13 @@ class TableRow:
     dense_entries: float
     against_sift: PairedDifference | None = None
     diverged: int = 0
+    differs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What the row is called: with the run, where method and density are not all of it."""
+        run = f" ({self.run})" if self.differs else ""
+        return label(self.method, self.density) + run
 
     @classmethod
     def of(cls, runs: Sequence[FinishedRun], metrics: Sequence[str]) -> "TableRow":
@@ -114,6 +125,7 @@ class TableRow:
             delta_bytes=mean(one.delta_bytes for one in summaries),
             trained_entries=mean(one.trained_entries for one in summaries),
             dense_entries=mean(one.dense_entries for one in summaries),
+            differs=dict(first.differs),
         )
 
 
@@ -152,7 +164,12 @@ def tabulated(
             row = replace(row, against_sift=paired(group, groups[reference], metrics[0]))
         lost = sum((one.method, one.density) == (row.method, row.density) for one in diverged)
         rows.append(replace(row, diverged=lost))
-    notes = [*notes, *notes_on_seeds(rows), *(one.sentence() for one in diverged)]
+    notes = [
+        *notes,
+        *notes_on_settings(rows),
+        *notes_on_seeds(rows),
+        *(one.sentence() for one in diverged),
+    ]
     return Comparison(runs[0].summary.task, metrics[0], rows, notes, list(diverged))
 
 
@@ -169,10 +186,30 @@ def notes_on_seeds(rows: Sequence[TableRow]) -> list[str]:
     return []
 
 
+def notes_on_settings(rows: Sequence[TableRow]) -> list[str]:
+    """In what the rows differ beside what the table shows of them."""
+    return [
+        f"{row.run}: " + ", ".join(f"{key} {_told(value)}" for key, value in row.differs.items())
+        for row in rows
+        if row.differs
+    ]
+
+
+def _told(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
 def reference_of(row: TableRow, rows: Sequence[TableRow]) -> int | None:
     """The place of the row of `sift` that `row` is held against: at its density, else the one with
-    the most entries; None where `sift` is not among them."""
+    the most entries; None where `sift` is not among them. Of several, the first, or for another
+    method the one trained under its conditions."""
+
+    def conditions(one: TableRow) -> list[tuple[str, Any]]:
+        return [item for item in one.differs.items() if not item[0].startswith(SELECTION)]
+
     own = [place for place, one in enumerate(rows) if one.method == REFERENCE]
+    if row.method != REFERENCE:
+        own.sort(key=lambda place: conditions(rows[place]) != conditions(row))
     same = [place for place in own if rows[place].density == row.density]
     return next(iter(same or sorted(own, key=lambda place: -rows[place].trained_entries)), None)
 
@@ -220,7 +257,7 @@ def cells(row: TableRow, metric: str) -> list[str]:
     rank = "" if row.rank is None else f", r {row.rank}"
     lost = f", {row.diverged} of {row.seeds + row.diverged} diverged" if row.diverged else ""
     return [
-        label(row.method, row.density) + rank + lost,
+        row.name + rank + lost,
         f"{row.trained_entries:,.0f}",
         "" if row.learning_rate is None else f"{row.learning_rate:g}",
         f"{shown(score.mean)}{spread}",

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def differences(there: Facts, here: Facts) -> Differences:
 
 def recipe_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """One line for each value in which two resolved recipes differ."""
-    return _changes(dict(_flat(there)), dict(_flat(here)))
+    return _changes(flat(there), flat(here))
 
 
 def _changes(there: Mapping[str, Any], here: Mapping[str, Any], of: str = "") -> list[str]:
@@ -125,12 +125,13 @@ def _changes(there: Mapping[str, Any], here: Mapping[str, Any], of: str = "") ->
     ]
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
+def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        inside = isinstance(value, Mapping)
+        found |= flat(value, f"{before}{key}.") if inside else {f"{before}{key}": value}
+    return found
 
 
 def _hash_rows(rows: Any, lengths: list[int]) -> str:

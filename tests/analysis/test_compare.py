@@ -384,6 +384,40 @@ def test_one_file_under_two_names_is_one_task(tmp_path: Path) -> None:
     assert compare_runs(folders).metric == "f1"
 
 
+def test_the_table_tells_in_what_rows_differ(recipe_text: str, tmp_path: Path) -> None:
+    steps = "\n  max_steps: 2\n".join(recipe_text.rsplit("\n", 1))
+    random = [text.replace("policy: sift", "policy: random") for text in (recipe_text, steps)]
+    folders = [
+        finished(tmp_path / name, run(method, 1, accuracy=score), text)
+        for name, method, score, text in (
+            ("plain", "sift", 0.5, recipe_text),
+            ("short", "sift", 0.25, steps),
+            ("other", "random", 0.5, random[0]),
+            ("other-short", "random", 0.5, random[1]),
+        )
+    ]
+    found = compare_runs(folders[:3:2])
+    assert [row.differs for row in found.rows] == [{}, {}]  # the policy's own choices are its name
+    assert "(plain)" not in markdown(found)
+    found = compare_runs(folders)
+    assert [row.differs["train.max_steps"] for row in found.rows] == [None, 2, None, 2]
+    table = markdown(found)
+    assert "| sift at 0.05 (plain) |" in table
+    assert "| sift at 0.05 (short) |" in table
+    assert "- plain: train.max_steps unset" in table
+    assert "- short: train.max_steps 2" in table
+    differences = [row.against_sift and row.against_sift.difference for row in found.rows]
+    assert differences == [None, -0.25, 0.0, 0.25]  # each from what was trained as long
+
+
+def test_rows_of_folders_with_one_name_are_told_apart(recipe_text: str, tmp_path: Path) -> None:
+    folders = []
+    for at, text in enumerate([recipe_text, recipe_text + "eval: {every: 2}\n"]):
+        (tmp_path / f"{at}").mkdir()
+        folders.append(finished(tmp_path / f"{at}/run", run("sift", 1, accuracy=0.5), text))
+    assert [row.run for row in compare_runs(folders).rows] == ["run", str(folders[1])]
+
+
 def test_what_changes_no_result_makes_no_row(recipe_text: str, tmp_path: Path) -> None:
     more = ["", "checkpoint: {every: 7}\n", "log: {every: 3}\n", "out: elsewhere\n"]
     folders = [
