@@ -18,6 +18,10 @@ INTRO = """# The recipe
 Every key, read from the schema; `scripts/recipe_reference.py` writes this page. `model.path`,
 `data.path` and `data.task` are enough to begin with. Unknown keys are errors. `sift train --set
 section.key=value` wins over the file, and the resolved recipe is saved in the run folder.
+
+Paths that are relative start at the folder in which the command runs, not at the recipe's. A
+`data.path` that is not there is looked for on the hub only where it reads like a dataset's id
+(`NAME` or `OWNER/NAME`), not like a file (`tickets.csv`) or a path (`./tickets`).
 """
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BUILTIN = Path(__file__).parent / "builtin"
 NUMBER_COLUMN = "__row__"  # row numbers, in source splits that may have a column `row` of their own
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+# No hub id ends like this, so such a path is never looked for there.
+FILE_ENDINGS = (*BUILDERS, ".tsv", ".txt", ".arrow", ".xlsx", ".gz", ".zip")
 SPLIT_NAMES = {
     "train": ("train",),
     "validation_matched": ("validation_matched", "dev_matched"),
@@ -120,9 +122,11 @@ def _find_files(path: str, task: str) -> dict[str, list[Path]] | None:
             raise SiftError(f"data.path: {path} is not one of {', '.join(BUILDERS)}")
         return {"train": [folder]}
     if not folder.is_dir():
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):
+        hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith(".")
+        if hub_id and not path.lower().endswith(FILE_ENDINGS):
             return None
-        raise SiftError(f"data.path: {path}: no such folder or file")
+        within = "" if folder.is_absolute() else f" in {Path.cwd()}"
+        raise SiftError(f"data.path: {path}: no such folder or file{within}")
     files = [file for file in sorted(folder.iterdir()) if file.suffix in BUILDERS]
     if not files and (folder / task).is_dir():
         return _find_files(str(folder / task), task)

@@ -141,6 +141,18 @@ def test_splits_may_differ_in_columns_that_no_task_reads(tmp_path: Path) -> None
     }
 
 
+@pytest.mark.parametrize(
+    "path", ["nope.csv", "data/train.JSONL", "a.tsv", "./x/train.jsonl", "../x", "~/x.csv", "/x"]
+)
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", None)
+    within = "" if path[0] in "~/" else f" in {Path.cwd()}"
+    assert refusal(path) == f"data.path: {path}: no such folder or file{within}"
+
+
 @pytest.mark.parametrize("path", ["nobody/no-such-dataset", "no-such-dataset"])
 def test_a_hub_id_that_cannot_be_reached(path: str) -> None:
     said = refusal(path)
@@ -150,7 +162,7 @@ def test_a_hub_id_that_cannot_be_reached(path: str) -> None:
 
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
     assert refusal(f"{tmp_path}/none") == f"data.path: {tmp_path}/none: no such folder or file"
-    assert refusal("./none") == "data.path: ./none: no such folder or file"
+    assert refusal("./none") == f"data.path: ./none: no such folder or file in {Path.cwd()}"
 
 
 def test_an_unknown_built_in_set_lists_those_there_are() -> None:
