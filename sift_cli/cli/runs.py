@@ -32,6 +32,7 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.tasks.metrics import shown
 
 if TYPE_CHECKING:
+    from sift_cli.recipe import Recipe
     from sift_cli.runs.summary import Summary
 
 SHOWN_METRICS = 4  # metrics in the summary of a training
@@ -204,6 +205,8 @@ def predict(
     from sift_cli.tasks.classification import task_of_config
 
     loaded, recipe = load_tuned(tuned, base)
+    if recipe is not None:
+        require_texts(tuned, recipe, bool(pair))
     limit = recipe.data.max_length if recipe else None
     task = task_of_config(loaded.model.config)
     predictions = task.predict(loaded, text, pair, device=pick_device(device), max_length=limit)
@@ -216,3 +219,17 @@ def predict(
         number = one.get("probability", one.get("score"))
         table.add_row(escape(texts), str(one.get("label", "")), f"{number:.4f}")
     print_table(table)
+
+
+def require_texts(tuned: str, recipe: "Recipe", paired: bool) -> None:
+    """Raises SiftError where a row of its training had one text and here has two, or otherwise."""
+    from sift_cli.tasks.table import text_columns
+
+    columns = text_columns(recipe.data.task, recipe.data.text)
+    if paired and len(columns) == 1:
+        raise SiftError(f"{tuned} was trained on one text ({columns[0]}); leave --pair out")
+    if not paired and len(columns) == 2:
+        raise SiftError(
+            f"{tuned} was trained on pairs of texts ({', '.join(columns)}); give the second of "
+            "each with --pair"
+        )

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from sift_cli.cli import app
 from tests.support.command import ENV, process, sift, until
 from tests.support.models import save_base
+from tests.support.rows import write_rows
 
 
 @pytest.fixture
@@ -75,6 +76,23 @@ def test_train_merge_eval_predict(trained: Path, recipe_file: Path, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     assert "classifier.weight" not in load_file(tmp_path / "back/model.safetensors")
+
+
+def test_predict_takes_as_many_texts_as_a_row_had(
+    trained: Path, recipe_file: Path, data: Path, tmp_path: Path
+) -> None:
+    done = sift("predict", trained, "good film", "--pair", "bad film")
+    assert done.returncode == 2
+    assert "was trained on one text (sentence); leave --pair out" in done.stderr
+    for name in ("train", "validation"):
+        write_rows(data / f"{name}.jsonl", 16, seed=1, pair=True)
+    changes = ["data.task=custom", "data.text=[sentence, other]", "data.label=label"]
+    pairs = [part for one in [*changes, "train.max_steps=1"] for part in ("--set", one)]
+    assert sift("train", recipe_file, *pairs, "--out", tmp_path / "two").returncode == 0
+    done = sift("predict", tmp_path / "two", "good film")
+    assert done.returncode == 2
+    assert "pairs of texts (sentence, other); give the second of each with --pair" in done.stderr
+    assert sift("predict", tmp_path / "two", "good film", "--pair", "bad").returncode == 0
 
 
 def test_what_train_prints(recipe_file: Path, tmp_path: Path) -> None:
