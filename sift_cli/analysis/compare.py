@@ -54,6 +54,11 @@ def compare(
     rates = rates or {}
     rule_of(recipe.selection, allow_code)
     check_methods([*methods, *rates])
+    if not methods:
+        raise SiftError("--methods: name one at least, such as sift,random,lora")
+    for method in rates:
+        if method not in methods:
+            raise SiftError(f"--lr {method}=RATE: it is none of --methods {','.join(methods)}")
     if any(method in ADAPTERS for method in methods):
         require_peft()
     tell_emulated(recipe.model, recipe.train, pick_device(device), console)

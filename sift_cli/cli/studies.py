@@ -145,7 +145,8 @@ def compare(
 
     Example: sift compare glue/rte --methods sift,random,lora --seeds 3
     """
-    if all(Path(one).is_dir() for one in what):
+    finished = all(Path(one).is_dir() for one in what)
+    if finished:
         from sift_cli.analysis import compare_runs
 
         comparison = compare_runs([Path(one) for one in what], out)
@@ -176,7 +177,8 @@ def compare(
     else:
         show_compare(comparison)
         if out:
-            stdout.print(f"Table, plot and runs: {out}")
+            written = "Table and plot" if finished else "Table, plot and runs"
+            stdout.print(f"{written}: {out}", highlight=False)
     if comparison.diverged:
         from sift_cli.analysis.compare import diverged_error
 

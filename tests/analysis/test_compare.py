@@ -418,6 +418,13 @@ def test_rows_of_folders_with_one_name_are_told_apart(recipe_text: str, tmp_path
     assert [row.run for row in compare_runs(folders).rows] == ["run", str(folders[1])]
 
 
+def test_a_table_of_runs_says_what_it_wrote(tmp_path: Path) -> None:
+    done = sift(
+        "compare", finished(tmp_path / "a", run("sift", 1, f1=0.5)), "--out", tmp_path / "t"
+    )
+    assert done.stdout.splitlines()[-1] == f"Table and plot: {tmp_path / 't'}"
+
+
 def test_what_changes_no_result_makes_no_row(recipe_text: str, tmp_path: Path) -> None:
     more = ["", "checkpoint: {every: 7}\n", "log: {every: 3}\n", "out: elsewhere\n"]
     folders = [
@@ -435,6 +442,8 @@ def test_what_changes_no_result_makes_no_row(recipe_text: str, tmp_path: Path) -
     ("args", "said"),
     [
         (["--methods", "sift,lorra"], "unknown: 'lorra'; did you mean lora?"),
+        (["--methods", ""], "--methods: name one at least"),
+        (["--methods", "sift,full", "--lr", "lora=1"], "--lr lora=RATE: it is none of --methods"),
         (["--lr", "lora"], "it reads METHOD=RATE"),
         (["--lr", "lora=-1"], "a learning rate is above 0"),
         (["--densities", "0.1,x"], "give numbers"),
