@@ -195,7 +195,7 @@ def _write_weights(
         write_file(out / shard.file, header, tensors(shard))
     for name, planned in layout.replaced.items():
         change.replace(name, planned.read())
-    change.check(inputs.source, stored_kinds(inputs.folder))
+    _check_source(change, inputs)
     damaged = [key for key, mark in layout.aside.items() if written[key].fingerprint != mark]
     if damaged:
         raise SiftError(
@@ -204,6 +204,21 @@ def _write_weights(
     if layout.indexed:
         write_index(out, layout.sizes)
     return written
+
+
+def _check_source(change: Exact | Composed, inputs: Inputs) -> None:
+    """Raises SiftError (exit code 3) where a tensor that passed was not that of the right model."""
+    try:
+        change.check(inputs.source, stored_kinds(inputs.folder))
+    except SiftError as error:
+        composed = inputs.folder / COMPOSED_FILE
+        if not inputs.undo or not composed.is_file():
+            raise
+        raise SiftError(
+            f"{error}\nSeveral deltas, or a scaled one, are in {inputs.source}; the one that turns "
+            f"it back is {composed}",
+            error.code,
+        ) from None
 
 
 def _write_other_files(

@@ -60,8 +60,14 @@ def advice(
         or _resized(delta, wide)
         or _in_another_dtype(delta, wide)
         or _changed_already(delta, marks, merged)
-        or f"Give the model that it was trained on{_revision(base.revision)}."
+        or _right_one(base.revision, merged)
     )
+
+
+def _right_one(revision: str | None, merged: bool) -> str:
+    if merged:
+        return "Give the model that has this delta on it, or the delta that this model has on it."
+    return f"Give the model that it was trained on{_revision(revision)}."
 
 
 def _revision(revision: str | None) -> str:

@@ -230,8 +230,10 @@ def test_two_runs_as_one_folder_and_back(run: Run, base: Path, tmp_path: Path) -
     assert (tmp_path / "back/model.safetensors").read_bytes() == (
         base / "model.safetensors"
     ).read_bytes()
-    with pytest.raises(SiftError, match="is not the merged model"):
+    with pytest.raises(SiftError, match="is not the merged model") as caught:
         merge(paths[0], tmp_path / "no", base=str(out), undo=True)
+    assert str(caught.value).endswith(f"the one that turns it back is {composed}")
+    assert caught.value.code == ExitCode.WRONG_FILE
 
 
 def test_one_delta_whole_is_the_exact_path(run: Run, tmp_path: Path) -> None:

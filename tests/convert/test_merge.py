@@ -324,6 +324,8 @@ def test_a_wrong_base_is_refused_and_leaves_nothing(run: Run, tmp_path: Path) ->
     with pytest.raises(SiftError, match="is not the merged model of this delta") as caught:
         merge(delta, tmp_path / "back", base=str(other), undo=True)
     assert caught.value.code == ExitCode.WRONG_FILE
+    assert "the delta that this model has on it" in str(caught.value)
+    assert "trained on." not in str(caught.value)
     with pytest.raises(SiftError, match="lacks"):
         merge(delta, tmp_path / "merged", base=str(save_base(tmp_path / "gpt", "gpt2")))
 
