@@ -6,7 +6,6 @@ base, whose fingerprints are in there too.
 """
 
 import json
-import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,12 +21,11 @@ from torch import Tensor
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import CheckpointSection, load_recipe
 from sift_cli.runs.facts import Facts, differences, recipe_changes, settings_of
-from sift_cli.runs.folder import CHECKPOINTS, RECIPE_FILE
+from sift_cli.runs.folder import CHECKPOINT_NAME, CHECKPOINTS, RECIPE_FILE
 from sift_cli.runs.summary import Summary
 from sift_cli.runs.timing import Used
 from sift_cli.system.files import sha256_of, sync
 
-FILE_NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
 KEPT = 2  # files
 
 
@@ -116,7 +114,9 @@ class Checkpoints:
 
     def files(self) -> list[Path]:
         """The files there are, oldest first."""
-        return sorted(path for path in self.folder.glob("*") if FILE_NAME.fullmatch(path.name))
+        return sorted(
+            path for path in self.folder.glob("*") if CHECKPOINT_NAME.fullmatch(path.name)
+        )
 
     def newest(self, here: Facts) -> Checkpoint | None:
         """The newest that is whole; None where there is none at all.
@@ -210,12 +210,12 @@ def _other_run(out: Path, changes: list[str], code: ExitCode) -> SiftError:
 
 
 def _step(path: Path) -> int:
-    found = FILE_NAME.fullmatch(path.name)
+    found = CHECKPOINT_NAME.fullmatch(path.name)
     assert found is not None
     return int(found[1])
 
 
 def _mark(path: Path) -> str:
-    found = FILE_NAME.fullmatch(path.name)
+    found = CHECKPOINT_NAME.fullmatch(path.name)
     assert found is not None
     return found[2]

@@ -1,6 +1,10 @@
 """The run folder: the name of everything in it."""
 
+import re
+import shlex
 from pathlib import Path
+
+from sift_cli.errors import SiftError
 
 # of every run, from its beginning
 RECIPE_FILE = "recipe.yaml"
@@ -11,6 +15,7 @@ TENSORBOARD = "tensorboard"
 WANDB_FILE = "wandb.id"
 # of one that runs, or was interrupted
 CHECKPOINTS = "checkpoint"
+CHECKPOINT_NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")  # step, hash
 LOCK_FILE = ".lock"
 # of one that has finished
 DELTA_FILE = "delta.safetensors"
@@ -26,7 +31,25 @@ NO_RESULT = {"out", "log", "checkpoint"}  # parts of a recipe that change no res
 
 
 def delta_file(path: str) -> Path:
-    """The delta at `path`: the file, or the one in a run folder."""
+    """The delta at `path`: the file, or the one in a run folder.
+
+    Raises SiftError for a run that was interrupted before it wrote one.
+    """
     place = Path(path).expanduser()
     inside = place / DELTA_FILE
-    return inside if inside.is_file() else place
+    if inside.is_file():
+        return inside
+    folder = place.parent if place.name == DELTA_FILE else place
+    if not place.is_file() and (steps := saved_steps(folder)):
+        again = ["sift", "train", str(folder / RECIPE_FILE), "--out", str(folder), "--resume"]
+        raise SiftError(
+            f"{folder}: a run that has not finished, of which step {max(steps):,} is saved; go on "
+            f"with {shlex.join(again)}"
+        )
+    return place
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps after which the run in `folder` has checkpoints."""
+    names = (CHECKPOINT_NAME.fullmatch(path.name) for path in (folder / CHECKPOINTS).glob("*"))
+    return [int(name[1]) for name in names if name]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import load_recipe, parse_recipe
 from sift_cli.runs.folder import CHECKPOINTS
 from sift_cli.training import train
+from tests.support.command import sift
 from tests.support.interruptions import (
     SELECTIONS,
     Killed,
@@ -222,6 +224,24 @@ def test_a_folder_with_an_interrupted_run_asks_what_to_do(
         train(recipe, tmp_path / "run")
     train(recipe, tmp_path / "run", overwrite=True)
     assert not (tmp_path / "run" / CHECKPOINTS).exists()
+
+
+@pytest.mark.parametrize("file", ["", "/delta.safetensors"])
+def test_a_run_that_has_not_finished_is_known_to_other_commands(
+    file: str, recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_file, ["checkpoint.every=2"])
+    run = tmp_path / "run"
+    killed_at(4, recipe, run)
+    again = ["train", str(run / "recipe.yaml"), "--out", str(run), "--resume"]
+    for command in (["eval"], ["predict"], ["inspect"], ["merge"]):
+        more = {"predict": ["good film"], "merge": ["--out", tmp_path / "merged"]}
+        done = sift(*command, f"{run}{file}", *more.get(command[0], []))
+        assert done.returncode == 2, command
+        said = f"has not finished, of which step 2 is saved; go on with sift {shlex.join(again)}"
+        assert said in done.stderr, command
+    assert sift(*again).returncode == 0
+    assert sift("inspect", run).returncode == 0
 
 
 def test_resuming_without_a_checkpoint_starts_and_a_finished_run_stays(
