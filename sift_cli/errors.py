@@ -26,6 +26,11 @@ class SiftError(Exception):
         self.code = code
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """A number with the words that go with it, such as `1 tensor differs`, `2 tensors differ`."""
+    return f"{count:,} {one if count == 1 else many}"
+
+
 def in_lines(names: Sequence[str]) -> str:
     """The first few of many names for a message, an indented line each, and how many more."""
     more = f"\n  and {len(names) - LISTED} more" if len(names) > LISTED else ""

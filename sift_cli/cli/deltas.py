@@ -74,7 +74,7 @@ def merge(
     if as_json:
         print_json(merged.to_json())
         return
-    if merged.composition is not None:
+    if merged.composition is not None and len(deltas) > 1:
         print_table(_overlap_table(merged.composition))
     for sentence in _merge_sentences(merged, undo):
         stdout.print(sentence, highlight=False)

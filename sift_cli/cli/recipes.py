@@ -71,8 +71,9 @@ def cp(
     from sift_cli.cli.editing import SCHEMA_FILE, editable
 
     target.write_text(editable(source.read_text(encoding="utf-8")), encoding="utf-8")
-    schema(target.parent / SCHEMA_FILE)
-    stdout.print(f"{target}")
+    beside = target.parent / SCHEMA_FILE
+    schema(beside)
+    stdout.print(f"{target}\n{beside}: by it an editor checks and completes", highlight=False)
 
 
 def schema(

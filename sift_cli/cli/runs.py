@@ -213,11 +213,12 @@ def predict(
     if as_json:
         print_json({"predictions": predictions})
         return
-    table = Table("text", "label", "probability" if "probability" in predictions[0] else "score")
+    answers = [key for key in ("label", "probability", "score") if key in predictions[0]]
+    table = Table("text", *answers)
     for one in predictions:
         texts = " / ".join([one["text"], one["pair"]] if "pair" in one else [one["text"]])
-        number = one.get("probability", one.get("score"))
-        table.add_row(escape(texts), str(one.get("label", "")), f"{number:.4f}")
+        cells = (one[key] if key == "label" else f"{one[key]:.4f}" for key in answers)
+        table.add_row(escape(texts), *map(escape, cells))
     print_table(table)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sift_cli.convert.undo import MergeRecord, dropped_places, side_files
 from sift_cli.delta.file import Delta
 from sift_cli.delta.identity import renamed
-from sift_cli.errors import ExitCode, SiftError
+from sift_cli.errors import ExitCode, SiftError, counted
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.loading import DTYPES, INDEX_FILE, weight_files
 from sift_cli.models.names import owner
@@ -214,8 +214,9 @@ def require_whole(layout: Layout, names: Mapping[str, str], delta: Delta, source
         if place.shape in dtypes
     }
     hint = renamed(delta, here, changed)
+    told = counted(len(lacking), "tensor", "tensors")
     raise SiftError(
-        f"{source} lacks {len(lacking)} tensors of the model, such as {lacking[0]}\n{hint}".strip(),
+        f"{source} lacks {told} of the model, such as {lacking[0]}\n{hint}".strip(),
         ExitCode.WRONG_FILE,
     )
 

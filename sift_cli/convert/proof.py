@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sift_cli.errors import ExitCode, SiftError
+from sift_cli.errors import ExitCode, SiftError, counted
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.loading import LoadedModel, weight_files
 from sift_cli.models.tensors import list_file
@@ -75,7 +75,8 @@ def prove_files(folder: Path, wanted: Mapping[str, WrittenTensor]) -> None:
     ]
     if wrong:
         raise SiftError(
-            f"{folder}: read back from disk, {len(wrong)} tensors are not as written, such as "
+            f"{folder}: read back from disk, "
+            f"{counted(len(wrong), 'tensor is', 'tensors are')} not as written, such as "
             f"{wrong[0]}; the disk or the memory is faulty",
             ExitCode.NOT_VERIFIED,
         )

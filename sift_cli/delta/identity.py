@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from sift_cli.delta.file import Delta
-from sift_cli.errors import ExitCode, SiftError, in_lines
+from sift_cli.errors import ExitCode, SiftError, counted, in_lines
 from sift_cli.models.fingerprints import TensorKind
 
 NOT_TRAINED = "not the trained weight"  # in place of a fingerprint
@@ -186,9 +186,11 @@ def check_base(
     names = lacking + wrong
     base = delta.header.base
     role = "the merged model" if merged else "the base"
+    which = ("is lacking or ", "are lacking or ") if lacking else ("", "")
+    told = counted(len(names), f"tensor {which[0]}differs", f"tensors {which[1]}differ")
     raise SiftError(
         f"{source} is not {role} of this delta, which was trained on {base.path} "
-        f"({base.dtype}); {len(names)} tensors {'are lacking or ' if lacking else ''}differ:\n"
+        f"({base.dtype}); {told}:\n"
         f"  {in_lines(names)}\n{advice(delta, marks, kinds or {}, tied or {}, names, merged)}",
         ExitCode.WRONG_FILE,
     )

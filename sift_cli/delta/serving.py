@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sift_cli.delta.file import SIGNED, Delta
 from sift_cli.delta.identity import NOT_TRAINED, check_base
-from sift_cli.errors import ExitCode, SiftError
+from sift_cli.errors import ExitCode, SiftError, counted
 from sift_cli.models.fingerprints import (
     TensorKind,
     fingerprint,
@@ -234,7 +234,7 @@ def _read_again(state: Mapping[str, Tensor], watched: Watched, notes: dict[str, 
     if wrong:
         raise SiftError(
             f"something else has changed the model since a delta was put on or taken off: "
-            f"{len(wrong)} tensors, such as {min(wrong)}; load the base anew",
+            f"{counted(len(wrong), 'tensor', 'tensors')}, such as {min(wrong)}; load the base anew",
             ExitCode.WRONG_FILE,
         )
     watched.notes = notes

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sift_cli.delta.build import versions
+from sift_cli.errors import counted
 from sift_cli.models.fingerprints import state_fingerprints
 from sift_cli.recipe import Recipe
 from sift_cli.runs.folder import NO_RESULT
@@ -106,7 +107,8 @@ def differences(there: Facts, here: Facts) -> Differences:
     )
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        found.append(f"the base: {len(wrong)} tensors differ: {', '.join(wrong[:3])}{more}")
+        told = counted(len(wrong), "tensor differs", "tensors differ")
+        found.append(f"the base: {told}: {', '.join(wrong[:3])}{more}")
     tell = _changes(there.setting, here.setting)
     return Differences(found, tell, wrong_base=bool(wrong) and len(found) == 1)
 

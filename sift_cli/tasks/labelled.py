@@ -120,7 +120,8 @@ def _infer_labels(rows: Dataset, column: str) -> tuple[str, ...] | None:
         if count > max(len(values), 100):
             raise SiftError(
                 f"data.label: {column!r} goes up to {count - 1:,} in {len(values):,} rows, so it "
-                "holds no codes of classes; name them in data.labels, or use real numbers"
+                "holds no codes of classes; name them in data.labels, or write 3.0 for 3 where "
+                "numbers are to be predicted"
             )
         return tuple(str(code) for code in range(count))
     return None
@@ -159,6 +160,8 @@ def _check_rows(
         coded = [codes.get(value, -1) if isinstance(value, str) else value for value in given]
         valid = [isinstance(code, int) and 0 <= code < len(names) for code in coded]
         said = f"labels outside {dict(enumerate(names))}"
+        if all(name.isdigit() for name in names):
+            said += " (whole numbers are codes of classes; 3.0 is a number to predict)"
         refuse_rows(split, said, numbers, [not one for one in valid], given)
         out["label"] = [int(code) for code in coded]
     out["row"] = numbers

@@ -95,6 +95,19 @@ def test_predict_takes_as_many_texts_as_a_row_had(
     assert sift("predict", tmp_path / "two", "good film", "--pair", "bad").returncode == 0
 
 
+def test_predict_shows_a_score_without_an_empty_column(
+    recipe_file: Path, data: Path, tmp_path: Path
+) -> None:
+    for file in data.iterdir():
+        file.write_text(file.read_text().replace('"label": 1', '"label": 1.5'))
+    changes = ["data.task=custom", "data.text=sentence", "data.label=label", "train.max_steps=1"]
+    options = [part for one in changes for part in ("--set", one)]
+    assert sift("train", recipe_file, *options, "--out", tmp_path / "run").returncode == 0
+    lines = sift("predict", tmp_path / "run", "good film").stdout.splitlines()
+    assert lines[0] == "text\tscore"
+    assert re.fullmatch(r"good film\t-?\d+\.\d{4}", lines[1])
+
+
 def test_what_train_prints(recipe_file: Path, tmp_path: Path) -> None:
     done = sift("train", recipe_file, "--set", "train.max_steps=2", "--seed", 9, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

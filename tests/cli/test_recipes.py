@@ -118,6 +118,10 @@ def test_an_editable_copy_is_the_same_recipe_with_every_key(name: str) -> None:
 def test_cp_writes_a_recipe_and_its_schema(tmp_path: Path) -> None:
     done = sift("recipes", "cp", "paper/rte", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [
+        "rte.yaml",
+        SCHEMA_FILE,
+    ]
     assert load_recipe(tmp_path / "rte.yaml") == load_recipe(shipped.find("paper/rte"))
     assert json.loads((tmp_path / SCHEMA_FILE).read_text()) == json_schema()
     assert sift("recipes", "cp", "paper/rte", cwd=tmp_path).returncode == 2

@@ -316,6 +316,9 @@ def test_the_command_shows_where_deltas_meet(run: Run, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for word in ("collisions", "sign conflicts", "query.weight", "The head is that of"):
         assert word in done.stdout
+    alone = sift("merge", paths[0], "--scale", "0.5", "--out", tmp_path / "half")
+    assert "tensors changed" in alone.stdout
+    assert "collisions" not in alone.stdout  # one delta meets no other
     done = sift(*args, "--out", tmp_path / "y", "--json")
     report = json.loads(done.stdout)
     assert [*report][-5:] == ["verified", "composed", "overlap", "overlaps", "head"]

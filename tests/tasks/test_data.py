@@ -682,5 +682,12 @@ def test_a_column_of_ids_is_not_taken_for_labels(tmp_path: Path) -> None:
     lines = "\n".join(f'{{"t": "x", "y": {code}}}' for code in (5, 10**12))
     (tmp_path / "train.jsonl").write_text(lines)
     (tmp_path / "validation.jsonl").write_text(lines)
-    with pytest.raises(SiftError, match=r"holds no codes of classes; name them in data\.labels"):
+    with pytest.raises(SiftError, match=r"name them in data\.labels, or write 3\.0 for 3 where"):
+        load_task(str(tmp_path), "custom", text=["t"], label="y")
+
+
+def test_whole_numbers_outside_the_labels_come_with_what_they_mean(tmp_path: Path) -> None:
+    for split, last in (("train", 2), ("validation", 3)):
+        write(tmp_path / f"{split}.csv", [{"t": "x", "y": code} for code in (0, 1, last)])
+    with pytest.raises(SiftError, match=r"labels outside .*codes of classes; 3\.0 is a number"):
         load_task(str(tmp_path), "custom", text=["t"], label="y")
