@@ -268,22 +268,25 @@ def inspect(
 
 
 def _provenance(found: dict[str, Any]) -> dict[str, str]:
-    """What a delta says of itself, a line each."""
+    """What a delta says of itself, a line each; it need not say more than its base's path."""
     base, made = found["base"], found.get("difference")
-    revision = f" at {base['revision']}" if base["revision"] else ""
+    revision = f" at {base['revision']}" if base.get("revision") else ""
+    task = f", task {found['task']}" if found.get("task") else ""
+    labels = found.get("labels")
+    versions = found.get("versions", {})
     lines = {
         "file": f"{found['file']}, {size(found['bytes'])}; {found['integrity']}",
         "sha256": found["sha256"],
         "base": f"{base['path']}{revision}, {base['dtype']}",
-        "model": found["architecture"] + (f", task {found['task']}" if found["task"] else ""),
-        "labels": "a score" if found["labels"] is None else ", ".join(found["labels"]),
-        "made by": f"policy {found['policy']}"
-        + "".join(f", {name} {number}" for name, number in found["versions"].items()),
+        "model": (found.get("architecture") or "not told") + task,
+        "labels": "a score" if labels is None else ", ".join(labels),
+        "made by": f"policy {found.get('policy') or 'not told'}"
+        + "".join(f", {name} {number}" for name, number in versions.items()),
     }
     if made:
         kept = "exact" if made["exact"] else f"{made['norm_share']:.1%} of the change's norm"
         lines["from"] = f"{made['tuned']}, {kept}"
-    if found["metrics"]:
+    if found.get("metrics"):
         lines["metrics"] = ", ".join(f"{n} {shown(v)}" for n, v in found["metrics"].items())
     lines["entries"] = (
         f"{found['entries']:,} of {found['size']:,} in {found['weights']} weights "

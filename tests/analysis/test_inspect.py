@@ -211,3 +211,14 @@ def test_what_inspect_prints(delta: Path, base: Path, tmp_path: Path) -> None:
     done = sift("inspect", delta.parent / "recipe.yaml")
     assert done.returncode == 3
     assert "damaged, or no delta file" in done.stderr
+
+
+def test_a_delta_that_says_little_is_shown(delta: Path, tmp_path: Path) -> None:
+    held = load_delta(delta)
+    few = Header(base=Base(path="base", dtype="float32"))
+    save_delta(tmp_path / "few.safetensors", Delta(held.weights, held.dense, held.rest, few))
+    done = sift("inspect", tmp_path / "few.safetensors")
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(":", 1) for line in done.stdout.splitlines() if ": " in line)
+    assert lines["base"].strip() == "base, float32"
+    assert (lines["model"].strip(), lines["made by"].strip()) == ("not told", "policy not told")
