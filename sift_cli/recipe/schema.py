@@ -86,7 +86,15 @@ class TrainSection(Section):
     )
     accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    step_scale: Literal["none", "input"] = Field(
+        "none",
+        description="input: each entry's rate is divided by how loud its input is, beside the "
+        "median input of its weight",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    decay_toward: Literal["zero", "base"] = Field(
+        "zero", description="where weight decay pulls the entries; new modules are pulled to zero"
+    )
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.06, description="share of the steps")
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
