@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from sift_cli.errors import SiftError
 from sift_cli.recipe.schema import Recipe
-from sift_cli.recipe.selection import AXES, OPTIONS
+from sift_cli.recipe.selection import AXES, OPTIONS, policy_row
 from sift_cli.selection.policies import POLICIES
 
 KeyPlace = tuple[str | int, ...]
@@ -76,7 +76,10 @@ def trace_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, dic
     load_recipe(path, overrides)  # raises for what cannot be read
     recipe, given, places = _parse(path.read_text(encoding="utf-8"), str(path), overrides)
     policy = recipe.selection.policy
-    by_policy = {f"selection.{key}" for key in (*AXES, *POLICIES[policy].defaults)}
+    row = POLICIES[policy]
+    by_policy = {f"selection.{key}" for key in (*AXES, *row.defaults)}
+    if row.step_scale == recipe.train.step_scale != "none":
+        by_policy.add("train.step_scale")
     origins = {}
     for section, values in recipe.model_dump().items():
         for key in values if isinstance(values, dict) else ():
@@ -210,6 +213,8 @@ def _override(
         problems.append((where, "the value is not valid YAML"))
         return
     section: Any = values
+    if dotted.strip() == "selection.policy":
+        _drop_step_scale(values, places)
     for depth, key in enumerate(keys[:-1]):
         places.setdefault(tuple(keys[: depth + 1]), where)
         if not isinstance(section.get(key), dict):
@@ -228,9 +233,19 @@ def _override(
     places[tuple(keys)] = where
 
 
+def _drop_step_scale(values: dict[str, Any], places: dict[KeyPlace, str]) -> None:
+    """Takes away the step scale that the policy of the file would give as well."""
+    train, place = values.get("train"), ("train", "step_scale")
+    filled = policy_row(values.get("selection")).step_scale
+    overridden = places.get(place, "").startswith("--set")
+    if isinstance(train, dict) and not overridden and train.get("step_scale") in (filled, None):
+        train.pop("step_scale", None)
+        places.pop(place, None)
+
+
 def _filled_in(section: Mapping[str, Any]) -> list[str]:
     """The options of a selection whose values its policy, or the default, would give as well."""
-    row = POLICIES.get(str(section.get("policy", "sift")), POLICIES["sift"])
+    row = policy_row(section)
     usual = {
         "batches": 1,
         **{key: option.default for key, option in OPTIONS.items()},

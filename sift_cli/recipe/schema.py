@@ -1,7 +1,7 @@
 """The schema of a recipe: its sections, keys, defaults and descriptions. Imports no torch."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -19,7 +19,8 @@ from sift_cli.recipe.kinds import (
     one_of,
     or_list,
 )
-from sift_cli.recipe.selection import SelectionSection
+from sift_cli.recipe.selection import SelectionSection, policy_row
+from sift_cli.selection.policies import STEP_SCALES
 from sift_cli.tasks.metrics import METRICS
 from sift_cli.tasks.table import TASKS
 
@@ -86,10 +87,10 @@ class TrainSection(Section):
     )
     accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    step_scale: Literal["none", "input"] = Field(
+    step_scale: Annotated[str, one_of(STEP_SCALES)] = Field(
         "none",
         description="input: each entry's rate is divided by how loud its input is, beside the "
-        "median input of its weight",
+        "median input of its weight; the policy's own if unset",
     )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     decay_toward: Literal["zero", "base"] = Field(
@@ -175,6 +176,16 @@ class Recipe(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     log: LogSection = Field(default_factory=LogSection)
     out: str | None = Field(None, description="the run folder; runs/NAME-OF-RECIPE if unset")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _step_of_policy(cls, given: Any) -> Any:
+        """Fills the step scale from the policy, where the recipe leaves it open."""
+        train = given.get("train") or {} if isinstance(given, dict) else None
+        if not isinstance(train, dict) or train.get("step_scale") is not None:
+            return given
+        scale = policy_row(given.get("selection")).step_scale
+        return {**given, "train": {**train, "step_scale": scale}}
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, in the order of the schema."""

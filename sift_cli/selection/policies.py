@@ -25,7 +25,10 @@ CHANGING = ("every-batch", "every-n-steps")  # schedules under which the support
 
 @dataclass(frozen=True)
 class Policy:
-    """The four axes of selection, other keys' defaults, and the source of the method."""
+    """The four axes of selection, the source of the method, and other keys' defaults.
+
+    `defaults` are of further keys of the selection, `step_scale` is that of train.step_scale.
+    """
 
     score: str
     scope: str
@@ -33,7 +36,10 @@ class Policy:
     schedule: str
     paper: str
     defaults: Mapping[str, object] = field(default_factory=dict)
+    step_scale: str = "none"
 
+
+STEP_SCALES = ("none", "input")
 
 POLICIES: dict[str, Policy] = {
     "sift": Policy(
