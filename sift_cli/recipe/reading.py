@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sift_cli.errors import SiftError
-from sift_cli.recipe.schema import Recipe
+from sift_cli.recipe.schema import Recipe, TrainSection
 from sift_cli.recipe.selection import AXES, OPTIONS, policy_row
 from sift_cli.selection.policies import POLICIES
 
@@ -78,8 +78,7 @@ def trace_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, dic
     policy = recipe.selection.policy
     row = POLICIES[policy]
     by_policy = {f"selection.{key}" for key in (*AXES, *row.defaults)}
-    if row.step_scale == recipe.train.step_scale != "none":
-        by_policy.add("train.step_scale")
+    by_policy |= {f"train.{key}" for key in row.train}
     origins = {}
     for section, values in recipe.model_dump().items():
         for key in values if isinstance(values, dict) else ():
@@ -214,7 +213,7 @@ def _override(
         return
     section: Any = values
     if dotted.strip() == "selection.policy":
-        _drop_step_scale(values, places)
+        _reopen_train(values, places, value)
     for depth, key in enumerate(keys[:-1]):
         places.setdefault(tuple(keys[: depth + 1]), where)
         if not isinstance(section.get(key), dict):
@@ -233,14 +232,22 @@ def _override(
     places[tuple(keys)] = where
 
 
-def _drop_step_scale(values: dict[str, Any], places: dict[KeyPlace, str]) -> None:
-    """Takes away the step scale that the policy of the file would give as well."""
-    train, place = values.get("train"), ("train", "step_scale")
-    filled = policy_row(values.get("selection")).step_scale
-    overridden = places.get(place, "").startswith("--set")
-    if isinstance(train, dict) and not overridden and train.get("step_scale") in (filled, None):
-        train.pop("step_scale", None)
-        places.pop(place, None)
+def _reopen_train(values: dict[str, Any], places: dict[KeyPlace, str], policy: object) -> None:
+    """Before `policy` takes the place of the file's: takes away what that gave to training.
+
+    These are keys that either row has, where the file has what its own policy, or the default,
+    would give as well.
+    """
+    train = values.get("train")
+    if not isinstance(train, dict):
+        return
+    old, new = policy_row(values.get("selection")).train, policy_row({"policy": policy}).train
+    for key in {**old, **new}:
+        usual = old.get(key, TrainSection.model_fields[key].default)
+        overridden = places.get(("train", key), "").startswith("--set")
+        if not overridden and train.get(key) == usual:
+            del train[key]
+            places.pop(("train", key), None)
 
 
 def _filled_in(section: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,6 @@ from sift_cli.recipe.kinds import (
     or_list,
 )
 from sift_cli.recipe.selection import SelectionSection, policy_row
-from sift_cli.selection.policies import STEP_SCALES
 from sift_cli.tasks.metrics import METRICS
 from sift_cli.tasks.table import TASKS
 
@@ -87,7 +86,7 @@ class TrainSection(Section):
     )
     accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    step_scale: Annotated[str, one_of(STEP_SCALES)] = Field(
+    step_scale: Literal["none", "input"] = Field(
         "none",
         description="input: each entry's rate is divided by how loud its input is, beside the "
         "median input of its weight; the policy's own if unset",
@@ -179,13 +178,14 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _step_of_policy(cls, given: Any) -> Any:
-        """Fills the step scale from the policy, where the recipe leaves it open."""
+    def _train_as_the_policy_does(cls, given: Any) -> Any:
+        """Fills what the recipe leaves open of training from the policy, where its row says it."""
         train = given.get("train") or {} if isinstance(given, dict) else None
-        if not isinstance(train, dict) or train.get("step_scale") is not None:
+        if not isinstance(train, dict):
             return given
-        scale = policy_row(given.get("selection")).step_scale
-        return {**given, "train": {**train, "step_scale": scale}}
+        row = policy_row(given.get("selection")).train
+        open_keys = {key: value for key, value in row.items() if train.get(key) is None}
+        return {**given, "train": {**train, **open_keys}} if open_keys else given
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, in the order of the schema."""

@@ -27,7 +27,7 @@ CHANGING = ("every-batch", "every-n-steps")  # schedules under which the support
 class Policy:
     """The four axes of selection, the source of the method, and other keys' defaults.
 
-    `defaults` are of further keys of the selection, `step_scale` is that of train.step_scale.
+    `defaults` are of further keys of the selection, `train` of keys of the section train.
     """
 
     score: str
@@ -36,10 +36,8 @@ class Policy:
     schedule: str
     paper: str
     defaults: Mapping[str, object] = field(default_factory=dict)
-    step_scale: str = "none"
+    train: Mapping[str, object] = field(default_factory=dict)
 
-
-STEP_SCALES = ("none", "input")
 
 POLICIES: dict[str, Policy] = {
     "sift": Policy(
