@@ -230,9 +230,10 @@ def sparse(
     structure: str = "entry",
     block: int = 1,
     gpu: bool = False,
+    coordinates: int = 0,
 ) -> Prepare:
     """Sparse training as `sift train` prepares it: of each weight in `counts` so many entries, and
-    the parameters `dense` whole."""
+    the parameters `dense` whole; each entry has so many `coordinates` beside its master."""
 
     def prepare(model: Any) -> Ready:
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
@@ -243,6 +244,7 @@ def sparse(
             supports[name] = Support(shapes[name], None if full else positions)
         parameters = attach(model, supports, likely_kernel(structure, block, gpu))
         optimizer = SparseAdamW(parameters, RATE)
+        beside = [torch.empty_like(parameters.flat) for _ in range(coordinates)]
 
         def update() -> None:
             optimizer.clip(CLIP)
@@ -251,7 +253,7 @@ def sparse(
         def parts() -> dict[str, list[Tensor]]:
             return {
                 "base_values": [values for _, _, values in parameters.touched],
-                "masters": [parameters.flat],
+                "masters": [parameters.flat, *beside],
                 "gradients": [parameters.grad],
                 "moments": list(optimizer.adamw.state[parameters.flat].values()),
             }

@@ -230,6 +230,9 @@ def memory_of_methods(
     chosen, gpu = recipe.selection, device.type == "cuda"
     bf16 = autocasts(recipe.model, recipe.train, device)
     structure, block = chosen.structure or "entry", chosen.block_size or 1
+    settings = recipe.train
+    centred = settings.decay_toward == "base" and settings.weight_decay > 0
+    beside = (settings.step_scale != "none") + centred  # numbers of each entry
 
     def lora() -> Any:
         layers = adapted_layers(outline.model, list(outline.counts))
@@ -237,7 +240,7 @@ def memory_of_methods(
         return adapt(build(), "lora", layers, dense, rank)
 
     prepare = {
-        "sift": (build, sparse(outline.counts, dense, structure, block, gpu)),
+        "sift": (build, sparse(outline.counts, dense, structure, block, gpu, beside)),
         "lora": (lora, ordinary),
         "full": (lambda: adapt(build(), "full", [], dense), ordinary),
     }

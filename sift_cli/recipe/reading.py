@@ -9,8 +9,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sift_cli.errors import SiftError
-from sift_cli.recipe.schema import Recipe
-from sift_cli.recipe.selection import AXES, OPTIONS
+from sift_cli.recipe.schema import Recipe, TrainSection
+from sift_cli.recipe.selection import AXES, OPTIONS, policy_row
 from sift_cli.selection.policies import POLICIES
 
 KeyPlace = tuple[str | int, ...]
@@ -76,7 +76,9 @@ def trace_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, dic
     load_recipe(path, overrides)  # raises for what cannot be read
     recipe, given, places = _parse(path.read_text(encoding="utf-8"), str(path), overrides)
     policy = recipe.selection.policy
-    by_policy = {f"selection.{key}" for key in (*AXES, *POLICIES[policy].defaults)}
+    row = POLICIES[policy]
+    by_policy = {f"selection.{key}" for key in (*AXES, *row.defaults)}
+    by_policy |= {f"train.{key}" for key in row.train}
     origins = {}
     for section, values in recipe.model_dump().items():
         for key in values if isinstance(values, dict) else ():
@@ -210,6 +212,8 @@ def _override(
         problems.append((where, "the value is not valid YAML"))
         return
     section: Any = values
+    if dotted.strip() == "selection.policy":
+        _reopen_train(values, places, value)
     for depth, key in enumerate(keys[:-1]):
         places.setdefault(tuple(keys[: depth + 1]), where)
         if not isinstance(section.get(key), dict):
@@ -228,9 +232,27 @@ def _override(
     places[tuple(keys)] = where
 
 
+def _reopen_train(values: dict[str, Any], places: dict[KeyPlace, str], policy: object) -> None:
+    """Before `policy` takes the place of the file's: takes away what that gave to training.
+
+    These are keys that either row has, where the file has what its own policy, or the default,
+    would give as well.
+    """
+    train = values.get("train")
+    if not isinstance(train, dict):
+        return
+    old, new = policy_row(values.get("selection")).train, policy_row({"policy": policy}).train
+    for key in {**old, **new}:
+        usual = old.get(key, TrainSection.model_fields[key].default)
+        overridden = places.get(("train", key), "").startswith("--set")
+        if not overridden and train.get(key) == usual:
+            del train[key]
+            places.pop(("train", key), None)
+
+
 def _filled_in(section: Mapping[str, Any]) -> list[str]:
     """The options of a selection whose values its policy, or the default, would give as well."""
-    row = POLICIES.get(str(section.get("policy", "sift")), POLICIES["sift"])
+    row = policy_row(section)
     usual = {
         "batches": 1,
         **{key: option.default for key, option in OPTIONS.items()},

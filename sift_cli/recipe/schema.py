@@ -1,7 +1,7 @@
 """The schema of a recipe: its sections, keys, defaults and descriptions. Imports no torch."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -19,7 +19,7 @@ from sift_cli.recipe.kinds import (
     one_of,
     or_list,
 )
-from sift_cli.recipe.selection import SelectionSection
+from sift_cli.recipe.selection import SelectionSection, policy_row
 from sift_cli.tasks.metrics import METRICS
 from sift_cli.tasks.table import TASKS
 
@@ -86,7 +86,15 @@ class TrainSection(Section):
     )
     accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    step_scale: Literal["none", "input"] = Field(
+        "none",
+        description="input: each entry's rate is divided by how loud its input is, beside the "
+        "median input of its weight; the policy's own if unset",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    decay_toward: Literal["zero", "base"] = Field(
+        "zero", description="where weight decay pulls the entries; new modules are pulled to zero"
+    )
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.06, description="share of the steps")
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -167,6 +175,17 @@ class Recipe(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     log: LogSection = Field(default_factory=LogSection)
     out: str | None = Field(None, description="the run folder; runs/NAME-OF-RECIPE if unset")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _train_as_the_policy_does(cls, given: Any) -> Any:
+        """Fills what the recipe leaves open of training from the policy, where its row says it."""
+        train = given.get("train") or {} if isinstance(given, dict) else None
+        if not isinstance(train, dict):
+            return given
+        row = policy_row(given.get("selection")).train
+        open_keys = {key: value for key, value in row.items() if train.get(key) is None}
+        return {**given, "train": {**train, **open_keys}} if open_keys else given
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, in the order of the schema."""

@@ -14,7 +14,15 @@ from pydantic import (
 )
 
 from sift_cli.recipe.kinds import Names, PositiveInt, Section, Share, in_short, nearest, one_of
-from sift_cli.selection.policies import CHANGING, POLICIES, SCHEDULES, SCOPES, SCORES, STRUCTURES
+from sift_cli.selection.policies import (
+    CHANGING,
+    POLICIES,
+    SCHEDULES,
+    SCOPES,
+    SCORES,
+    STRUCTURES,
+    Policy,
+)
 
 PolicyName = Annotated[str, one_of(list(POLICIES))]
 
@@ -50,6 +58,15 @@ OPTIONS = {
 }
 
 
+DEFAULT_POLICY = "sift"
+
+
+def policy_row(selection: Any) -> Policy:
+    """The row of the policy that a section's values name; that of the default where none is."""
+    named = selection.get("policy") if isinstance(selection, dict) else None
+    return POLICIES.get(str(named or DEFAULT_POLICY), POLICIES[DEFAULT_POLICY])
+
+
 AXES = ("score", "scope", "structure", "schedule")
 
 
@@ -78,7 +95,7 @@ _SCORE = WithJsonSchema({"anyOf": [{"enum": list(SCORES)}, {"pattern": r"\.py:\w
 class SelectionSection(Section):
     """Which entries train."""
 
-    policy: PolicyName = Field("sift", description="a row of the policy table")
+    policy: PolicyName = Field(DEFAULT_POLICY, description="a row of the policy table")
     score: Annotated[str, AfterValidator(_score_name), _SCORE] | None = Field(
         None, description="what an entry is worth; or FILE.py:FUNCTION"
     )
@@ -129,7 +146,7 @@ class SelectionSection(Section):
         """Fills what the recipe leaves open: axes and options from the policy, then defaults."""
         if not isinstance(given, dict):
             return given
-        row = POLICIES.get(str(given.get("policy", "sift")), POLICIES["sift"])
+        row = policy_row(given)
         filled = {**given}
         for key, value in {**{axis: getattr(row, axis) for axis in AXES}, **row.defaults}.items():
             applies = key not in OPTIONS or OPTIONS[key].applies(filled)

@@ -25,7 +25,10 @@ CHANGING = ("every-batch", "every-n-steps")  # schedules under which the support
 
 @dataclass(frozen=True)
 class Policy:
-    """The four axes of selection, other keys' defaults, and the source of the method."""
+    """The four axes of selection, the source of the method, and other keys' defaults.
+
+    `defaults` are of further keys of the selection, `train` of keys of the section train.
+    """
 
     score: str
     scope: str
@@ -33,6 +36,7 @@ class Policy:
     schedule: str
     paper: str
     defaults: Mapping[str, object] = field(default_factory=dict)
+    train: Mapping[str, object] = field(default_factory=dict)
 
 
 POLICIES: dict[str, Policy] = {

@@ -20,7 +20,11 @@ class SparseAdamW:
     """AdamW (Loshchilov and Hutter, 2019) over the selected entries: one fused call per step.
 
     Moments are fp32 and of shape [K], whatever the dtype of the base. Weight decay pulls every
-    trained entry towards zero, as torch.optim.AdamW does with the parameters it is given.
+    trained entry towards zero, as torch.optim.AdamW does with the parameters it is given, or
+    towards its centre. In scaled coordinates each entry moves by the learning rate times its scale
+    and decays as all do: what torch.optim.AdamW does with a group for each scale, of rate
+    `lr * scale` and decay `weight_decay / scale`. Gradients are the entries' own, so that clipping
+    and eps see what they always see.
 
     Once the support has changed, every entry counts its own steps for the bias correction.
     `history` says what a change does to moments and counts: `keep` those of the entries that stay

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sift_cli.sparse.coordinates import PLAIN, Coordinates
 from sift_cli.sparse.kernels import choose
 from sift_cli.sparse.segments import Segment, origin_of, positions_of, segments_of, writer
 from sift_cli.sparse.support import Support
@@ -35,6 +36,8 @@ class SparseParameters:
     entries that ever trained. The model's weights hold the tuned values themselves; `write_back`
     rounds the masters into them once. Masters and gradients lie on the device of the first weight,
     or on the host where they are offloaded.
+
+    A master stands for `centre + scale * master` (`coordinates`), its gradient is the entry's own.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class SparseParameters:
         kernel_for: KernelFor,
         touched: Touched | None = None,
         offload: bool = False,
+        coordinates: Coordinates = PLAIN,
     ) -> None:
         self.model, self._kernel_for, self._offload = model, kernel_for, offload
+        self.coordinates = coordinates
         self._undo = ExitStack()  # what gives the model back
         self.touched = touched or Touched()
         self.segments = segments_of(model, supports, offload)
@@ -56,6 +61,7 @@ class SparseParameters:
         device = torch.device("cpu") if offload else self.segments[0].weight.device
         self._write_flat = writer(self.segments, offload)
         self.flat = nn.Parameter(torch.empty(self.segments[-1].stop, dtype=wide, device=device))
+        self._place()
         self._read()
         self.grad = torch.zeros_like(self.flat.data)
         self.flat.grad = self.grad
@@ -68,9 +74,17 @@ class SparseParameters:
         return iter(self.segments)
 
     @torch.no_grad()
+    def values(self) -> Tensor:
+        """What the masters stand for, [K] in their dtype."""
+        values = self.flat.data
+        if self.scale is not None:
+            values = values * self.scale
+        return values if self.centre is None else self.centre + values
+
+    @torch.no_grad()
     def write_back(self) -> None:
-        """Rounds the masters once into the model's weights."""
-        self._write_flat(self.flat.data)
+        """Rounds what the masters stand for once into the model's weights."""
+        self._write_flat(self.values())
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """The gathered gradient of each weight's entries, [K] in views of the buffer, by name."""
@@ -107,7 +121,7 @@ class SparseParameters:
     def change(self, segment: Segment) -> Tensor:
         """How far each of the segment's entries is from the base, [K]."""
         base = self.touched.values(segment.name, segment.support)
-        return (self.flat.detach()[segment.span] - base.to(self.flat)).abs()
+        return (self.values()[segment.span] - base.to(self.flat)).abs()
 
     @torch.no_grad()
     def move(self, supports: Mapping[str, Support], revert: bool = False) -> Move:
@@ -133,6 +147,7 @@ class SparseParameters:
         self.segments, self.flat.grad = after, None
         self._write_flat = writer(after, self._offload)
         self.flat.data = self.flat.data.new_empty(after[-1].stop)
+        self._place()
         self._read()
         self.flat.data[stays] = kept  # the weights hold these rounded
         self.flat.grad = self.grad = torch.zeros_like(self.flat.data)
@@ -154,10 +169,21 @@ class SparseParameters:
             weight = named[name]
             support.to(weight.device).scatter_(weight, values.to(weight.device))
 
+    def _place(self) -> None:
+        """Lays out the coordinates of the entries that train."""
+        flat = self.flat.data
+        self.scale = self.coordinates.scale(self.segments, flat)
+        self.centre = self.coordinates.centre(self.segments, flat, self.touched)
+
     def _read(self) -> None:
+        """Makes the masters stand for what the weights hold."""
         for segment in self.segments:
             values = segment.support.gather(segment.weight)
             self.flat.data[segment.span] = values.to(self.flat)
+        if self.centre is not None:
+            self.flat.data.sub_(self.centre)
+        if self.scale is not None:
+            self.flat.data.div_(self.scale)
 
     def _revert(self, segment: Segment, left: Tensor) -> None:
         """Writes the base values of the entries that `left` ([n], bool) marks into the weight."""
@@ -174,6 +200,7 @@ def attach(
     kernel_for: KernelFor = choose,
     touched: Touched | None = None,
     offload: bool = False,
+    coordinates: Coordinates = PLAIN,
 ) -> SparseParameters:
     """Makes the entries in `supports` (parameter name -> support) the only ones that train.
 
@@ -182,11 +209,11 @@ def attach(
     lives no longer than one hook. `kernel_for` overrides the choice of kernel; `touched` carries
     the base values of entries that trained earlier. With `offload`, masters and gradients lie
     on the host, and so do the moments of an optimizer over them: each backward pass sends K numbers
-    there, and each step gets K back.
+    there, and each step gets K back. `coordinates` say what a master stands for.
 
     Raises KeyError for a name that the model lacks, ValueError for a support of another shape.
     """
-    parameters = SparseParameters(model, supports, kernel_for, touched, offload)
+    parameters = SparseParameters(model, supports, kernel_for, touched, offload, coordinates)
     parameters.wire()
     return parameters
 

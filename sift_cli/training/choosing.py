@@ -20,18 +20,22 @@ from sift_cli.runs.folder import CARD_FILE, DELTA_FILE
 from sift_cli.runs.record import write_weights
 from sift_cli.runs.session import Session
 from sift_cli.runs.summary import EntryCounts, Summary, Written
+from sift_cli.selection.scale import input_scales
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Retained, Rule, check, select
-from sift_cli.selection.targets import choose_weights
+from sift_cli.selection.targets import choose_weights, linear_layers
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
+from sift_cli.sparse.coordinates import Coordinates, InputScale
 from sift_cli.sparse.parameters import whole_supports
 from sift_cli.system.files import write_text
 from sift_cli.training.batches import Batches
 from sift_cli.training.method import Build
 from sift_cli.training.packing import Packed, entries_in, supports_in
 from sift_cli.training.randomness import kept_randomness
-from sift_cli.training.step import backward_passes
+from sift_cli.training.step import backward_passes, forward_passes
 from sift_cli.training.warmup import WarmUp, warm_up
+
+SCALE = "step_scale/"  # before a weight's name, in a checkpoint
 
 
 def rule_of(selection: SelectionSection, allow_code: bool = False) -> Rule:
@@ -131,10 +135,7 @@ class Chooser:
             )
         norms = self.norms if self.selection.batches == 1 else None
         supports = self.supports(1, change=change, norms=norms)
-        offload = self.train.offload_optimizer
-        return self._optimizer(
-            attach(self.session.model, supports, touched=touched, offload=offload)
-        )
+        return self._optimizer(self._attach(supports, touched, self.scales()))
 
     def restore(self, saved: Checkpoint) -> SparseAdamW:
         """What trained when the checkpoint was made, on a model that is the base."""
@@ -143,8 +144,8 @@ class Chooser:
         touched = Touched()
         for name, (support, _) in before.items():
             touched.add(name, support, named[name])
-        supports, offload = supports_in(saved, "support"), self.train.offload_optimizer
-        parameters = attach(model, supports, touched=touched, offload=offload)
+        supports, scales = supports_in(saved, "support"), self._scales_in(saved)
+        parameters = self._attach(supports, touched, scales)
         parameters.load_state(before)
         parameters.flat.data.copy_(saved.tensors["masters"])
         parameters.write_back()
@@ -193,10 +194,25 @@ class Chooser:
             )
         return chosen | whole_supports(model, self.dense)
 
+    def scales(self) -> dict[str, InputScale]:
+        """The step scale of each input, as the calibration batches of the first step have them.
+
+        They stay as they are, also where entries are chosen anew: an entry that leaves and comes
+        back finds its own.
+        """
+        if self.train.step_scale == "none":
+            return {}
+        batches = islice(self.batches.since(1), self.selection.batches)
+        with kept_randomness(self.session.device):
+            forward = forward_passes(self.session, batches)
+            return input_scales(self.session.model, self.sparse, forward)
+
     def pack(self, optimizer: SparseAdamW) -> Packed:
-        """Masters and supports; of what has left the support, the values in the weights."""
+        """Masters, supports and scales; of what has left the support, the values in the weights."""
         parameters = optimizer.parameters
         packed = Packed({"masters": parameters.flat.detach()}, {"support": {}, "touched": {}})
+        for name, scale in parameters.coordinates.scales.items():
+            packed.tensors[f"{SCALE}{name}"] = scale.values
         trained = {segment.name: segment.support for segment in parameters}
         for name, support in trained.items():
             packed.put("support", name, support)
@@ -231,6 +247,32 @@ class Chooser:
     def describe(self, out: Path, recipe: Recipe, summary: Summary) -> None:
         """Writes the card."""
         write_text(out / CARD_FILE, delta_card(recipe, summary))
+
+    def _attach(
+        self,
+        supports: Mapping[str, Support],
+        touched: Touched | None,
+        scales: dict[str, InputScale],
+    ) -> SparseParameters:
+        """Trains the supports, in the coordinates that step scale and decay ask for."""
+        new = set(self.session.new)
+        based = self.train.decay_toward == "base" and self.train.weight_decay > 0
+        centred = [name for name in (*self.sparse, *self.dense) if based and name not in new]
+        return attach(
+            self.session.model,
+            supports,
+            touched=touched,
+            offload=self.train.offload_optimizer,
+            coordinates=Coordinates(scales, centred),
+        )
+
+    def _scales_in(self, saved: Checkpoint) -> dict[str, InputScale]:
+        layers = linear_layers(self.session.model)
+        names = [key.removeprefix(SCALE) for key in saved.tensors if key.startswith(SCALE)]
+        return {
+            name: InputScale(saved.tensors[f"{SCALE}{name}"], layers[name].transposed)
+            for name in names
+        }
 
     def _optimizer(self, parameters: SparseParameters) -> SparseAdamW:
         return SparseAdamW(

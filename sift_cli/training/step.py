@@ -68,3 +68,15 @@ def backward_passes(session: Session, batches: Iterable[Rows]) -> list[Callable[
         total = session.counted(rows)
         passes += [partial(add_gradient, session, [part], total) for part in rows]
     return passes
+
+
+def forward_passes(session: Session, batches: Iterable[Rows]) -> list[Callable[[], object]]:
+    """A forward pass for each micro-batch of each of `batches`, not run yet."""
+    return [partial(_forward, session, part) for rows in batches for part in rows]
+
+
+def _forward(session: Session, part: list[int]) -> None:
+    assert session.train is not None
+    batch = place(session.collate(session.train.take(part)), session.device)
+    with autocast(session.device, session.bf16):
+        session.task.loss(session.model, batch)

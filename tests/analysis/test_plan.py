@@ -102,6 +102,25 @@ def test_a_plan_is_what_training_does(recipe_file: Path, tmp_path: Path) -> None
     assert found["device"]["fits"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "numbers"),
+    [
+        (["train.step_scale=input"], 1),
+        (["train.decay_toward=base"], 0),  # nothing decays
+        (["train.step_scale=input", "train.decay_toward=base", "train.weight_decay=0.1"], 2),
+    ],
+)
+def test_step_scale_and_base_are_counted(
+    recipe_file: Path, settings: list[str], numbers: int
+) -> None:
+    def masters(changes: list[str]) -> int:
+        outline = Outline.of(load_recipe(recipe_file, changes))
+        found = memory_of(outline, torch.device("cpu"), Console(quiet=True))
+        return int(found["memory_bytes"]["masters"])
+
+    assert masters(settings) == (1 + numbers) * masters([])
+
+
 def test_what_is_offloaded_is_not_counted_for_a_gpu(recipe_file: Path) -> None:
     outline = Outline.of(load_recipe(recipe_file, ["train.offload_optimizer=true"]))
     found = memory_of(outline, torch.device("cuda"), Console(quiet=True))["memory_of_methods"]

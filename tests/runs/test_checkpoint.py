@@ -43,15 +43,19 @@ def dropping(base: Path) -> Path:
 
 CASES = [(name, "bfloat16") for name in SELECTIONS]  # where masters and weights are two things
 CASES += [(name, "float32") for name in ("first-batch", "park-revert", "everything")]
+SCALED = ["train.step_scale=input", "train.weight_decay=0.1", "train.decay_toward=base"]
+CASES = [(*case, []) for case in CASES]
+CASES += [(name, "bfloat16", SCALED) for name in ("first-batch", "park-revert")]
 
 
-@pytest.mark.parametrize(("selection", "dtype"), CASES)
+@pytest.mark.parametrize(("selection", "dtype", "more"), CASES)
 def test_a_resumed_run_gives_the_same_delta(
-    selection: str, dtype: str, dropping: Path, recipe_file: Path, tmp_path: Path
+    selection: str, dtype: str, more: list[str], dropping: Path, recipe_file: Path, tmp_path: Path
 ) -> None:
     recipe = load_recipe(
         recipe_file,
         [
+            *more,
             f"model.dtype={dtype}",
             f"selection={SELECTIONS[selection]}",
             "train.epochs=2",  # of 6 steps; the first checkpoint lies within the first epoch

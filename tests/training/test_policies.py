@@ -1,6 +1,7 @@
 """One conformance table: every policy with every structure keeps the same invariants."""
 
 import copy
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,22 @@ def opened(recipe: Recipe) -> tuple[Session, Chooser]:
 
 
 class Reference:
-    """Dense autograd and dense moments; what a mask says is all that moves."""
+    """Dense autograd and dense moments; what a mask says is all that moves.
 
-    def __init__(self, model: nn.Module, base: nn.Module, recipe: Recipe) -> None:
+    Where weights have scales, it is torch.optim.AdamW with a group for each input: `factors`
+    ([inputs]) multiply the learning rate of each column.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: nn.Module,
+        recipe: Recipe,
+        factors: Mapping[str, Tensor] | None = None,
+        new: Collection[str] = (),
+    ) -> None:
         self.model, self.recipe = model, recipe
+        self.factors, self.new = factors or {}, new
         self.weights = dict(model.named_parameters())
         self.base = {name: weight.detach() for name, weight in base.named_parameters()}
         self.first = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
@@ -110,8 +123,38 @@ class Reference:
             )
             mean = self.first[name] / (1 - 0.9 ** self.age[name])
             square = self.second[name] / (1 - 0.999 ** self.age[name])
-            moved = weight.data - rate * mean / (square.sqrt() + 1e-8)
+            towards = self.base[name] if self.based(name) else torch.zeros_like(weight)
+            decay = rate * self.recipe.train.weight_decay * (weight.data - towards)
+            own_rate = rate * self.factors.get(name, torch.ones(()))
+            moved = weight.data - decay - own_rate * mean / (square.sqrt() + 1e-8)
             weight.data = torch.where(mask, moved, weight.data)
+
+    def based(self, name: str) -> bool:
+        return self.recipe.train.decay_toward == "base" and name not in self.new
+
+
+def factors_of(session: Session, chooser: Chooser) -> dict[str, Tensor]:
+    """By hand: the median input's root mean square over each input's, as a power of two."""
+    inputs: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, module in session.model.named_modules():
+        if f"{name}.weight" in chooser.sparse and isinstance(module, nn.Linear):
+            seen = inputs.setdefault(f"{name}.weight", [])
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, given, seen=seen: seen.append(given[0].flatten(0, -2).detach())
+                )
+            )
+    for step, rows in enumerate(chooser.batches, start=1):
+        if step <= chooser.selection.batches:
+            session.model(**session.collate(session.train.take([r for part in rows for r in part])))  # type: ignore[union-attr]
+    for handle in handles:
+        handle.remove()
+    factors = {}
+    for name, seen in inputs.items():
+        rms = torch.cat(seen).square().mean(0).sqrt()
+        factors[name] = 2.0 ** torch.log2(rms.median() / rms).round().clamp(max=3)
+    return factors
 
 
 def masks_of(model: nn.Module, supports: dict[str, Support]) -> dict[str, Tensor]:
@@ -122,13 +165,18 @@ def masks_of(model: nn.Module, supports: dict[str, Support]) -> dict[str, Tensor
     return masks
 
 
+SCALED = ["train.step_scale=input", "train.weight_decay=0.3", "train.decay_toward=base"]
+
+
+@pytest.mark.parametrize("more", [[], SCALED], ids=["plain", "scaled"])
 @pytest.mark.parametrize(("policy", "structure"), CASES)
 def test_every_step_equals_a_dense_optimizer_under_the_mask(
-    recipe_file: Path, policy: str, structure: str
+    recipe_file: Path, policy: str, structure: str, more: list[str]
 ) -> None:
-    recipe = resolved(recipe_file, policy, structure)
+    recipe = resolved(recipe_file, policy, structure, *more)
     session, chooser = opened(recipe)
     base = copy.deepcopy(session.model)
+    factors = factors_of(session, chooser) if more else {}
     alive: list[int] = []
     for weight in session.model.parameters():
         weight.register_post_accumulate_grad_hook(
@@ -138,7 +186,8 @@ def test_every_step_equals_a_dense_optimizer_under_the_mask(
     if chooser.rule.score.needs_data:
         assert max(alive) == 1  # one dense gradient at a time
     parameters, schedule = optimizer.parameters, schedule_of(recipe.train, optimizer.adamw, 5)
-    reference = Reference(copy.deepcopy(base), base, recipe)
+    reference = Reference(copy.deepcopy(base), base, recipe, factors, session.new)
+    assert not more or any(len(own.unique()) > 1 for own in factors.values())
     head = session.model.classifier.state_dict()  # a head-only warm-up may have moved it
     reference.model.classifier.load_state_dict(head)
     counts = set()
@@ -221,8 +270,11 @@ def test_a_neuron_has_no_rows_and_columns(recipe_file: Path, policy: str, struct
 
 
 @pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("more", [[], SCALED], ids=["plain", "scaled"])
 @pytest.mark.parametrize("policy", ["current-batch", "drop-grow"])
-def test_histories_against_dense_moments(recipe_file: Path, policy: str, history: str) -> None:
+def test_histories_against_dense_moments(
+    recipe_file: Path, policy: str, more: list[str], history: str
+) -> None:
     recipe = resolved(
         recipe_file,
         policy,
@@ -231,13 +283,15 @@ def test_histories_against_dense_moments(recipe_file: Path, policy: str, history
         "train.max_steps=12",
         "train.epochs=3",
         "train.lr_schedule=constant",
+        *more,
     )
     session, chooser = opened(recipe)
     base = copy.deepcopy(session.model)
+    factors = factors_of(session, chooser) if more else {}
     optimizer = chooser.begin()
     schedule_of(recipe.train, optimizer.adamw, 12)
     parameters = optimizer.parameters
-    reference = Reference(copy.deepcopy(base), base, recipe)
+    reference = Reference(copy.deepcopy(base), base, recipe, factors, session.new)
     replaced = []
     for step, rows in enumerate(chooser.batches, start=1):
         before = {segment.name: segment.support for segment in parameters}
