@@ -113,7 +113,7 @@ def _balanced_gradient(gradient: Tensor, balance: float) -> Tensor:
     """|gradient| over what its row and its column lead one to expect, to the power of `balance`.
 
     That is the product of their root mean squares over that of the whole, Adafactor's factored
-    second moment (Shazeer and Stern 2018, algorithm 1), of each what `_bounded` leaves of it: a row
+    second moment (Shazeer and Stern 2018, section 3), of each what `_bounded` leaves of it: a row
     or column of zeros scores zero. Where `balance` is 0, and for what is no matrix, |gradient|.
     """
     wide = torch.promote_types(gradient.dtype, torch.float32)
@@ -148,7 +148,7 @@ def _centred_gradient(
 def _agreement(gradient: Tensor, gradient_squares: Tensor) -> Tensor:
     """|sum g| / sqrt(sum g^2) over batches: 1 for noise, sqrt(n) for n that agree.
 
-    Adam's steps settle at this ratio of moments (Balles and Hennig 2018, section 2). Zero where the
+    Adam's steps settle at this ratio of moments (Balles and Hennig 2018). Zero where the
     squares sum to less than the smallest normal number.
     """
     tiny = torch.finfo(gradient_squares.dtype).tiny
