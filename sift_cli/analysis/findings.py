@@ -36,15 +36,18 @@ def findings_of(
         }
         for step in seen.curve
     }
+    rate = recipe.train.learning_rate
     later = {
         name: {
-            "first": mask.kept[0],
-            "mean": mean(mask.kept[1:] or mask.kept),
-            "last": mask.kept[-1],
-            "steps": mask.kept,
+            **_along(mask.kept),
             "entries": sum(len(mask.supports[n]) for n in mask.supports if n in seen.sizes),
             "replaced_per_step": mean(mask.replaced or [0.0]),
             "second_moment_lost_per_step": mean(mask.lost or [0.0]),
+            "bias_energy_share": _along(mask.bias.steps),
+            "output_step": {
+                "mean": rate * mean(mask.moves.values() or [0.0]),
+                "layers": {weight: rate * far for weight, far in mask.moves.items()},
+            },
         }
         for name, mask in masks.items()
     }
@@ -56,8 +59,10 @@ def findings_of(
         "budget": recipe.selection.budget,
         "steps": steps,
         "seed": recipe.train.seed,
+        "learning_rate": rate,
         "curve": {"densities": list(CURVE), "norm_share": curves},
         "kept_norm_share": later,
+        "bias_energy_share": _along(seen.bias.steps),
         "overlap": {
             "with_first_batch": _overlaps(seen),
             "with_batch_before": [1 - gone for gone in masks["current-batch"].replaced],
@@ -66,6 +71,12 @@ def findings_of(
     }
     found["says"] = _sentences(found)
     return found
+
+
+def _along(steps: list[float]) -> dict[str, Any]:
+    """A number of each step, and its first, last, and mean over all but the first."""
+    later = mean(steps[1:] or steps)
+    return {"first": steps[0], "mean": later, "last": steps[-1], "steps": steps}
 
 
 def _curve(seen: TrackedGradient, step: int, chosen: Callable[[str], bool]) -> list[float]:
@@ -98,9 +109,11 @@ def _between(classes: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float
 
 
 def _sentences(found: dict[str, Any]) -> list[str]:
-    """What the numbers mean for this model and data, in three sentences."""
+    """What the numbers mean for this model and data, in four sentences."""
     kept = found["kept_norm_share"]
     first, current, random = (kept[name]["mean"] for name in ("sift", "current-batch", "random"))
+    bias = {name: one["bias_energy_share"]["first"] for name, one in kept.items()}
+    moves = {name: one["output_step"]["mean"] for name, one in kept.items()}
     place = CURVE.index(1e-2)
     shares = [step["overall"][place] for step in found["curve"]["norm_share"].values()]
     replaced = kept["current-batch"]["replaced_per_step"]
@@ -120,4 +133,8 @@ def _sentences(found: dict[str, Any]) -> list[str]:
         f"A mask chosen anew for every batch replaces {replaced:.0%} of its entries at each step "
         f"and throws away {lost:.0%} of the second moment that Adam has gathered; a mask that "
         "stays throws away none.",
+        f"Of what the first batch's mask keeps of the first gradient's energy, a bias could do "
+        f"{bias['sift']:.0%} (random mask: {bias['random']:.0%}, whole gradient: "
+        f"{found['bias_energy_share']['first']:.0%}); one step at {found['learning_rate']:g} moves "
+        f"the outputs of a layer by {moves['sift']:.1%} (random mask: {moves['random']:.1%}).",
     ]

@@ -1,4 +1,12 @@
-"""Masks along a run: what each keeps of every gradient, and what its changes cost Adam."""
+"""Masks along a run: what each keeps of every gradient, and what its changes cost Adam.
+
+How much of what is kept a bias could do: the gradient of a linear layer's weight is G = sum over
+tokens of (output gradient) x (input), and P = (sum of output gradients) x (mean input) is what is
+left of it where all inputs are alike, as those of a bias are. Of each weight's kept entries M, the
+energy of G along P, <G_M, P_M>^2 / |P_M|^2: the most that any multiple of P takes out of G there.
+These energies over all weights of linear layers, divided by the sum of |G_M|^2, are a share that
+lies between 0 and 1, also where G_M is smaller than P_M.
+"""
 
 from dataclasses import dataclass, field
 from math import sqrt
@@ -9,6 +17,8 @@ from torch import Tensor
 
 from sift_cli.errors import SiftError
 from sift_cli.selection.budget import largest, share
+from sift_cli.selection.evidence import Tokens
+from sift_cli.selection.structures import Units
 from sift_cli.sparse import Support
 from sift_cli.sparse.segments import find
 from sift_cli.training.choosing import Chooser
@@ -17,10 +27,48 @@ CURVE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BETA2 = 0.999  # decay of Adam's second moment
 
 
+@dataclass(frozen=True, eq=False)
+class BiasTerm:
+    """P, of the weight of a linear layer that has seen `tokens`."""
+
+    units: Units
+    tokens: Tokens
+
+    def at(self, positions: Tensor | None) -> Tensor:
+        """Its entries at `positions` of the stored weight, flat; all of them for None."""
+        shift, mean = self.tokens.output_gradient, self.tokens.mean
+        if positions is None:
+            return self.units.turned(torch.outer(shift, mean)).reshape(-1)
+        row, column = self.units.cells(positions.long().to(shift.device))
+        return shift[row] * mean[column]
+
+
+@dataclass
+class BiasShare:
+    """The share of a step's energy that a bias could do, gathered weight by weight."""
+
+    steps: list[float] = field(default_factory=list)
+    _along: float = 0.0
+    _energy: float = 0.0
+
+    def see(self, gradient: Tensor, term: Tensor) -> None:
+        """Adds one weight's entries of G and P, [K] each."""
+        size = float(term.square().sum())
+        self._along += float((gradient * term).sum()) ** 2 / size if size else 0.0
+        self._energy += float(gradient.square().sum())
+
+    def settle(self) -> None:
+        """Ends a step."""
+        self.steps.append(self._along / self._energy if self._energy else 0.0)
+        self._along = self._energy = 0.0
+
+
 @dataclass
 class TrackedMask:
     """One policy's mask along the run, and what a second moment on it alone would be.
 
+    `bias` is the share of what is kept that a bias could do. `first` is the first step's gradient
+    at the mask's entries, [K] by weight, `moves` how far a step at rate 1 moves layers' outputs.
     The mask of `every-batch` is that of the gradient being looked at. Policies that drop by their
     own training's changes keep their first mask, as another policy trains here.
     """
@@ -31,6 +79,9 @@ class TrackedMask:
     kept: list[float] = field(default_factory=list)  # share of each gradient's norm
     lost: list[float] = field(default_factory=list)  # share of second moment, per change
     replaced: list[float] = field(default_factory=list)  # share of entries, per change
+    bias: BiasShare = field(default_factory=BiasShare)
+    first: dict[str, Tensor] = field(default_factory=dict)
+    moves: dict[str, float] = field(default_factory=dict)
     _energy: float = 0.0
     _lost: float = 0.0
     _held: float = 0.0
@@ -55,7 +106,7 @@ class TrackedMask:
             )
         self.supports = self.chooser.supports(step)
 
-    def see(self, name: str, gradient: Tensor) -> Tensor | None:
+    def see(self, name: str, gradient: Tensor, term: BiasTerm | None = None) -> Tensor | None:
         """Adds one weight's flat gradient; returns the positions that the mask has there."""
         support = self.supports.get(name)
         positions: Tensor | None
@@ -65,7 +116,13 @@ class TrackedMask:
             count, positions = len(support), largest(gradient.abs(), len(support))
         else:
             count, positions = len(support), support.positions
-        inside = (gradient if positions is None else gradient[positions.long()]).square()
+        kept = gradient if positions is None else gradient[positions.long()]
+        if term is not None:
+            self.bias.see(kept, term.at(positions))
+        if support is not None and not self.kept:
+            own = support.gather(gradient)
+            self.first[name] = self.first[name] + own if name in self.first else own
+        inside = kept.square()
         self._energy += float(inside.sum())
         self._age(name, positions, inside)
         self._entries += count
@@ -74,6 +131,7 @@ class TrackedMask:
     def settle(self, step: int, whole: float) -> None:
         """Ends a step whose gradient had the energy `whole`."""
         self.kept.append(sqrt(self._energy / whole) if whole else 0.0)
+        self.bias.settle()
         if step > 1:
             self.lost.append(self._lost / self._held if self._held else 0.0)
             self.replaced.append(self._gone / max(self._entries, 1))
@@ -106,15 +164,27 @@ class TrackedGradient:
     whole: dict[int, dict[str, float]] = field(default_factory=dict)
     energy: dict[int, float] = field(default_factory=dict)  # squared norm of each step's gradient
     alike: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    bias: BiasShare = field(default_factory=BiasShare)
     _first: dict[str, Tensor] = field(default_factory=dict)
 
-    def see(self, step: int, name: str, gradient: Tensor, masks: Any, curve: bool) -> None:
-        """Adds one weight's gradient."""
+    def see(
+        self,
+        step: int,
+        name: str,
+        gradient: Tensor,
+        masks: Any,
+        *,
+        curve: bool,
+        term: BiasTerm | None = None,
+    ) -> None:
+        """Adds one weight's gradient; `term` is P, where it is that of a linear layer."""
         flat = gradient.reshape(-1).float()
         squares = flat.square()
         self.energy[step] = self.energy.get(step, 0.0) + float(squares.sum())
+        if term is not None:
+            self.bias.see(flat, term.at(None))
         for mask in masks:
-            positions = mask.see(name, flat)
+            positions = mask.see(name, flat, term)
             if mask.policy == "current-batch" and positions is not None:
                 self._compare(step, name, positions)
         if curve:

@@ -110,17 +110,23 @@ class PeakMemory:
                 ready.update()
         return self._parts(ledger, start)
 
-    def selection(self, names: Iterable[str], batches: int = 1) -> dict[str, int]:
-        """Bytes by part of the pass that ranks the gradients of the weights called `names`."""
+    def selection(
+        self, names: Iterable[str], batches: int = 1, squares: bool = False
+    ) -> dict[str, int]:
+        """Bytes by part of the pass that ranks the gradients of the weights called `names`.
+
+        With `squares`, sums of them gather beside those of several batches' gradients.
+        """
 
         def rank(name: str, gradient: Tensor) -> None:
             scores = gradient.abs().reshape(-1)
             if batches == 1:
                 scores.topk(max(1, len(scores) // 100))
             else:
-                sums.setdefault(name, torch.zeros_like(scores))
+                for kind in ("gradient", "squares")[: 1 + squares]:
+                    sums.setdefault((name, kind), torch.zeros_like(scores))
 
-        sums: dict[str, Tensor] = {}
+        sums: dict[tuple[str, str], Tensor] = {}
         with numberless():
             model, ledger = self._open()
             named = dict(model.named_parameters())

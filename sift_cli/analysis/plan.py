@@ -268,9 +268,12 @@ def memory_of_passes(
     bf16 = autocasts(recipe.model, recipe.train, device)
     passes = {}
     with console.status("counting the memory of selection and evaluation"):
-        if find_score(chosen.score or "gradient", allow_code=True).needs_data:
+        score = find_score(chosen.score or "gradient", allow_code=True)
+        if score.needs_data:
             ranking = PeakMemory(build, batch, recipe.train.gradient_checkpointing, bf16, gpu)
-            parts = ranking.selection(outline.counts, chosen.batches)
+            parts = ranking.selection(
+                outline.counts, chosen.batches, squares="gradient_squares" in score.needs
+            )
             passes["selection"] = with_peak(parts, device)
         lengths = [length for rows in outline.rows.evaluation.values() for length in rows.lengths]
         shape = Batch(*full(recipe.eval, max(lengths, default=recipe.data.max_length)))

@@ -2,7 +2,8 @@
 
 How few entries hold how much of the gradient, how much of it a mask keeps while training goes on,
 how alike masks are, and how much of Adam's history a changing mask throws away: the claims of SIFT
-(Song et al. 2024, arXiv 2312.11875, sections 3 and 4).
+(Song et al. 2024, arXiv 2312.11875, sections 3 and 4). And what a mask's first step is made of: how
+much of it a bias could do, and how far it moves the outputs of its layers.
 """
 
 import json
@@ -19,14 +20,18 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from sift_cli.analysis.findings import findings_of
-from sift_cli.analysis.masks import TrackedGradient, TrackedMask
+from sift_cli.analysis.masks import BiasTerm, TrackedGradient, TrackedMask
+from sift_cli.analysis.movement import Change, evaluating, relative_moves
 from sift_cli.errors import SiftError
+from sift_cli.models.devices import autocast, place
 from sift_cli.models.prepare import frozen, prepare_model
 from sift_cli.recipe import AXES, OPTIONS, Recipe, parse_recipe
 from sift_cli.runs.session import Session, open_session
 from sift_cli.selection.budget import largest
-from sift_cli.selection.evidence import observed_gradients
+from sift_cli.selection.evidence import observed_gradients, observed_tokens
 from sift_cli.selection.policies import POLICIES
+from sift_cli.selection.structures import Units
+from sift_cli.selection.targets import LinearLayer, linear_layers
 from sift_cli.sparse import SparseAdamW
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, rule_of
@@ -54,7 +59,9 @@ def probe(
     Writes `probe.json` and plots to `out`, nothing else; returns what probe.json holds. Masks are
     those of the recipe's own policy, of `sift`, `current-batch`, `random` and of `policies`, each
     as large as the recipe's. Shares are of the gradient's 2-norm over the targeted weights; their
-    squares are shares of its energy. Raises SiftError for what the recipe gets wrong.
+    squares are shares of its energy. What a bias could do of it, `masks` says; how far
+    outputs move, `movement`, for Adam's first step at train.learning_rate. Raises SiftError for
+    what the recipe gets wrong.
     """
     console = console or Console(stderr=True, quiet=True)
     session = open_session(recipe, device=device)
@@ -102,6 +109,7 @@ class _Walk:
     watch: Watch
     masks: dict[str, TrackedMask]
     seen: TrackedGradient
+    layers: dict[str, LinearLayer]  # those of which entries are chosen, by weight
 
     @classmethod
     def begin(
@@ -115,6 +123,7 @@ class _Walk:
         for mask in masks.values():
             mask.renew(1)
         named = dict(session.model.named_parameters())
+        linear = linear_layers(session.model)
         return cls(
             session=session,
             steps=min(steps, chooser.batches.steps),
@@ -124,6 +133,11 @@ class _Walk:
             watch=Watch(session, skips=recipe.train.skip_nonfinite),
             masks=masks,
             seen=TrackedGradient({name: named[name].numel() for name in chooser.sparse}),
+            layers={
+                name: linear[name]
+                for name in chooser.sparse
+                if name in linear and named[name].dim() == 2
+            },
         )
 
     def step(self, step: int, rows: Rows) -> None:
@@ -155,16 +169,51 @@ class _Walk:
                 own = targets[name]
                 parameters.grad[own.span] += own.support.gather(gradient)
             if name in self.seen.sizes:
+                term = None
+                if name in tokens:  # of this backward pass alone: micro-batches come one by one
+                    units = Units.of(name, gradient, "entry", 1, self.layers[name].transposed)
+                    term = BiasTerm(units, tokens.pop(name))
                 curve = step in (1, self.steps)
-                self.seen.see(step, name, gradient, self.masks.values(), curve=curve)
+                self.seen.see(step, name, gradient, self.masks.values(), curve=curve, term=term)
 
         named = dict(session.model.named_parameters())
         weights = {name: named[name] for name in {*self.chooser.sparse, *self.chooser.dense}}
-        with frozen(session.model), observed_gradients(weights, take):
+        modules = {name: layer.module for name, layer in self.layers.items()}
+        with (
+            frozen(session.model),
+            observed_gradients(weights, take),
+            observed_tokens(modules) as tokens,
+        ):
             loss = add_gradient(session, rows)
+        self.seen.bias.settle()
         for mask in self.masks.values():
             mask.settle(step, self.seen.energy[step])
+        if step == 1:
+            self._move(rows)
         return loss
+
+    def _move(self, rows: Rows) -> None:
+        """Notes how far a first step of Adam on each mask would move the outputs for `rows`."""
+        session = self.session
+
+        def forward() -> None:
+            assert session.train is not None
+            for part in rows:
+                batch = place(session.collate(session.train.take(part)), session.device)
+                with autocast(session.device, session.bf16):
+                    session.task.loss(session.model, batch)
+
+        changes = {
+            mask.policy: {
+                name: Change.against(mask.supports[name], gradient)
+                for name, gradient in mask.first.items()
+            }
+            for mask in self.masks.values()
+        }
+        moves = relative_moves(self.layers, changes, evaluating(session.model, forward))
+        for mask in self.masks.values():
+            mask.moves = moves[mask.policy]
+            mask.first.clear()
 
 
 def _with_policy(recipe: Recipe, policy: str) -> Recipe:

@@ -139,12 +139,21 @@ def show_probe(probe: Mapping[str, Any]) -> None:
         "last",
         "replaced",
         "moment lost",
+        "a bias",
+        "one step",
         title=f"share of the gradient's norm kept over {probe['steps']} steps",
-        caption="replaced: share of the entries, moment lost: share of Adam's, at each step",
+        caption="replaced: share of the entries, moment lost: share of Adam's, at each step; "
+        "a bias: share of the first gradient's kept energy that a bias could do; one step: how far "
+        "it moves a layer's outputs at the rate, mean over layers",
     )
     for name, kept in probe["kept_norm_share"].items():
         shares = [f"{kept[key]:.3f}" for key in ("first", "mean", "last")]
-        rest = [kept["replaced_per_step"], kept["second_moment_lost_per_step"]]
+        rest = [
+            kept["replaced_per_step"],
+            kept["second_moment_lost_per_step"],
+            kept["bias_energy_share"]["first"],
+            kept["output_step"]["mean"],
+        ]
         table.add_row(name, *shares, *(f"{value:.3f}" for value in rest))
     print_table(table)
     for sentence in probe["says"]:

@@ -16,6 +16,7 @@ from pydantic import (
 from sift_cli.recipe.kinds import Names, PositiveInt, Section, Share, in_short, nearest, one_of
 from sift_cli.selection.policies import (
     CHANGING,
+    COMPARING,
     POLICIES,
     SCHEDULES,
     SCOPES,
@@ -48,6 +49,7 @@ class Option(NamedTuple):
 OPTIONS = {
     "block_size": Option(16, "structure", ("block",)),
     "rank": Option(32, "score", ("low-rank",)),
+    "balance": Option(1.0, "score", ("balanced-gradient",)),
     "every": Option(20, "schedule", ("every-n-steps",)),
     "drop": Option(1.0, "schedule", ("every-n-steps",)),
     "revert": Option(False, "schedule", CHANGING),
@@ -124,6 +126,9 @@ class SelectionSection(Section):
     )
     block_size: PositiveInt | None = Field(None, description="edge of a block")
     rank: PositiveInt | None = Field(None, description="rank of the low-rank score")
+    balance: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="how far rows and columns are levelled; 0 is the plain gradient"
+    )
     every: PositiveInt | None = Field(None, description="steps between selections")
     drop: Share | None = Field(
         None, description="share of the support that changed least and is chosen anew each time"
@@ -179,6 +184,8 @@ class SelectionSection(Section):
                 f"structure: a {self.structure} is no part of one neuron; scope neuron goes with "
                 "entry or block"
             )
+        if self.score in COMPARING and self.batches == 1:
+            raise ValueError(f"batches: score {self.score} compares batches; give at least 2")
         if self.score == "change" and self.warmup_trains != "all":
             raise ValueError(
                 "score: change is how far a warm-up moved each entry; it needs schedule "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -64,18 +65,102 @@ def observed_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tenso
             handle.remove()
 
 
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What the tokens that a linear layer has seen amount to, in fp32 or wider.
+
+    `output_gradient` is the sum of the gradients of its outputs, [outputs]: that of a bias.
+    `mean` ([inputs]) is that of the inputs, `squares` the sum of their squared differences from it.
+    """
+
+    count: int
+    output_gradient: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, inputs: Tensor, output_gradient: Tensor) -> "Tokens":
+        """Those of one call, from its inputs and their part of the sum."""
+        flat = _wide(inputs.detach().reshape(-1, inputs.shape[-1]))
+        variance, mean = torch.var_mean(flat, 0, correction=0)
+        return cls(len(flat), output_gradient, mean, variance * len(flat))
+
+    @property
+    def deviation(self) -> Tensor:
+        """The standard deviation of each input, [inputs]."""
+        return (self.squares / self.count).sqrt()
+
+    def __add__(self, other: "Tokens") -> "Tokens":
+        """Those of both; no difference of large numbers (Chan, Golub and LeVeque 1979)."""
+        count, apart = self.count + other.count, other.mean - self.mean
+        return Tokens(
+            count,
+            self.output_gradient + other.output_gradient,
+            self.mean + apart * (other.count / count),
+            self.squares + other.squares + apart.square() * (self.count * other.count / count),
+        )
+
+
+@contextmanager
+def observed_tokens(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tokens]]:
+    """In this context, adds up what each layer's tokens amount to, by name.
+
+    Padding counts like any token. A call counts when the gradient of its outputs arrives, before
+    that of the weight: not for a forward pass alone, nor when activations are computed again.
+    """
+    seen: dict[str, Tokens] = {}
+
+    def watch(name: str, arguments: tuple[object, ...], outputs: object) -> None:
+        inputs = arguments[0]
+        assert isinstance(inputs, Tensor)
+        assert isinstance(outputs, Tensor)
+        if not outputs.requires_grad:
+            return
+        none = torch.zeros((), device=outputs.device)
+        call = Tokens.of(inputs, none)  # small, where the inputs themselves would stay in memory
+
+        def add(gradient: Tensor) -> None:
+            summed = _wide(gradient.detach().reshape(-1, gradient.shape[-1])).sum(0)
+            own = replace(call, output_gradient=summed)
+            seen[name] = seen[name] + own if name in seen else own
+
+        outputs.register_hook(add)
+
+    handles = [
+        layer.register_forward_hook(lambda _, given, out, name=name: watch(name, given, out))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 # What a score function may ask for, by the name of its parameter. Weights of linear layers are
 # [outputs, inputs] however they are stored, all others have their own shape.
 EVIDENCE = {
     "weight": "the weight",
     "gradient": "sum over the calibration batches of `fold` of its gradient, in its shape",
     "input_norm": "2-norm of each input over all tokens, [inputs]; one for what has no such input",
+    "gradient_squares": "sum over the calibration batches of its gradient's square, in its shape",
+    "output_gradient": "sum over all tokens of the gradient of the layer's outputs, [outputs]; "
+    "zero for what has no such layer",
+    "input_mean": "mean of each input over all tokens, [inputs]; zero for what has no such input",
+    "input_deviation": "its standard deviation, [inputs]; one for what has no such input",
     "change": "how far the warm-up moved it, |trained - base|, in its shape",
     "generator": "a seeded generator of the weight's own, on the host",
     "rank": "selection.rank",
+    "balance": "selection.balance",
 }
 
-NEED_DATA = {"gradient", "input_norm"}  # of these, what only batches tell
+OF_TOKENS = {"output_gradient", "input_mean", "input_deviation"}  # what `observed_tokens` tells
+# of all, what only batches tell
+NEED_DATA = {"gradient", "gradient_squares", "input_norm", *OF_TOKENS}
 
 
 def evidence_of(
@@ -84,15 +169,19 @@ def evidence_of(
     gradient: Tensor | None,
     squares: Tensor | None,
     change: Tensor | None,
+    gradient_squares: Tensor | None = None,
+    tokens: Tokens | None = None,
 ) -> dict[str, object]:
     """What is known of one weight, by the names in EVIDENCE.
 
-    `weight`, `gradient` and `change` have the shape in which the weight is stored; `squares`
-    ([inputs]) are its inputs' sums of squares.
+    `weight`, `gradient`, `gradient_squares` and `change` have the shape in which the weight is
+    stored; `squares` ([inputs]) are its inputs' sums of squares, `tokens` those of its layer.
     """
     return {
         "weight": units.turned(weight),
         "gradient": None if gradient is None else units.turned(gradient),
+        "gradient_squares": None if gradient_squares is None else units.turned(gradient_squares),
+        **_of_tokens(weight, units, tokens),
         "input_norm": _input_norm(weight, units, squares),
         "change": None if change is None else units.turned(change),
     }
@@ -104,3 +193,14 @@ def _input_norm(weight: Tensor, units: Units, squares: Tensor | None) -> Tensor:
         return squares.sqrt()
     width = units.shape[-1] if len(units.shape) else 1
     return torch.ones(width, device=weight.device)
+
+
+def _of_tokens(weight: Tensor, units: Units, tokens: Tokens | None) -> dict[str, Tensor]:
+    """The evidence in OF_TOKENS; that of a layer whose inputs are centred where there is none."""
+    if tokens is not None:
+        found = tokens.output_gradient, tokens.mean, tokens.deviation
+    else:
+        high, wide = units.shape if len(units.shape) == 2 else (1, 1)
+        empty = _wide(weight.new_empty(0))
+        found = empty.new_zeros(high), empty.new_zeros(wide), empty.new_ones(wide)
+    return dict(zip(("output_gradient", "input_mean", "input_deviation"), found, strict=True))

@@ -15,11 +15,16 @@ SCORES = (
     "activation-magnitude",
     "large-gradient-small-weight",
     "gradient-per-input",
+    "balanced-gradient",
+    "centred-gradient",
+    "agreement",
+    "agreed-gradient",
     "change",
 )
 SCOPES = ("tensor", "neuron", "global")
 STRUCTURES = ("entry", "block", "row", "column")
 SCHEDULES = ("first-batch", "every-batch", "every-n-steps", "after-warmup")
+COMPARING = ("agreement",)  # scores that one batch alone leaves without an order
 CHANGING = ("every-batch", "every-n-steps")  # schedules under which the support changes
 
 
@@ -95,5 +100,39 @@ POLICIES: dict[str, Policy] = {
     ),
     "gradient-per-input": Policy(
         "gradient-per-input", "tensor", "entry", "first-batch", "docs/selection.md, 2026"
+    ),
+    # loud rows and columns get no more than their share
+    "balanced-gradient": Policy(
+        "balanced-gradient",
+        "tensor",
+        "entry",
+        "first-batch",
+        "factored moments: Adafactor, arXiv 1804.04235",
+    ),
+    # what a bias could do is taken out
+    "centred-gradient": Policy(
+        "centred-gradient",
+        "tensor",
+        "entry",
+        "first-batch",
+        "Centering Neural Network Gradients, Schraudolph 1998",
+    ),
+    # what batches agree on, which is what Adam goes on moving
+    "agreement": Policy(
+        "agreement",
+        "tensor",
+        "entry",
+        "first-batch",
+        "Dissecting Adam, arXiv 1705.07774",
+        {"batches": 8},
+    ),
+    # how much Adam's step on an entry lowers the loss
+    "agreed-gradient": Policy(
+        "agreed-gradient",
+        "tensor",
+        "entry",
+        "first-batch",
+        "Dissecting Adam, arXiv 1705.07774",
+        {"batches": 8},
     ),
 }

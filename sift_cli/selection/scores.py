@@ -96,10 +96,73 @@ def _large_gradient_small_weight(weight: Tensor, gradient: Tensor) -> Tensor:
 def _gradient_per_input(gradient: Tensor, input_norm: Tensor) -> Tensor:
     """|gradient| over the norm of its input, so that large inputs get no more than their share.
 
-    The norm counts as at least a thousandth of the largest: inputs that are almost never on would
-    win by division alone.
+    Of the norm, what `_bounded` leaves of it.
     """
-    return gradient.abs() / input_norm.clamp_min(1e-3 * float(input_norm.max()) + 1e-30)
+    return gradient.abs() / _bounded(input_norm)
+
+
+def _bounded(sizes: Tensor) -> Tensor:
+    """Each of `sizes` ([n]) as at least a thousandth of the largest.
+
+    Inputs that are almost never on would win by division alone; 1e-30 where all are zero.
+    """
+    return sizes.clamp_min(1e-3 * float(sizes.max()) + 1e-30)
+
+
+def _balanced_gradient(gradient: Tensor, balance: float) -> Tensor:
+    """|gradient| over what its row and its column lead one to expect, to the power of `balance`.
+
+    That is the product of their root mean squares over that of the whole, Adafactor's factored
+    second moment (Shazeer and Stern 2018, section 3), of each what `_bounded` leaves of it: a row
+    or column of zeros scores zero. Where `balance` is 0, and for what is no matrix, |gradient|.
+    """
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    scores = gradient.abs().to(wide)
+    if gradient.dim() != 2:
+        return scores
+    rows, columns = (
+        torch.linalg.vector_norm(gradient, dim=dim, dtype=wide) / gradient.shape[dim] ** 0.5
+        for dim in (1, 0)
+    )
+    relative = _bounded(rows) / (rows.square().mean().sqrt() + 1e-30)
+    return scores.div_(relative.pow(balance)[:, None]).div_(_bounded(columns).pow(balance))
+
+
+def _centred_gradient(
+    gradient: Tensor, output_gradient: Tensor, input_mean: Tensor, input_deviation: Tensor
+) -> Tensor:
+    """|gradient of centred inputs| over the input's deviation: what no bias could do.
+
+    The gradient is a sum over tokens of output gradient x input. Of input - mean input it is the
+    gradient - (sum of output gradients) x (mean input), over the tokens of all batches (centring:
+    Schraudolph 1998). Of the deviation, what `_bounded` leaves of it. For what is no matrix,
+    |gradient|.
+    """
+    if gradient.dim() != 2:
+        return gradient.abs()
+    wide = gradient.to(output_gradient.dtype)
+    centred = torch.addr(wide, output_gradient, input_mean, alpha=-1)
+    return centred.abs_().div_(_bounded(input_deviation))
+
+
+def _agreement(gradient: Tensor, gradient_squares: Tensor) -> Tensor:
+    """|sum g| / sqrt(sum g^2) over batches: 1 for noise, sqrt(n) for n that agree.
+
+    Adam's steps settle at this ratio of moments (Balles and Hennig 2018). Zero where the
+    squares sum to less than the smallest normal number.
+    """
+    tiny = torch.finfo(gradient_squares.dtype).tiny
+    scores = gradient.abs().to(gradient_squares.dtype)
+    scores /= gradient_squares.clamp_min(tiny).sqrt_()
+    return scores.masked_fill_(gradient_squares < tiny, 0.0)
+
+
+def _agreed_gradient(gradient: Tensor, gradient_squares: Tensor) -> Tensor:
+    """|sum g| times `_agreement`: by how much Adam's step on the entry lowers the loss.
+
+    To first order, that is gradient times step. Of one batch it is |g|: Adam begins with signs.
+    """
+    return _agreement(gradient, gradient_squares).mul_(gradient.abs())
 
 
 def _change(change: Tensor) -> Tensor:
@@ -118,6 +181,10 @@ SCORES: dict[str, Score] = {
     "activation-magnitude": Score(_activation_magnitude),
     "large-gradient-small-weight": Score(_large_gradient_small_weight),
     "gradient-per-input": Score(_gradient_per_input),
+    "balanced-gradient": Score(_balanced_gradient),
+    "centred-gradient": Score(_centred_gradient),
+    "agreement": Score(_agreement),
+    "agreed-gradient": Score(_agreed_gradient),
     "change": Score(_change),
 }
 

@@ -16,7 +16,13 @@ from sift_cli.selection.budget import (
     require_fits,
     share,
 )
-from sift_cli.selection.evidence import evidence_of, observed_gradients, observed_inputs
+from sift_cli.selection.evidence import (
+    OF_TOKENS,
+    evidence_of,
+    observed_gradients,
+    observed_inputs,
+    observed_tokens,
+)
 from sift_cli.selection.scores import Score, score_entries
 from sift_cli.selection.structures import Units
 from sift_cli.selection.targets import LinearLayer, density_of, linear_layers
@@ -29,7 +35,7 @@ class Rule:
 
     Exactly one of `density` (share of each weight, or of all together under scope `global`; or
     patterns with a `default`) and `budget` (entries in all) is given. `block` is the edge of a
-    block, `rank` that of the low-rank score.
+    block, `rank` that of the low-rank score, `balance` how far the balanced one goes.
     """
 
     score: Score
@@ -39,6 +45,7 @@ class Rule:
     budget: int | None = None
     block: int = 1
     rank: int = 32
+    balance: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,16 +105,22 @@ def select(
     if score.needs_data and not backward:
         raise SiftError("selection.score: it looks at batches, and there are none to look at")
     chooser = _chooser(rule, weights, units)
-    with observed_inputs(_observed(score, weights, layers)) as squares:
+    loud = _observed(score, {"input_norm"}, weights, layers)
+    seen = _observed(score, OF_TOKENS, weights, layers)
+    with observed_inputs(loud) as squares, observed_tokens(seen) as tokens:
 
-        def compete(name: str, gradient: Tensor | None) -> None:
+        def compete(
+            name: str, gradient: Tensor | None, gradient_squares: Tensor | None = None
+        ) -> None:
             """Scores one weight's units and hands them to the chooser."""
             if norms is not None and gradient is not None and not score.folds:
                 norms[name] = _norm(gradient)
             own, moved = units[name], None if change is None else change[name]
             weight = weights[name].detach()
-            evidence = evidence_of(weight, own, gradient, squares.get(name), moved)
-            evidence["rank"] = rule.rank
+            evidence = evidence_of(
+                weight, own, gradient, squares.get(name), moved, gradient_squares, tokens.get(name)
+            )
+            evidence |= {"rank": rule.rank, "balance": rule.balance}
             scores = own.mean(score_entries(score, name, evidence, seed))
             if name in retained:
                 scores = _retain(scores, own, retained[name])
@@ -147,10 +160,13 @@ def _look_up(
 
 
 def _observed(
-    score: Score, weights: Mapping[str, Tensor], layers: Mapping[str, LinearLayer]
+    score: Score,
+    evidence: set[str],
+    weights: Mapping[str, Tensor],
+    layers: Mapping[str, LinearLayer],
 ) -> dict[str, nn.Module]:
-    """The layers whose inputs the score looks at, by the name of their weight."""
-    if "input_norm" not in score.needs:
+    """The layers at which the score looks for any of `evidence`, by the name of their weight."""
+    if not evidence & score.needs:
         return {}
     return {
         name: layers[name].module
@@ -207,18 +223,23 @@ def _run_batches(
     weights: Mapping[str, nn.Parameter],
     score: Score,
     backward: Sequence[Callable[[], object]],
-    compete: Callable[[str, Tensor | None], None],
+    compete: Callable[[str, Tensor | None, Tensor | None], None],
 ) -> None:
     """Runs the batches and hands each weight's folded gradient to `compete`.
 
-    With one batch as it arrives; with several their sum, which gathers on the host in fp32.
+    With one batch as it arrives; with several their sum, which gathers on the host in fp32. Beside
+    it the sum of the gradient's squares, where the score asks for it.
     """
     sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
 
     def take(name: str, gradient: Tensor) -> None:
+        if "gradient_squares" in score.needs:
+            wide = gradient.float() if len(backward) == 1 else gradient.to("cpu").float()
+            squares[name] = squares[name].addcmul_(wide, wide) if name in squares else wide.square()
         folded = score.fold(gradient)
         if len(backward) == 1:
-            compete(name, folded)
+            compete(name, folded, squares.pop(name, None))
         elif name in sums:
             sums[name] += folded.to("cpu", sums[name].dtype)
         else:
@@ -228,4 +249,5 @@ def _run_batches(
         for run in backward:
             run()
     for name in list(sums):
-        compete(name, sums.pop(name).to(weights[name].device))
+        device, squared = weights[name].device, squares.pop(name, None)
+        compete(name, sums.pop(name).to(device), None if squared is None else squared.to(device))

@@ -97,9 +97,12 @@ class Units:
         if len(self.shape) != 2:
             return positions
         (_, across), (high, wide) = self.grid, self.box
+        row, column = self.cells(positions)
+        return row // high * across + column // wide
+
+    def cells(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The output and the input of the entries at the given positions of the stored matrix."""
         rows, columns = self.shape
         if self.transposed:
-            row, column = positions % rows, positions // rows
-        else:
-            row, column = positions // columns, positions % columns
-        return row // high * across + column // wide
+            return positions % rows, positions // rows
+        return positions // columns, positions % columns

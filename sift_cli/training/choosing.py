@@ -48,6 +48,7 @@ def rule_of(selection: SelectionSection, allow_code: bool = False) -> Rule:
         budget=selection.budget,
         block=selection.block_size or 1,
         rank=selection.rank or 32,
+        balance=1.0 if selection.balance is None else selection.balance,
     )
 
 

@@ -132,6 +132,8 @@ def test_other_passes() -> None:
     one, several = plan.selection(names), plan.selection(names, batches=3)
     dense = sum(4 * builder("bert")().get_parameter(name).numel() for name in names)
     assert sum(several.values()) - sum(one.values()) == pytest.approx(dense, rel=0.3)
+    squared = plan.selection(names, batches=3, squares=True)
+    assert sum(squared.values()) - sum(several.values()) == pytest.approx(dense, rel=0.3)
     assert sum(plan.evaluation().values()) < sum(one.values())
 
 

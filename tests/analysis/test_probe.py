@@ -2,12 +2,14 @@
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from sift_cli.analysis import probe
@@ -31,8 +33,22 @@ def recipe(recipe_file: Path) -> Recipe:
     return load_recipe(recipe_file, changes)
 
 
-def dense_gradients(recipe: Recipe) -> list[dict[str, Tensor]]:
-    """The whole gradient of each step, along the training that the recipe describes."""
+@dataclass
+class Dense:
+    """What one step's batch says of each weight that entries are chosen from, on a plain model."""
+
+    gradient: dict[str, Tensor]  # flat
+    weight: dict[str, Tensor]  # before the step
+    inputs: dict[str, Tensor]  # of linear layers, [tokens, inputs]
+    shift: dict[str, Tensor]  # of linear layers, the gradient of their bias
+
+    def term(self, name: str) -> Tensor:
+        """What is left of the gradient where all inputs are alike, flat."""
+        return torch.outer(self.shift[name], self.inputs[name].mean(0)).flatten()
+
+
+def looked_at(recipe: Recipe) -> list[Dense]:
+    """Each step, along the training that the recipe describes."""
     session = open_session(recipe)
     session.model.train()
     batches = Batches.of(recipe.train, session.train.lengths)  # type: ignore[union-attr]
@@ -46,10 +62,26 @@ def dense_gradients(recipe: Recipe) -> list[dict[str, Tensor]]:
         for module in twin.modules():
             vars(module).pop("forward", None)
         twin.requires_grad_(True)
+        modules = {name: twin.get_submodule(name.rpartition(".")[0]) for name in chooser.sparse}
+        linear = {name: one for name, one in modules.items() if isinstance(one, nn.Linear)}
+        inputs: dict[str, Tensor] = {}
+        for name, module in linear.items():
+            module.register_forward_pre_hook(
+                lambda _, given, name=name, inputs=inputs: inputs.update(
+                    {name: given[0].detach().flatten(0, -2)}
+                )
+            )
         batch = session.collate(session.train.take(rows[0]))  # type: ignore[union-attr]
         twin(**batch).loss.backward()
         named = dict(twin.named_parameters())
-        found.append({name: named[name].grad.flatten() for name in chooser.sparse})  # type: ignore[union-attr]
+        found.append(
+            Dense(
+                {name: named[name].grad.flatten() for name in chooser.sparse},  # type: ignore[union-attr]
+                {name: named[name].detach() for name in chooser.sparse},
+                inputs,
+                {name: module.bias.grad for name, module in linear.items()},  # type: ignore[misc]
+            )
+        )
         add_gradient(session, rows)
         optimizer.clip(recipe.train.max_grad_norm)
         optimizer.step()
@@ -74,7 +106,7 @@ def kept(gradient: dict[str, Tensor], mask: dict[str, Tensor]) -> float:
 
 def test_every_number_against_dense_gradients(recipe: Recipe, tmp_path: Path) -> None:
     found = probe(recipe, tmp_path / "probe", steps=STEPS)
-    gradients = dense_gradients(recipe)
+    gradients = [one.gradient for one in looked_at(recipe)]
     shares = found["kept_norm_share"]
     first = top(gradients[0])
     assert shares["sift"]["steps"] == pytest.approx([kept(g, first) for g in gradients], rel=1e-4)
@@ -119,6 +151,71 @@ def test_every_number_against_dense_gradients(recipe: Recipe, tmp_path: Path) ->
     assert set(found["curve"]["norm_share"]) == {"step 1", f"step {STEPS}"}
 
 
+def biased(one: Dense, mask: dict[str, Tensor] | None = None) -> float:
+    """The share of the kept energy that the best multiple of each weight's bias term takes out."""
+    gone = energy = 0.0
+    for name in one.inputs:
+        inside = slice(None) if mask is None else mask[name]
+        gradient, term = one.gradient[name][inside].double(), one.term(name)[inside].double()
+        fitted = torch.linalg.lstsq(term[:, None], gradient[:, None]).solution
+        left = gradient - term * fitted[0, 0]
+        gone += float(gradient.square().sum() - left.square().sum())
+        energy += float(gradient.square().sum())
+    return gone / energy
+
+
+def moved(one: Dense, mask: dict[str, Tensor], rate: float) -> list[float]:
+    """How far each linear layer's outputs are from what they were, once its entries have moved."""
+    far = []
+    for name, inputs in one.inputs.items():
+        weight = one.weight[name].double()
+        step = rate * one.gradient[name].sign() * mask[name]
+        before = F.linear(inputs.double(), weight)
+        after = F.linear(inputs.double(), weight - step.view(weight.shape))
+        far.append(float((after - before).square().mean().sqrt() / before.square().mean().sqrt()))
+    return far
+
+
+def test_what_a_bias_could_do_and_how_far_a_step_goes(recipe: Recipe, tmp_path: Path) -> None:
+    found = probe(recipe, tmp_path / "probe", steps=STEPS)
+    steps = looked_at(recipe)
+    first = top(steps[0].gradient)
+    shares = found["kept_norm_share"]
+    whole = [biased(one) for one in steps]
+    assert found["bias_energy_share"]["steps"] == pytest.approx(whole, rel=1e-3)
+    fixed = shares["sift"]["bias_energy_share"]
+    assert fixed["steps"] == pytest.approx([biased(one, first) for one in steps], rel=1e-3)
+    assert fixed["first"] == fixed["steps"][0]
+    assert fixed["mean"] == pytest.approx(sum(fixed["steps"][1:]) / (STEPS - 1))
+    current = [biased(one, top(one.gradient)) for one in steps]
+    assert shares["current-batch"]["bias_energy_share"]["steps"] == pytest.approx(current, rel=1e-3)
+    assert 0 < min(whole) < max(whole) < 1
+
+    far = moved(steps[0], first, 0.05)
+    said = shares["sift"]["output_step"]
+    assert list(said["layers"]) == list(steps[0].inputs)
+    assert list(said["layers"].values()) == pytest.approx(far, rel=1e-4)
+    assert said["mean"] == pytest.approx(sum(far) / len(far), rel=1e-4)
+    assert shares["current-batch"]["output_step"] == said  # one batch, one mask
+    assert 0 < shares["random"]["output_step"]["mean"] != said["mean"]
+
+
+def test_micro_batches_move_outputs_as_their_sum_does(recipe_file: Path, tmp_path: Path) -> None:
+    moves = []
+    for size, parts in ((8, 1), (4, 2)):
+        changes = [
+            f"train.batch_size={size}",
+            f"train.accumulate={parts}",
+            "selection.exclude=[bias]",
+            "data.max_length=4",  # no padding, which counts like any token
+        ]
+        found = probe(load_recipe(recipe_file, changes), tmp_path / str(parts), steps=2)
+        moves.append(found["kept_norm_share"]["sift"]["output_step"]["layers"])
+        shares = [one["bias_energy_share"]["steps"] for one in found["kept_norm_share"].values()]
+        assert all(0 < share < 1 for steps in shares for share in steps)
+    assert moves[0] == pytest.approx(moves[1], rel=1e-4)
+
+
 def test_what_it_writes_and_says(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "probe"
     found = probe(recipe, out, steps=3, policies=["columns", "low-rank", "fisher", "drop-grow"])
@@ -126,7 +223,11 @@ def test_what_it_writes_and_says(recipe: Recipe, tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == {
         "probe.json", "curve.png", "kept.png", "classes.png",
     }  # fmt: skip
-    assert len(found["says"]) == 3
+    assert len(found["says"]) == 4
+    assert (
+        f"a layer by {found['kept_norm_share']['sift']['output_step']['mean']:.1%}"
+        in found["says"][3]
+    )
     assert f"{found['kept_norm_share']['sift']['mean']:.0%}" in found["says"][1]
     between = found["overlap"]["between_classes"]
     assert set(between) == {"negative", "positive"}
@@ -173,6 +274,8 @@ def test_the_command(recipe_file: Path, tmp_path: Path) -> None:
     assert {"rows", "snip"} <= set(found["kept_norm_share"])
     shown = runner.invoke(app, command).stdout
     assert found["says"][0] in shown.replace("\n", " ")
+    for value in ("bias_energy_share", "first"), ("output_step", "mean"):
+        assert f"{found['kept_norm_share']['sift'][value[0]][value[1]]:.3f}" in shown
 
 
 def test_policies_are_listed() -> None:

@@ -93,7 +93,12 @@ def test_several_batches_are_ranked_by_the_gradient_of_their_sum(scope: str) -> 
             assert wanted[name].abs().flatten()[positions(support)].min() >= threshold * 0.999
 
 
-def test_one_batch_never_holds_two_dense_gradients() -> None:
+LOOKS_AT_GRADIENTS = [name for name, score in SCORES.items() if "gradient" in score.needs]
+
+
+@pytest.mark.parametrize("score", LOOKS_AT_GRADIENTS)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_no_two_dense_gradients_are_held(score: str, batches: int) -> None:
     model = tiny_model("bert")
     weights = dict(model.named_parameters())
     alive = []
@@ -103,8 +108,8 @@ def test_one_batch_never_holds_two_dense_gradients() -> None:
 
     for weight in weights.values():
         weight.register_post_accumulate_grad_hook(count)
-    run(model, score="gradient", scope="global", density=0.01)
-    assert len(alive) == len(weights)
+    run(model, batches=batches, score=score, scope="global", density=0.01)
+    assert len(alive) == batches * len(weights)
     assert max(alive) == 1
 
 
@@ -177,8 +182,13 @@ def test_scores_by_hand() -> None:
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].reshape(-1, 16)))
     for batch in batches:
         model(**batch)
-    norm = torch.cat(seen).float().square().sum(0).sqrt().double()
+    tokens = torch.cat(seen)
+    norm = tokens.float().square().sum(0).sqrt().double()
     summed = apart[0] + apart[1]
+    bias = WEIGHT.replace("weight", "bias")  # its gradient is the sum of output gradients
+    shift = sum(gradients(model, [batch])[bias] for batch in batches)
+    together = summed.abs() / (apart[0].square() + apart[1].square()).sqrt()
+    rows, columns = (summed.square().mean(dim, keepdim=True).sqrt() for dim in (1, 0))
     wanted = {
         "gradient": summed.abs(),
         "absolute-gradient": apart[0].abs() + apart[1].abs(),
@@ -189,6 +199,11 @@ def test_scores_by_hand() -> None:
         "activation-magnitude": weight.abs() * norm,
         "large-gradient-small-weight": summed.abs() / (weight.abs() + 1e-8),
         "gradient-per-input": summed.abs() / norm,
+        "balanced-gradient": summed.abs() / (rows * columns),
+        "centred-gradient": (summed - torch.outer(shift, tokens.mean(0))).abs()  # type: ignore[arg-type]
+        / tokens.std(0, correction=0),
+        "agreement": together,
+        "agreed-gradient": summed.abs() * together,
     }
     for score, dense in wanted.items():
         found = positions(run(tiny_model("bert"), batches=2, score=score, density=0.1)[WEIGHT])

@@ -59,6 +59,8 @@ CONTRADICTIONS: list[Recipe] = [
     {"selection": {"rank": 8}},
     {"selection": {"history": "park"}},
     {"selection": {"every": 5}},
+    {"selection": {"balance": 0.5}},
+    {"selection": {"score": "agreement"}},
     {"selection": {"warmup_steps": 5}},
     {"selection": {"block_size": 4}},
     {"selection": {"scope": "neuron", "structure": "row"}},

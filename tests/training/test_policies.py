@@ -415,3 +415,28 @@ def test_touched_entries_can_all_be_brought_back() -> None:
     assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
     parameters.load_state(saved)
     assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+
+
+def test_how_far_to_balance_reaches_the_score(recipe_file: Path) -> None:
+    chosen = {}
+    for policy, balance in (("sift", None), ("balanced-gradient", 0.0), ("balanced-gradient", 1.0)):
+        more = [] if balance is None else [f"selection.balance={balance}"]
+        recipe = resolved(recipe_file, policy, "entry", *more)
+        _, chooser = opened(recipe)
+        chosen[balance] = chooser.supports(1)
+    assert resolved(recipe_file, "balanced-gradient", "entry").selection.balance == 1.0
+    same = {
+        balance: all(
+            torch.equal(support.positions, chosen[None][name].positions)  # type: ignore[arg-type]
+            for name, support in chosen[balance].items()
+            if support.positions is not None
+        )
+        for balance in (0.0, 1.0)
+    }
+    assert same == {0.0: True, 1.0: False}
+
+
+def test_one_batch_alone_cannot_agree(recipe_file: Path) -> None:
+    assert resolved(recipe_file, "agreement", "entry").selection.batches == 8
+    with pytest.raises(SiftError, match="batches: score agreement compares batches; give at least"):
+        resolved(recipe_file, "sift", "entry", "selection.score=agreement")
