@@ -159,7 +159,7 @@ class _Walk:
                 self.seen.see(step, name, gradient, self.masks.values(), curve=curve)
 
         named = dict(session.model.named_parameters())
-        weights = {name: named[name] for name in {*self.chooser.sparse, *self.chooser.dense}}
+        weights = {name: named[name] for name in {*self.seen.sizes, *targets}}
         with frozen(session.model), observed_gradients(weights, take):
             loss = add_gradient(session, rows)
         for mask in self.masks.values():

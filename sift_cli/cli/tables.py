@@ -89,8 +89,10 @@ def _show_memory(plan: Mapping[str, Any]) -> None:
 def sentences(plan: Mapping[str, Any]) -> list[str]:
     """A plan in sentences: what trains, the rows, the passes, and whether it fits the device."""
     trained, total = plan["trained_entries"], plan["total_entries"]
+    vectors = plan["vector_entries"]
+    among = f", {vectors:,} of them biases and norms that train whole," if vectors else ","
     lines = [
-        f"{trained:,} of {total:,} entries train ({trained / total:.2%}), and a head of "
+        f"{trained:,} of {total:,} entries train ({trained / total:.2%}){among} and a head of "
         f"{plan['dense_entries']:,}; the delta will take about {size(plan['delta_bytes'])}."
     ]
     if plan["only_in_sum"]:
