@@ -32,6 +32,7 @@ from sift_cli.tasks.task import Task
 from sift_cli.tasks.tokens import Encoded
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Parts, rule_of, selecting
+from sift_cli.training.head import ROWS, check_start
 from sift_cli.training.step import take_step
 from sift_cli.training.watch import Watch
 
@@ -90,6 +91,7 @@ class Outline:
             config.pad_token_id = 0
         build = builder(rows.task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
+        check_start(recipe.train, model)
         parts = Parts.of(recipe.selection, model, head_of(model), rule)
         return cls(recipe, rows, build, model, parts, parts.planned(model))
 
@@ -118,6 +120,7 @@ class Outline:
             "by_layer": grouped(counts, sizes, 0),
             "by_kind": grouped(counts, sizes, 1),
             "only_in_sum": recipe.selection.scope == "global",
+            "head_start": self.rows.head(recipe),
             "data": self.rows.about(recipe),
             "delta_bytes": delta_bytes(counts, sizes, self.dense, recipe.model.dtype),
             "published_accounting": accounting(self.model, self.entries),
@@ -181,6 +184,13 @@ class PlannedRows:
         lengths = self.train.lengths
         steps = islice(batches.endless(), batches.steps_per_epoch)
         return [(len(part), max(lengths[row] for row in part)) for rows in steps for part in rows]
+
+    def head(self, recipe: Recipe) -> dict[str, Any]:
+        """What the head starts from; for a probe the rows that it is fitted to, where known."""
+        start, rows = recipe.train.head_start, None
+        if start == "probe" and self.train is not None:
+            rows = min(ROWS, len(self.train))
+        return {"kind": start, "rows": rows}
 
     def about(self, recipe: Recipe) -> dict[str, Any]:
         """Counts of rows, of rows cut to `data.max_length`, and of steps."""
@@ -273,7 +283,10 @@ def memory_of_passes(
             ranking = PeakMemory(build, batch, recipe.train.gradient_checkpointing, bf16, gpu)
             parts = ranking.selection(outline.parts.sparse, chosen.batches)
             passes["selection"] = with_peak(parts, device)
-        lengths = [length for rows in outline.rows.evaluation.values() for length in rows.lengths]
+        read = list(outline.rows.evaluation.values())
+        if recipe.train.head_start == "probe" and outline.rows.train is not None:
+            read.append(outline.rows.train)  # in batches like those of evaluation
+        lengths = [length for rows in read for length in rows.lengths]
         shape = Batch(*full(recipe.eval, max(lengths, default=recipe.data.max_length)))
         parts = PeakMemory(build, shape, bf16=bf16, gpu=gpu).evaluation()
         passes["evaluation"] = with_peak(parts, device)

@@ -97,6 +97,10 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
     ]
     if plan["only_in_sum"]:
         lines.append("All weights compete for one budget: entries per layer are in proportion.")
+    head = plan["head_start"]
+    if head["kind"] != "random":
+        rows = f" of {head['rows']:,} rows" if head["rows"] else ""
+        lines.append(f"A new head starts from a {head['kind']}{rows}.")
     data = plan["data"]
     if "missing" in data:
         lines.append(f"Rows were not counted: {data['missing']}")

@@ -27,6 +27,7 @@ from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, att
 from sift_cli.sparse.parameters import whole_supports
 from sift_cli.system.files import write_text
 from sift_cli.training.batches import Batches
+from sift_cli.training.head import check_start, start_head
 from sift_cli.training.method import Build
 from sift_cli.training.packing import Packed, entries_in, supports_in
 from sift_cli.training.randomness import kept_randomness
@@ -126,8 +127,9 @@ class Chooser:
     ) -> "Chooser":
         """The selection for this session.
 
-        Raises SiftError where its patterns, densities, budgets or blocks do not fit the model.
+        Raises SiftError where its patterns, densities, budgets, blocks or head do not fit.
         """
+        check_start(train, session.model)
         return cls(
             selection=selection,
             train=train,
@@ -165,8 +167,8 @@ class Chooser:
         return self.parts.vectors
 
     def begin(self) -> SparseAdamW:
-        """Warms up where the schedule says so, chooses, and attaches what was chosen."""
-        touched, change = None, None
+        """Starts the head, warms up where the schedule says so, chooses, and attaches that."""
+        touched, change = start_head(self.train, self.session, self.console), None
         if self.selection.schedule == "after-warmup":
             touched, change = warm_up(
                 WarmUp.of(self.selection, self.train),
@@ -175,6 +177,7 @@ class Chooser:
                 [*self.sparse, *self.vectors],
                 self.dense,
                 self.console,
+                touched,
             )
         norms = self.norms if self.selection.batches == 1 else None
         supports = self.supports(1, change=change, norms=norms)
