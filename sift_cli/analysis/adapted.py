@@ -23,7 +23,6 @@ from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.runs.session import Session
 from sift_cli.runs.summary import Summary
-from sift_cli.selection.select import planned
 from sift_cli.training import train
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, rule_of
@@ -43,7 +42,7 @@ def build(method: str, recipe: Recipe, session: Session, batches: Batches) -> De
     chooser = Chooser.of(recipe.selection, recipe.train, session, batches, rule=rule)
     layers, rank = adapted_layers(model, chooser.sparse), None
     if method in ADAPTERS:
-        budget = sum(planned(model, chooser.sparse, rule).values())
+        budget = sum(chooser.parts.planned(model).values())
         rank, _ = rank_for(model, layers, budget)
 
     def ready() -> Adapted:

@@ -27,13 +27,12 @@ from sift_cli.recipe import EvalSection, Recipe, TrainSection
 from sift_cli.runs.session import autocasts, load_rows, open_session
 from sift_cli.runs.timing import Timing
 from sift_cli.selection.scores import find_score
-from sift_cli.selection.select import check, planned
-from sift_cli.selection.targets import choose_weights
 from sift_cli.tasks.classification import expected_task
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.tokens import Encoded
 from sift_cli.training.batches import Batches
-from sift_cli.training.choosing import rule_of, selecting
+from sift_cli.training.choosing import Parts, rule_of, selecting
+from sift_cli.training.head import ROWS, check_start
 from sift_cli.training.step import take_step
 from sift_cli.training.watch import Watch
 
@@ -68,20 +67,23 @@ def plan(
 
 @dataclass(frozen=True)
 class Outline:
-    """A recipe with its model on the meta device, and what of it trains: `counts` entries of each
-    weight that is targeted, and the parameters `dense` whole."""
+    """A recipe with its model on the meta device, and what of it trains.
+
+    `counts` entries of each weight within the budget, all of those that `parts` calls vectors, and
+    the parameters `dense` whole.
+    """
 
     recipe: Recipe
     rows: PlannedRows
     build: Callable[[], Any]
     model: Any
+    parts: Parts
     counts: dict[str, int]
-    dense: list[str]
 
     @classmethod
     def of(cls, recipe: Recipe, allow_code: bool = False) -> Outline:
         """Reads the configuration of the model, and the rows where they are on this machine."""
-        rule, chosen = rule_of(recipe.selection, allow_code), recipe.selection
+        rule = rule_of(recipe.selection, allow_code)
         folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
         rows = PlannedRows.of(recipe, folder)
         config = rows.task.configure(folder)
@@ -89,11 +91,14 @@ class Outline:
             config.pad_token_id = 0
         build = builder(rows.task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
-        names, dense = choose_weights(
-            model, chosen.target, chosen.exclude, chosen.dense, head_of(model)
-        )
-        check(model, names, rule)
-        return cls(recipe, rows, build, model, planned(model, names, rule), dense)
+        check_start(recipe.train, model)
+        parts = Parts.of(recipe.selection, model, head_of(model), rule)
+        return cls(recipe, rows, build, model, parts, parts.planned(model))
+
+    @property
+    def dense(self) -> Sequence[str]:
+        """The parameters that train whole beside the budget."""
+        return self.parts.dense
 
     @property
     def entries(self) -> int:
@@ -109,11 +114,13 @@ class Outline:
             "architecture": type(self.model).__name__,
             "policy": recipe.selection.policy,
             "trained_entries": self.entries,
+            "vector_entries": sum(sizes[name] for name in self.parts.vectors),
             "dense_entries": sum(sizes[name] for name in self.dense),
             "total_entries": sum(sizes.values()),
             "by_layer": grouped(counts, sizes, 0),
             "by_kind": grouped(counts, sizes, 1),
             "only_in_sum": recipe.selection.scope == "global",
+            "head_start": self.rows.head(recipe),
             "data": self.rows.about(recipe),
             "delta_bytes": delta_bytes(counts, sizes, self.dense, recipe.model.dtype),
             "published_accounting": accounting(self.model, self.entries),
@@ -177,6 +184,13 @@ class PlannedRows:
         lengths = self.train.lengths
         steps = islice(batches.endless(), batches.steps_per_epoch)
         return [(len(part), max(lengths[row] for row in part)) for rows in steps for part in rows]
+
+    def head(self, recipe: Recipe) -> dict[str, Any]:
+        """What the head starts from; for a probe the rows that it is fitted to, where known."""
+        start, rows = recipe.train.head_start, None
+        if start == "probe" and self.train is not None:
+            rows = min(ROWS, len(self.train))
+        return {"kind": start, "rows": rows}
 
     def about(self, recipe: Recipe) -> dict[str, Any]:
         """Counts of rows, of rows cut to `data.max_length`, and of steps."""
@@ -272,10 +286,13 @@ def memory_of_passes(
         if score.needs_data:
             ranking = PeakMemory(build, batch, recipe.train.gradient_checkpointing, bf16, gpu)
             parts = ranking.selection(
-                outline.counts, chosen.batches, squares="gradient_squares" in score.needs
+                outline.parts.sparse, chosen.batches, squares="gradient_squares" in score.needs
             )
             passes["selection"] = with_peak(parts, device)
-        lengths = [length for rows in outline.rows.evaluation.values() for length in rows.lengths]
+        read = list(outline.rows.evaluation.values())
+        if recipe.train.head_start == "probe" and outline.rows.train is not None:
+            read.append(outline.rows.train)  # in batches like those of evaluation
+        lengths = [length for rows in read for length in rows.lengths]
         shape = Batch(*full(recipe.eval, max(lengths, default=recipe.data.max_length)))
         parts = PeakMemory(build, shape, bf16=bf16, gpu=gpu).evaluation()
         passes["evaluation"] = with_peak(parts, device)

@@ -177,7 +177,7 @@ class _Walk:
                 self.seen.see(step, name, gradient, self.masks.values(), curve=curve, term=term)
 
         named = dict(session.model.named_parameters())
-        weights = {name: named[name] for name in {*self.chooser.sparse, *self.chooser.dense}}
+        weights = {name: named[name] for name in {*self.seen.sizes, *targets}}
         modules = {name: layer.module for name, layer in self.layers.items()}
         with (
             frozen(session.model),

@@ -89,12 +89,18 @@ def _show_memory(plan: Mapping[str, Any]) -> None:
 def sentences(plan: Mapping[str, Any]) -> list[str]:
     """A plan in sentences: what trains, the rows, the passes, and whether it fits the device."""
     trained, total = plan["trained_entries"], plan["total_entries"]
+    vectors = plan["vector_entries"]
+    among = f", {vectors:,} of them biases and norms that train whole," if vectors else ","
     lines = [
-        f"{trained:,} of {total:,} entries train ({trained / total:.2%}), and a head of "
+        f"{trained:,} of {total:,} entries train ({trained / total:.2%}){among} and a head of "
         f"{plan['dense_entries']:,}; the delta will take about {size(plan['delta_bytes'])}."
     ]
     if plan["only_in_sum"]:
         lines.append("All weights compete for one budget: entries per layer are in proportion.")
+    head = plan["head_start"]
+    if head["kind"] != "random":
+        rows = f" of {head['rows']:,} rows" if head["rows"] else ""
+        lines.append(f"A new head starts from a {head['kind']}{rows}.")
     data = plan["data"]
     if "missing" in data:
         lines.append(f"Rows were not counted: {data['missing']}")

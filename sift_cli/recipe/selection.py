@@ -124,6 +124,10 @@ class SelectionSection(Section):
     dense: Names = Field(
         default_factory=lambda: ["classifier", "score"], description="modules trained whole"
     )
+    vectors: bool = Field(
+        False,
+        description="biases and norms of the base train whole, counted in the budget",
+    )
     block_size: PositiveInt | None = Field(None, description="edge of a block")
     rank: PositiveInt | None = Field(None, description="rank of the low-rank score")
     balance: Annotated[float, Field(ge=0, le=1)] | None = Field(

@@ -59,8 +59,8 @@ def write_weights(
 
     `entries` is the size of its support at the end, `touched` counts all that ever trained; `rms`
     and `largest` tell how far these are from the base, `base_rms` how large they were there.
-    `half_in_inputs` is the share of a linear layer's inputs that hold half of its entries. Weights
-    in `whole` train whole.
+    `half_in_inputs` is the share of a linear layer's inputs that hold half of its entries. Those in
+    `whole` are no part of the budget.
     """
     named = dict(model.named_parameters())
     supports = {segment.name: segment.support for segment in parameters}

@@ -37,17 +37,24 @@ def require_fits(budget: int, units: Mapping[str, Units]) -> None:
         )
 
 
-def allot(budget: int, units: Mapping[str, Units]) -> dict[str, int]:
+def allot(
+    budget: int, units: Mapping[str, Units], densities: Mapping[str, float] | None = None
+) -> dict[str, int]:
     """Splits `budget` entries over weights in proportion to their sizes, in whole units.
 
-    What rounding down leaves over goes to the largest remainders, earlier weights first, as long as
-    whole units fit; single entries sum to the budget exactly. Raises SiftError where the weights
-    hold fewer entries than the budget.
+    With `densities`, in proportion to what these would give each weight. What rounding down leaves
+    over goes to the largest remainders, earlier weights first, as long as whole units fit; single
+    entries sum to the budget exactly. Raises SiftError where the weights hold fewer entries than
+    the budget.
     """
     require_fits(budget, units)
-    total = entries(units)
-    exact = {name: Fraction(budget * own.count, total) for name, own in units.items()}
-    counts = {name: int(share_of) for name, share_of in exact.items()}
+    weighed = {
+        name: own.count * (Fraction(str(densities[name])) if densities else 1)
+        for name, own in units.items()
+    }
+    total = sum(weighed[name] * own.size for name, own in units.items())
+    exact = {name: Fraction(budget * one, total) for name, one in weighed.items()}
+    counts = {name: min(int(exact[name]), own.count) for name, own in units.items()}
     left = budget - sum(counts[name] * own.size for name, own in units.items())
     for name in sorted(units, key=lambda name: counts[name] - exact[name]):
         if units[name].size <= left and counts[name] < units[name].count:

@@ -1,7 +1,7 @@
 """From scores to supports, with one dense gradient alive at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,10 @@ from sift_cli.sparse import Support
 class Rule:
     """How entries are chosen, whatever the model.
 
-    Exactly one of `density` (share of each weight, or of all together under scope `global`; or
-    patterns with a `default`) and `budget` (entries in all) is given. `block` is the edge of a
-    block, `rank` that of the low-rank score, `balance` how far the balanced one goes.
+    One of `density` (share of each weight, or of all together under scope `global`; or patterns
+    with a `default`) and `budget` (entries in all) is given; with both, the budget is split in
+    proportion to the densities. `block` is the edge of a block, `rank` that of the low-rank score,
+    `balance` how far the balanced one goes.
     """
 
     score: Score
@@ -77,6 +78,31 @@ def planned(model: nn.Module, names: Sequence[str], rule: Rule) -> dict[str, int
     chooser = _chooser(rule, weights, units)
     counts = allot(chooser.budget, units) if isinstance(chooser, Global) else chooser.counts
     return {name: count * units[name].size for name, count in counts.items()}
+
+
+def beside(
+    model: nn.Module, names: Sequence[str], vectors: Sequence[str], rule: Rule
+) -> tuple[list[str], Rule]:
+    """What is left of `names` to choose from, and of the rule's budget, beside whole `vectors`.
+
+    Both together train as many entries as the rule gives `names`, but for what fills no unit.
+    Raises SiftError where nothing is left.
+    """
+    if not vectors:
+        return list(names), rule
+    named, whole = dict(model.named_parameters()), set(vectors)
+    total = rule.budget or sum(planned(model, names, rule).values())
+    spent = sum(named[name].numel() for name in vectors)
+    left = [name for name in names if name not in whole]
+    units = _look_up(model, left, rule)[2]
+    if total - spent < min((own.size for own in units.values()), default=1):
+        raise SiftError(
+            f"selection.vectors: biases and norms hold {spent:,} entries and the budget is "
+            f"{total:,}, so nothing is left to choose; give a higher selection.density or budget, "
+            "or selection.exclude some of them"
+        )
+    density = rule.density if isinstance(rule.density, Mapping) else None
+    return left, replace(rule, budget=total - spent, density=density)
 
 
 def select(
@@ -191,7 +217,8 @@ def _chooser(
             require_fits(count, units)
         return Global(min(count, entries(units)), units)
     if rule.budget is not None:
-        counts = allot(rule.budget, units)
+        densities = None if rule.density is None else density_of(rule.density, weights)
+        counts = allot(rule.budget, units, densities)
     else:
         assert rule.density is not None
         densities = density_of(rule.density, weights)

@@ -61,6 +61,18 @@ def choose_weights(
     return sparse, full
 
 
+def choose_vectors(model: nn.Module, exclude: Sequence[str], dense: Iterable[str]) -> list[str]:
+    """Names of the biases and norm weights: the 1-d parameters beside `dense` and `exclude`."""
+    linear, taken = linear_layers(model), set(dense)
+    return [
+        name
+        for name, weight in model.named_parameters()
+        if weight.dim() == 1
+        and name not in taken
+        and not any(_targets(pattern, name, linear) for pattern in exclude)
+    ]
+
+
 def _targets(pattern: str, name: str, linear: Container[str]) -> bool:
     if pattern == "all":
         return True

@@ -212,6 +212,12 @@ class Classification:
             found.setdefault(int(label), []).append(row)
         return {self.labels[code]: found[code] for code in sorted(found)}
 
+    def targets(self, data: Encoded) -> Tensor:
+        """The labels, [N]: int64 codes, or fp64 numbers."""
+        return torch.tensor(
+            data.rows["label"][:], dtype=torch.float64 if self.labels is None else torch.int64
+        )
+
     def example(self, ids: Tensor) -> dict[str, Tensor]:
         """A batch of made-up tokens (int64 [B, T]), each row with the first label, or with 0."""
         return {"input_ids": ids, "labels": torch.zeros(len(ids), dtype=self.kind.target)}

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
+Outputs = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # of a batch, [B, ...]
 
 
-@torch.inference_mode()
 def collect_outputs(
     task: Task,
     model: nn.Module,
@@ -33,27 +33,55 @@ def collect_outputs(
 ) -> Tensor:
     """The task's outputs of every row, in the order of the rows, fp32 [N, ...] on the host.
 
+    Raises what `collect` raises.
+    """
+    return collect(
+        task.outputs,
+        model,
+        data,
+        range(len(data)),
+        collate,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        bf16=bf16,
+    )
+
+
+@torch.inference_mode()
+def collect(
+    outputs: Outputs,
+    model: nn.Module,
+    data: Encoded,
+    rows: Sequence[int],
+    collate: Collate,
+    *,
+    batch_size: int,
+    max_tokens: int | None = None,
+    bf16: bool = False,
+) -> Tensor:
+    """What `outputs` makes of each of `rows`, in their order, fp32 [N, ...] on the host.
+
     Batches go from long rows to short ones, so that memory runs out at once or not at all. Raises
     SiftError (exit code 4) where outputs are not finite, naming rows.
     """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    order = sorted(range(len(data)), key=lambda at: -data.lengths[at])
+    order = sorted(range(len(rows)), key=lambda at: -data.lengths[rows[at]])
     parts = []
-    for rows in cut(order, data.lengths, batch_size, max_tokens):
-        batch = place(collate(data.take(rows)), device)
+    for some in cut([rows[at] for at in order], data.lengths, batch_size, max_tokens):
+        batch = place(collate(data.take(some)), device)
         with autocast(device, bf16):
-            parts.append(task.outputs(model, batch).float().cpu())
+            parts.append(outputs(model, batch).float().cpu())
     model.train(training)
     found = torch.cat(parts)
     restored = torch.empty_like(found)
     restored[torch.tensor(order)] = found
     wrong = ~restored.isfinite().flatten(1).all(-1)
     if bool(wrong.any()):
-        rows = data.numbers(wrong.nonzero().flatten().tolist()[:5])
+        numbers = data.numbers([rows[at] for at in wrong.nonzero().flatten().tolist()[:5]])
         raise SiftError(
-            f"evaluation: the model's outputs are not finite, such as for rows {rows}",
+            f"evaluation: the model's outputs are not finite, such as for rows {numbers}",
             ExitCode.NOT_FINITE,
         )
     return restored

@@ -117,6 +117,12 @@ class Task(Protocol):
     def groups(self, data: Encoded) -> dict[str, list[int]]:
         """Rows that are of one kind, such as a class, by its name; empty where there are none."""
 
+    def targets(self, data: Encoded) -> Tensor | None:
+        """What a linear layer that makes the outputs is to give: codes of classes, or numbers.
+
+        int64 or fp64 [N], of each row; None where outputs are no such layer's.
+        """
+
     def example(self, ids: Tensor) -> dict[str, Tensor]:
         """A batch of made-up tokens (int64 [B, T]) with what the loss needs, and no mask."""
 

@@ -1,13 +1,13 @@
 """Which entries train at which step: a recipe's selection, carried out along a run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from sift_cli.delta.build import build_delta
 from sift_cli.delta.file import save_delta
@@ -22,13 +22,14 @@ from sift_cli.runs.session import Session
 from sift_cli.runs.summary import EntryCounts, Summary, Written
 from sift_cli.selection.scale import input_scales
 from sift_cli.selection.scores import find_score
-from sift_cli.selection.select import Retained, Rule, check, select
-from sift_cli.selection.targets import choose_weights, linear_layers
+from sift_cli.selection.select import Retained, Rule, beside, check, planned, select
+from sift_cli.selection.targets import choose_vectors, choose_weights, linear_layers
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
 from sift_cli.sparse.coordinates import Coordinates, InputScale
 from sift_cli.sparse.parameters import whole_supports
 from sift_cli.system.files import write_text
 from sift_cli.training.batches import Batches
+from sift_cli.training.head import check_start, start_head
 from sift_cli.training.method import Build
 from sift_cli.training.packing import Packed, entries_in, supports_in
 from sift_cli.training.randomness import kept_randomness
@@ -52,6 +53,42 @@ def rule_of(selection: SelectionSection, allow_code: bool = False) -> Rule:
     )
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What of a model trains: of `sparse` what `rule` chooses, `vectors` and `dense` whole.
+
+    `vectors` (biases and norms) are counted in the budget, `dense` (the head) is not.
+    """
+
+    sparse: Sequence[str]
+    vectors: Sequence[str]
+    dense: Sequence[str]
+    rule: Rule
+
+    @classmethod
+    def of(
+        cls, selection: SelectionSection, model: nn.Module, new: Iterable[str], rule: Rule
+    ) -> "Parts":
+        """What the section says of this model, of which `new` names the parameters of no base.
+
+        Raises SiftError where its patterns, densities, budgets or blocks do not fit the model.
+        """
+        sparse, dense = choose_weights(
+            model, selection.target, selection.exclude, selection.dense, new
+        )
+        check(model, sparse, rule)
+        vectors = choose_vectors(model, selection.exclude, dense) if selection.vectors else []
+        sparse, rule = beside(model, sparse, vectors, rule)
+        check(model, sparse, rule)
+        return cls(sparse, vectors, dense, rule)
+
+    def planned(self, model: nn.Module) -> dict[str, int]:
+        """The entries of each weight that will train within the budget, from shapes alone."""
+        named = dict(model.named_parameters())
+        whole = {name: named[name].numel() for name in self.vectors}
+        return planned(model, self.sparse, self.rule) | whole
+
+
 def selecting(
     selection: SelectionSection,
     train: TrainSection,
@@ -67,19 +104,16 @@ def selecting(
 class Chooser:
     """A selection over one run: the `Method` that is sift's own.
 
-    `sparse` names the weights of which entries are chosen, `dense` those that train whole. Entries
-    are chosen anew `every` so many steps (None: never), all but the share `drop` of which stay.
-    `norms` are those of the first batch's gradient by weight, once `begin` has looked at that batch
-    alone.
+    `parts` says what trains. Entries are chosen anew `every` so many steps (None: never), all but
+    the share `drop` of which stay. `norms` are those of the first batch's gradient by weight, once
+    `begin` has looked at that batch alone.
     """
 
     selection: SelectionSection
     train: TrainSection
     session: Session
     batches: Batches
-    rule: Rule
-    sparse: Sequence[str]
-    dense: Sequence[str]
+    parts: Parts
     every: int | None
     drop: float
     console: Console
@@ -98,20 +132,15 @@ class Chooser:
     ) -> "Chooser":
         """The selection for this session.
 
-        Raises SiftError where its patterns, densities, budgets or blocks do not fit the model.
+        Raises SiftError where its patterns, densities, budgets, blocks or head do not fit.
         """
-        sparse, dense = choose_weights(
-            session.model, selection.target, selection.exclude, selection.dense, session.new
-        )
-        check(session.model, sparse, rule)
+        check_start(train, session.model)
         return cls(
             selection=selection,
             train=train,
             session=session,
             batches=batches,
-            rule=rule,
-            sparse=sparse,
-            dense=dense,
+            parts=Parts.of(selection, session.model, session.new, rule),
             every=1 if selection.schedule == "every-batch" else selection.every,
             drop=selection.drop or 1.0,
             console=console or Console(stderr=True, quiet=True),
@@ -122,17 +151,38 @@ class Chooser:
         """The policy."""
         return self.selection.policy
 
+    @property
+    def rule(self) -> Rule:
+        """How entries of `sparse` are chosen."""
+        return self.parts.rule
+
+    @property
+    def sparse(self) -> Sequence[str]:
+        """The weights of which entries are chosen."""
+        return self.parts.sparse
+
+    @property
+    def dense(self) -> Sequence[str]:
+        """The weights that train whole beside the budget."""
+        return self.parts.dense
+
+    @property
+    def vectors(self) -> Sequence[str]:
+        """The weights that train whole within the budget."""
+        return self.parts.vectors
+
     def begin(self) -> SparseAdamW:
-        """Warms up where the schedule says so, chooses, and attaches what was chosen."""
-        touched, change = None, None
+        """Starts the head, warms up where the schedule says so, chooses, and attaches that."""
+        touched, change = start_head(self.train, self.session, self.console), None
         if self.selection.schedule == "after-warmup":
             touched, change = warm_up(
                 WarmUp.of(self.selection, self.train),
                 self.session,
                 self.batches,
-                self.sparse,
+                [*self.sparse, *self.vectors],
                 self.dense,
                 self.console,
+                touched,
             )
         norms = self.norms if self.selection.batches == 1 else None
         supports = self.supports(1, change=change, norms=norms)
@@ -193,7 +243,7 @@ class Chooser:
                 retained=held,
                 norms=norms,
             )
-        return chosen | whole_supports(model, self.dense)
+        return chosen | whole_supports(model, [*self.vectors, *self.dense])
 
     def scales(self) -> dict[str, InputScale]:
         """The step scale of each input, as the calibration batches of the first step have them.
@@ -258,7 +308,9 @@ class Chooser:
         """Trains the supports, in the coordinates that step scale and decay ask for."""
         new = set(self.session.new)
         based = self.train.decay_toward == "base" and self.train.weight_decay > 0
-        centred = [name for name in (*self.sparse, *self.dense) if based and name not in new]
+        centred = [
+            name for name in (*self.sparse, *self.vectors, *self.dense) if based and name not in new
+        ]
         return attach(
             self.session.model,
             supports,

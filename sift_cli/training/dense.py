@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from sift_cli.runs.session import Session
 from sift_cli.runs.summary import EntryCounts, Summary, Written
 from sift_cli.sparse import Support
 from sift_cli.system.files import sha256_of
+from sift_cli.training.head import start_head
 from sift_cli.training.packing import Packed, entries_in
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # torch's names of what AdamW keeps of a parameter
@@ -122,8 +124,10 @@ class Dense:
         session: Session,
         head: Sequence[str],
         adapt: Callable[[], Adapted],
+        console: Console | None = None,
     ) -> None:
-        self.name, self.settings, self._adapt = name, settings, adapt
+        self.name, self.settings, self.session, self._adapt = name, settings, session, adapt
+        self.console = console or Console(stderr=True, quiet=True)
         self.norms: Mapping[str, Tensor] = {}
         weights = dict(session.model.named_parameters())
         self.total = sum(weight.numel() for weight in weights.values())  # before any adapter
@@ -131,7 +135,11 @@ class Dense:
         self._adapted: Adapted | None = None
 
     def begin(self) -> DenseAdamW:
-        """Adapts the model, and trains what it then says."""
+        """Starts the head, adapts the model, and trains what it then says."""
+        start_head(self.settings, self.session, self.console)
+        return self._optimizer()
+
+    def _optimizer(self) -> DenseAdamW:
         self._adapted = self._adapt()
         if not self._adapted.weights:
             raise SiftError(f"{self.name}: no module trains whole; name one in selection.dense")
@@ -140,7 +148,7 @@ class Dense:
 
     def restore(self, saved: Checkpoint) -> DenseAdamW:
         """Adapts the model, and gives its weights the values that the checkpoint has."""
-        optimizer = self.begin()
+        optimizer = self._optimizer()
         optimizer.parameters.load_state(entries_in(saved, "weights"))
         return optimizer
 

@@ -51,17 +51,20 @@ def warm_up(
     sparse: Sequence[str],
     dense: Sequence[str],
     console: Console,
+    touched: Touched | None = None,
 ) -> tuple[Touched | None, dict[str, Tensor] | None]:
     """Trains the weights `dense` alone, or `sparse` as well, on the first batches.
 
     The head stays as it was trained, and its base values are returned. Where everything trained,
     all of it goes back, and what is returned is how far each weight of `sparse` had moved.
+    `touched` has the base values of a head that has left them already.
     """
     names = [*(sparse if settings.everything else ()), *dense]
     if not names:
         raise SiftError("selection.warmup_trains: no module trains whole, so there is no head")
     supports = whole_supports(session.model, names)
-    parameters = attach(session.model, supports, offload=settings.offload)
+    base = None if settings.everything else touched  # everything goes back to where it is now
+    parameters = attach(session.model, supports, touched=base, offload=settings.offload)
     _train(settings, session, batches, parameters, console)
     parameters.detach()
     if not settings.everything:
@@ -72,7 +75,7 @@ def warm_up(
         if segment.name in set(sparse)
     }
     parameters.revert()
-    return None, change
+    return touched, change
 
 
 def _train(

@@ -87,6 +87,20 @@ def test_allot_gives_what_is_left_to_the_largest_remainders_then_the_first() -> 
     assert allot(1, entries({"a": 1, "b": 2})) == {"a": 0, "b": 1}
 
 
+@given(SIZES, st.data())
+def test_allot_follows_densities(sizes: dict[str, int], data: st.DataObject) -> None:
+    shares = {name: data.draw(st.sampled_from([0.01, 0.1, 0.35, 1.0])) for name in sizes}
+    exact = {name: Fraction(str(shares[name])) * size for name, size in sizes.items()}
+    assume(sum(exact.values()) >= 1)
+    budget = data.draw(st.integers(1, int(sum(exact.values()))))
+    counts = allot(budget, entries(sizes), shares)
+    assert sum(counts.values()) == budget
+    for name, size in sizes.items():
+        assert 0 <= counts[name] <= size
+        assert abs(counts[name] - budget * exact[name] / sum(exact.values())) < 1
+    assert allot(budget, entries(sizes), dict.fromkeys(sizes, 0.5)) == allot(budget, entries(sizes))
+
+
 def test_a_budget_beyond_the_weights_is_refused() -> None:
     said = "^selection.budget: 1,501 entries asked for, the targeted weights hold 1,500$"
     with pytest.raises(SiftError, match=said):

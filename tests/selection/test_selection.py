@@ -12,8 +12,9 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.selection.policies import POLICIES, SCOPES
 from sift_cli.selection.policies import SCORES as SCORE_NAMES
 from sift_cli.selection.scores import SCORES, find_score
-from sift_cli.selection.select import Retained, Rule, select
+from sift_cli.selection.select import Retained, Rule, beside, planned, select
 from sift_cli.selection.structures import Units
+from sift_cli.selection.targets import choose_vectors, choose_weights
 from sift_cli.sparse import Support
 from tests.support.models import ARCHITECTURES, tiny_batch, tiny_model
 
@@ -320,3 +321,72 @@ def test_an_own_score_needs_permission_and_the_right_shape(tmp_path: Path) -> No
     wrong = Rule(find_score(f"{path}:short", allow_code=True), density=0.1)
     with pytest.raises(SiftError, match=r"of shape \[16, 16\] it gave \[16\]"):
         select(model, [WEIGHT], wrong)
+
+
+# beside vectors
+
+
+def divided(rule: Rule, exclude: list[str] | None = None) -> tuple[list[str], Rule, int, int]:
+    """What is left of a tiny BERT's weights beside its vectors, the entries of both, and before."""
+    model = tiny_model("bert")
+    names, head = choose_weights(model, "all-linear", [], ["classifier"], [])
+    vectors = choose_vectors(model, exclude or [], head)
+    left, own = beside(model, names, vectors, rule)
+    assert left == [name for name in names if name not in vectors]
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    spent = sum(sizes[name] for name in vectors)
+    return left, own, spent, sum(planned(model, names, rule).values())
+
+
+@pytest.mark.parametrize("scope", ["tensor", "neuron", "global"])
+@pytest.mark.parametrize(("structure", "unit"), [("entry", 1), ("block", 16), ("row", 16)])
+def test_vectors_and_entries_share_one_budget(scope: str, structure: str, unit: int) -> None:
+    if scope == "neuron" and structure == "row":
+        return
+    model = tiny_model("bert")
+    for size in ({"density": 0.2}, {"budget": 700}, {"density": 1.0}):
+        rule = Rule(find_score("magnitude"), scope, structure, block=4, **size)  # type: ignore[arg-type]
+        left, own, spent, total = divided(rule)
+        total = rule.budget or total
+        counts = planned(model, left, own)
+        assert own.density is None
+        assert total - 2 * unit < sum(counts.values()) + spent <= total
+        if structure == "entry":
+            assert sum(counts.values()) + spent == total
+        chosen = select(model, left, own)
+        if scope != "global":
+            assert {name: len(one) for name, one in chosen.items()} == counts
+        elif structure == "entry":
+            assert sum(map(len, chosen.values())) == total - spent
+
+
+def test_densities_by_pattern_go_on_in_proportion() -> None:
+    model = tiny_model("bert")
+    rule = Rule(find_score("magnitude"), density={"default": 0.1, "query": 0.8})
+    left, own, spent, total = divided(rule)
+    counts = planned(model, left, own)
+    assert sum(counts.values()) + spent == total
+    named = dict(model.named_parameters())
+    shares = {name: count / named[name].numel() for name, count in counts.items()}
+    query, other = (
+        [share for name, share in shares.items() if ("query" in name) == wanted]
+        for wanted in (True, False)
+    )
+    assert min(query) == pytest.approx(8 * max(other), rel=0.15)
+    assert {name: len(one) for name, one in select(model, left, own).items()} == counts
+
+
+def test_without_vectors_nothing_changes() -> None:
+    rule = Rule(find_score("magnitude"), density=0.1)
+    assert beside(tiny_model("bert"), ["a", "b"], [], rule) == (["a", "b"], rule)
+
+
+def test_a_budget_that_vectors_use_up_is_refused() -> None:
+    said = r"^selection\.vectors: biases and norms hold 400 entries and the budget is {}, so "
+    for size, total in (({"density": 0.05}, "236"), ({"budget": 400}, "400")):
+        with pytest.raises(SiftError, match=said.format(total)):
+            divided(Rule(find_score("magnitude"), **size))  # type: ignore[arg-type]
+    with pytest.raises(SiftError, match=said.format(415)):
+        divided(Rule(find_score("magnitude"), structure="row", budget=415))
+    assert divided(Rule(find_score("magnitude"), budget=401))[1].budget == 1
+    assert divided(Rule(find_score("magnitude"), density=0.05), ["all-linear"])[1].budget == 76

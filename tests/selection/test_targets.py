@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sift_cli.errors import SiftError
-from sift_cli.selection.targets import choose_weights, matches
+from sift_cli.selection.targets import choose_vectors, choose_weights, linear_layers, matches
 from tests.support.models import ARCHITECTURES, tiny_model
 
 DENSE = ["classifier", "score"]
@@ -197,3 +197,20 @@ def test_a_tied_weight_is_one_parameter() -> None:
 
 def test_a_model_that_is_one_linear_layer() -> None:
     assert choose_weights(nn.Linear(2, 3), "all-linear", [], [], []) == (["weight", "bias"], [])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_vectors_are_the_biases_and_norms_of_the_base(architecture: str) -> None:
+    model = tiny_model(architecture)
+    _, head = choose_weights(model, "all-linear", [], DENSE, [])
+    found = choose_vectors(model, [], head)
+    assert found == [
+        name for name, one in model.named_parameters() if one.dim() == 1 and name not in head
+    ]
+    assert any("norm" in name.lower() or ".ln_" in name for name in found)
+    excluded = choose_vectors(model, ["layer.0", "h.0", "layers.0"], head)
+    assert excluded == [name for name in found if ".0." not in name]
+    assert (
+        set(choose_vectors(model, ["all-linear"], head)) == set(found) - linear_layers(model).keys()
+    )
+    assert choose_vectors(model, ["all"], head) == []

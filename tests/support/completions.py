@@ -89,6 +89,9 @@ class Completions:
     def groups(self, data: Encoded) -> dict[str, list[int]]:
         return {}
 
+    def targets(self, data: Encoded) -> None:
+        return None
+
     def example(self, ids: Tensor) -> dict[str, Tensor]:
         return {"input_ids": ids, "labels": ids}
 

@@ -24,6 +24,7 @@ SELECTIONS = {
     "lottery": "{policy: lottery, warmup_steps: 3, density: 0.05}",
     "blocks": "{policy: blocks, block_size: 4, density: 0.2}",
     "fisher": "{policy: fisher, density: 0.05}",
+    "vectors": "{policy: drop-grow, density: 0.3, every: 3, vectors: true}",
     "everything": "{density: 1.0, target: all, schedule: every-n-steps, every: 3}",
 }
 

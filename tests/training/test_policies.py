@@ -1,13 +1,16 @@
 """One conformance table: every policy with every structure keeps the same invariants."""
 
 import copy
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sift_cli.analysis.adapted import build
+from sift_cli.analysis.plan import plan
 from sift_cli.delta import load_delta
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
@@ -19,7 +22,7 @@ from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.optimizer import HISTORIES
 from sift_cli.training import train
 from sift_cli.training.batches import Batches
-from sift_cli.training.choosing import Chooser, rule_of
+from sift_cli.training.choosing import Chooser, Parts, rule_of
 from sift_cli.training.schedule import schedule_of
 from sift_cli.training.step import add_gradient
 from tests.support.models import tiny_batch, tiny_model
@@ -173,10 +176,54 @@ SCALED = ["train.step_scale=input", "train.weight_decay=0.3", "train.decay_towar
 def test_every_step_equals_a_dense_optimizer_under_the_mask(
     recipe_file: Path, policy: str, structure: str, more: list[str]
 ) -> None:
-    recipe = resolved(recipe_file, policy, structure, *more)
+    follow(resolved(recipe_file, policy, structure, *more), check_sizes)
+
+
+@pytest.mark.parametrize(("policy", "structure"), CASES)
+def test_vectors_train_whole_within_the_budget(
+    recipe_file: Path, policy: str, structure: str
+) -> None:
+    def check(
+        recipe: Recipe, model: nn.Module, names: list[str], supports: dict[str, Support]
+    ) -> int:
+        weights = dict(model.named_parameters())
+        head = {name for name in weights if name.startswith("classifier")}
+        vectors = {name for name, one in weights.items() if one.dim() == 1} - head
+        assert supports.keys() <= {*names, *vectors, *head}
+        for name in {*vectors, *head}:
+            assert supports[name].positions is None
+        spent = sum(weights[name].numel() for name in vectors)
+        trained = {name: len(supports[name]) for name in names if name in supports}
+        without = resolved(recipe_file, policy, structure)
+        total = sum(
+            Parts.of(without.selection, model, head, rule_of(without.selection))
+            .planned(model)
+            .values()
+        )
+        assert total - 64 < sum(trained.values()) + spent <= total
+        if structure == "entry":
+            assert sum(trained.values()) + spent == total
+        parts = Parts.of(recipe.selection, model, head, rule_of(recipe.selection))
+        counts = parts.planned(model)
+        assert {name: counts[name] for name in vectors} == {
+            name: weights[name].numel() for name in vectors
+        }
+        if recipe.selection.scope != "global":
+            assert {name: counts[name] for name in trained} == trained
+        return 0
+
+    follow(resolved(recipe_file, policy, structure, "selection.vectors=true", *SCALED), check)
+
+
+def follow(
+    recipe: Recipe,
+    check: Callable[[Recipe, nn.Module, list[str], dict[str, Support]], int],
+) -> None:
+    """Takes five steps beside the reference; `check` sees the supports of each."""
     session, chooser = opened(recipe)
     base = copy.deepcopy(session.model)
-    factors = factors_of(session, chooser) if more else {}
+    scaled = recipe.train.step_scale != "none"
+    factors = factors_of(session, chooser) if scaled else {}
     alive: list[int] = []
     for weight in session.model.parameters():
         weight.register_post_accumulate_grad_hook(
@@ -187,7 +234,7 @@ def test_every_step_equals_a_dense_optimizer_under_the_mask(
         assert max(alive) == 1  # one dense gradient at a time
     parameters, schedule = optimizer.parameters, schedule_of(recipe.train, optimizer.adamw, 5)
     reference = Reference(copy.deepcopy(base), base, recipe, factors, session.new)
-    assert not more or any(len(own.unique()) > 1 for own in factors.values())
+    assert not scaled or any(len(own.unique()) > 1 for own in factors.values())
     head = session.model.classifier.state_dict()  # a head-only warm-up may have moved it
     reference.model.classifier.load_state_dict(head)
     counts = set()
@@ -195,7 +242,7 @@ def test_every_step_equals_a_dense_optimizer_under_the_mask(
         if chooser.due(step):
             chooser.change(step, optimizer)
         supports = {segment.name: segment.support for segment in parameters}
-        counts.add(check_sizes(recipe, session.model, chooser.sparse, supports))
+        counts.add(check(recipe, session.model, list(chooser.sparse), supports))
         reference.take(masks_of(session.model, supports), list(chooser.sparse))
         add_gradient(session, rows)
         optimizer.clip(recipe.train.max_grad_norm)
@@ -440,3 +487,42 @@ def test_one_batch_alone_cannot_agree(recipe_file: Path) -> None:
     assert resolved(recipe_file, "agreement", "entry").selection.batches == 8
     with pytest.raises(SiftError, match="batches: score agreement compares batches; give at least"):
         resolved(recipe_file, "sift", "entry", "selection.score=agreement")
+
+
+@pytest.mark.parametrize("policy", ["sift", "lottery", "current-batch", "drop-grow", "columns"])
+def test_a_run_with_vectors_counts_them_as_entries(
+    recipe_file: Path, tmp_path: Path, policy: str
+) -> None:
+    structure = POLICIES[policy].structure
+    recipe = resolved(recipe_file, policy, structure, "selection.vectors=true")
+    summary = train(recipe, tmp_path / "run")
+    planned = plan(recipe, device="cpu")
+    session, chooser = opened(recipe)
+    sizes = {name: one.numel() for name, one in session.model.named_parameters()}
+    vectors = sum(sizes[name] for name in chooser.vectors)
+    assert planned["vector_entries"] == vectors == 400
+    for key in ("trained_entries", "dense_entries"):
+        assert planned[key] == getattr(summary, key)
+    assert summary.dense_entries == 34
+    found = load_delta(tmp_path / "run/delta.safetensors")
+    assert set(found.dense) == {"classifier.weight", "classifier.bias"}
+    assert all(len(found.weights[name].support) == sizes[name] for name in chooser.vectors)
+    assert found.entries == summary.changed_entries >= summary.trained_entries
+    lines = [json.loads(one) for one in (tmp_path / "run/weights.jsonl").read_text().splitlines()]
+    assert {one["name"] for one in lines if one["whole"]} == set(found.dense)
+    entries = sum(one["entries"] for one in lines if not one["whole"])
+    assert entries == summary.trained_entries
+    loaded, _ = load_tuned(str(tmp_path / "run"))
+    assert open_session(recipe, train=False, tuned=loaded).evaluate() == summary.metrics
+
+
+def test_adapters_get_the_budget_that_vectors_share(recipe_file: Path) -> None:
+    ranks = []
+    for vectors in ("true", "false"):
+        recipe = load_recipe(recipe_file, ["selection.density=0.3", f"selection.vectors={vectors}"])
+        session, chooser = opened(recipe)
+        assert sum(chooser.parts.planned(session.model).values()) == 1384
+        method = build("lora", recipe, session, chooser.batches)
+        total = len(method.begin().parameters) - method.dense
+        ranks.append(total)
+    assert ranks[0] == ranks[1]
