@@ -98,6 +98,14 @@ POLICIES: dict[str, Policy] = {
     "activation-magnitude": Policy(
         "activation-magnitude", "tensor", "entry", "first-batch", "Wanda, arXiv 2306.11695"
     ),
+    "scaled-sift": Policy(
+        "gradient-per-input",
+        "tensor",
+        "entry",
+        "first-batch",
+        "SIFT's rule in scaled coordinates, docs/how-selection-works.md, 2026",
+        train={"step_scale": "input", "head_start": "probe"},
+    ),
     "gradient-per-input": Policy(
         "gradient-per-input", "tensor", "entry", "first-batch", "docs/selection.md, 2026"
     ),

@@ -152,6 +152,8 @@ def test_every_value_has_an_origin(recipe_file: Path) -> None:
     assert origins["selection.history"] == origins["train.max_steps"] == "default"
     assert origins["model.path"] == f"{recipe_file}:2:3"
     assert origins["selection.policy"] == "--set selection.policy=drop-grow"
+    _, scaled = trace_recipe(recipe_file, ["selection.policy=scaled-sift"])
+    assert scaled["train.step_scale"] == scaled["train.head_start"] == "policy scaled-sift"
 
 
 def test_a_token_budget_bounds_the_batch_that_is_planned(recipe_file: Path) -> None:

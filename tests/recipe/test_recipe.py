@@ -438,3 +438,27 @@ def test_merge_keys_may_be_overridden_and_true_is_no_number() -> None:
     assert len(lines) == 2
     assert lines[0].startswith("r:1:1 a: unknown key")
     assert lines[1].startswith("r:4:8 eval.every")
+
+
+def test_a_policy_says_how_it_trains_unless_the_recipe_does() -> None:
+    def trained(text: str, *changes: str) -> tuple[str, str]:
+        train = parse_recipe(text, "r", changes).train
+        return train.step_scale, train.head_start
+
+    scaled = HEAD + "selection: {policy: scaled-sift}\n"
+    assert trained(HEAD + "selection: {policy: sift}\n") == ("none", "random")
+    assert trained(scaled) == ("input", "probe")
+    assert trained(scaled + "train: {head_start: random}\n") == ("input", "random")
+    assert trained(scaled, "train.step_scale=none") == ("none", "probe")
+
+
+def test_another_policy_for_a_resolved_recipe_trains_in_its_own_way() -> None:
+    there, back = "selection.policy=scaled-sift", "selection.policy=random"
+    scaled = parse_recipe(RESOLVED, "r", [there])
+    assert (scaled.train.step_scale, scaled.train.head_start) == ("input", "probe")
+    random = parse_recipe(scaled.to_yaml(), "r", [back])
+    assert (random.train.step_scale, random.train.head_start) == ("none", "random")
+    for order in ([back, "train.step_scale=input"], ["train.step_scale=input", back]):
+        assert parse_recipe(scaled.to_yaml(), "r", order).train.step_scale == "input"
+    own = parse_recipe(HEAD + "train: {step_scale: input}\n", "r", [back])
+    assert own.train.step_scale == "input"  # no policy said so: the recipe did
