@@ -1,6 +1,6 @@
 """The table of a comparison: a row for the runs that differ in their seeds alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import mean, stdev
 from typing import Any
@@ -162,7 +162,11 @@ def paired(
     runs: Sequence[FinishedRun], reference: Sequence[FinishedRun], metric: str
 ) -> PairedDifference | None:
     """The difference of `runs` from `reference` by seed; None where they share none."""
-    own, other = scores_by_seed(runs, metric), scores_by_seed(reference, metric)
+    return paired_scores(scores_by_seed(runs, metric), scores_by_seed(reference, metric))
+
+
+def paired_scores(own: Mapping[int, float], other: Mapping[int, float]) -> PairedDifference | None:
+    """The difference of `own` from `other`, scores by seed; None where they share no seed."""
     seeds = sorted(own.keys() & other.keys())
     if not seeds:
         return None
