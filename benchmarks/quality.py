@@ -86,7 +86,7 @@ class Method:
 
 SIFT = {"selection.policy": "sift"}
 RANDOM = {"selection.policy": "random"}
-BALANCED = {"selection.policy": "sift", "selection.score": "balanced-gradient"}
+BALANCED = {"selection.policy": "balanced-gradient"}
 STEP = {"train.step_scale": "input"}
 METHODS = {
     "sift": Method(SIFT),
@@ -96,6 +96,8 @@ METHODS = {
     "balanced": Method(BALANCED),
     "balanced-step": Method({**BALANCED, **STEP}),
     "half-balanced-step": Method({**BALANCED, **STEP, "selection.balance": 0.5}),
+    "centred-step": Method({"selection.policy": "centred-gradient", **STEP}),
+    "agreed-step": Method({"selection.policy": "agreed-gradient", **STEP}),
     "sift-step-probe": Method({**SIFT, **STEP, "train.head_start": "probe"}),
     "sift-step-prior": Method({**SIFT, **STEP, "train.head_start": "prior"}),
     "sift-step-vectors": Method({**SIFT, **STEP, "selection.vectors": True}),

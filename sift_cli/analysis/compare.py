@@ -11,10 +11,17 @@ from rich.console import Console
 
 from sift_cli.analysis.jobs import HALF_DECADE, WITHOUT_BUDGET, Job, Runner, rates_of
 from sift_cli.analysis.methods import ADAPTERS, METHODS, require_peft
-from sift_cli.analysis.table import Comparison, FinishedRun, label, markdown, tabulated
+from sift_cli.analysis.table import (
+    Comparison,
+    FinishedRun,
+    label,
+    markdown,
+    shown_rate,
+    tabulated,
+)
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.recipe import Recipe
+from sift_cli.recipe import AUTO, Rate, Recipe
 from sift_cli.runs.folder import RECIPE_FILE, SUMMARY_FILE
 from sift_cli.runs.session import tell_emulated
 from sift_cli.runs.summary import Summary
@@ -27,6 +34,11 @@ UNTUNED = (
     "else; none was tuned here, so a method may do better at another."
 )
 
+FOUND = (
+    "auto ({}): each run took the learning rate with the lowest loss of those it tried for a tenth "
+    "of its steps, on a tenth of its training rows; its rates.json tells which."
+)
+
 
 def compare(
     recipe: Recipe,
@@ -35,7 +47,7 @@ def compare(
     methods: Sequence[str],
     seeds: int = 3,
     densities: Sequence[float] = (),
-    rates: Mapping[str, float] | None = None,
+    rates: Mapping[str, Rate] | None = None,
     sweep: int = 1,
     workers: int = 1,
     device: str | None = None,
@@ -62,15 +74,23 @@ def compare(
     if sweep > 1:
         chosen, notes = swept(tried, runner)
     else:
-        chosen, notes = [jobs[0] for jobs in tried], [UNTUNED]
+        chosen = [jobs[0] for jobs in tried]
+        notes = notes_on_rates(chosen)
     return write(out, tabulated(on_all_seeds(chosen, seeds, runner), notes))
+
+
+def notes_on_rates(chosen: Sequence[Job]) -> list[str]:
+    """Where the rates come from, of jobs that each have one rate."""
+    found = list(dict.fromkeys(job.method for job in chosen if job.rate == AUTO))
+    notes = [FOUND.format(", ".join(found))] if found else []
+    return notes if all(job.rate == AUTO for job in chosen) else [*notes, UNTUNED]
 
 
 def jobs_of(
     recipe: Recipe,
     methods: Sequence[str],
     densities: Sequence[float],
-    rates: Mapping[str, float],
+    rates: Mapping[str, Rate],
     sweep: int,
 ) -> list[list[Job]]:
     """For each method and density, a job on the recipe's own seed for each learning rate to try."""
@@ -128,8 +148,8 @@ def best_rate(
     if best.rate not in (jobs[0].rate, jobs[-1].rate):
         return best, []
     return best, [
-        f"{label(best.method, best.density)}: its best learning rate, {best.rate:g}, lies at the "
-        "edge of the sweep; another may be better."
+        f"{label(best.method, best.density)}: its best learning rate, {shown_rate(best.rate)}, "
+        "lies at the edge of the sweep; another may be better."
     ]
 
 
@@ -144,8 +164,9 @@ def on_all_seeds(chosen: Sequence[Job], seeds: int, runner: Runner) -> list[Fini
     for job, summary in runner.run(jobs, "run").items():
         if summary is None:
             raise SiftError(
-                f"{job.method} diverged at a learning rate of {job.rate:g} with seed {job.seed}; "
-                f"give it another with --lr {job.method}=RATE, or try several with --lr-sweep 3"
+                f"{job.method} diverged at a learning rate of {shown_rate(job.rate)} with seed "
+                f"{job.seed}; give it another with --lr {job.method}=RATE, or try several with "
+                "--lr-sweep 3"
             )
         runs.append(FinishedRun(summary, job.method, job.density, job.rate))
     return runs
@@ -165,8 +186,11 @@ def compare_runs(folders: Sequence[Path], out: Path | None = None) -> Comparison
         method, density = summary.policy, recipe.get("selection", {}).get("density")
         if method in WITHOUT_BUDGET:
             density = None
-        rate = recipe.get("train", {}).get("learning_rate")
-        recipe.get("train", {}).pop("seed", None)
+        train = recipe.get("train", {})
+        if train.get("learning_rate_from") == AUTO:  # each seed may have found another
+            train["learning_rate"] = AUTO
+        rate = train.get("learning_rate")
+        train.pop("seed", None)
         settings = json.dumps([method, recipe], sort_keys=True)
         name = names.setdefault(settings, folder.name)
         runs.append(FinishedRun(summary, method, density, rate, name))

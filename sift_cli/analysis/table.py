@@ -6,6 +6,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from sift_cli.errors import SiftError
+from sift_cli.recipe import AUTO, Rate
 from sift_cli.runs.summary import Summary
 from sift_cli.tasks.metrics import shown
 
@@ -26,7 +27,7 @@ class FinishedRun:
     summary: Summary
     method: str
     density: Density
-    rate: float | None
+    rate: Rate | None
     settings: str | None = None
 
 
@@ -70,7 +71,7 @@ class TableRow:
     density: Density
     run: str | None
     rank: int | None
-    learning_rate: float | None
+    learning_rate: Rate | None
     seeds: int
     metrics: dict[str, Spread]
     step_time_ms: float
@@ -191,6 +192,11 @@ def label(method: str, density: Density) -> str:
     return method if density is None else f"{method} at {density}"
 
 
+def shown_rate(rate: Rate) -> str:
+    """A rate as names and tables have it."""
+    return rate if rate == AUTO else f"{rate:g}"
+
+
 HEADINGS = ("method", "entries", "rate", "metric", "to sift", "p", "ms", "MB", "kB")
 LEGEND = (
     "entries: trained, without the head; to sift: mean difference from it; ms: median step; MB: "
@@ -206,7 +212,7 @@ def cells(row: TableRow, metric: str) -> list[str]:
     return [
         label(row.method, row.density) + rank,
         f"{row.trained_entries:,.0f}",
-        "" if row.learning_rate is None else f"{row.learning_rate:g}",
+        "" if row.learning_rate is None else shown_rate(row.learning_rate),
         f"{shown(score.mean)}{spread}",
         "" if against is None else f"{against.difference:+.4f}",
         "" if against is None or against.p is None else f"{against.p:.2g}",

@@ -12,6 +12,9 @@ WANDB_FILE = "wandb.id"
 # of one that runs, or was interrupted
 CHECKPOINTS = "checkpoint"
 LOCK_FILE = ".lock"
+# of one whose learning rate was left open
+RATES = "rates"  # a run for each that was tried
+RATES_FILE = "rates.json"
 # of one that has finished
 DELTA_FILE = "delta.safetensors"
 TRAINED_FILE = "trained.safetensors"  # of a method that makes no delta, in its place
