@@ -1,5 +1,6 @@
 """Plots of benchmarks as PNG files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,4 +26,30 @@ def plot_steps(found: list[dict[str, Any]], path: Path) -> None:
         memory.set(xlabel="peak memory above the model, MB")
         memory.set_yticklabels([])
     axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def plot_rates(tried: Sequence[Any], path: Path) -> None:
+    """Held-out score against rate: a row of axes for each density, one of them for each task.
+
+    A method without a budget is drawn at every density.
+    """
+    densities = sorted({row.density for row in tried if row.density}, reverse=True) or [None]
+    tasks = list(dict.fromkeys(row.task for row in tried))
+    methods = list(dict.fromkeys(row.method for row in tried))
+    figure = Figure(figsize=(1.6 + 3.6 * len(tasks), 3.2 * len(densities)), layout="constrained")
+    axes = figure.subplots(len(densities), len(tasks), squeeze=False)
+    for line, density in zip(axes, densities, strict=True):
+        for axis, task in zip(line, tasks, strict=True):
+            for method in methods:
+                own = [row for row in tried if (row.method, row.task) == (method, task)]
+                own = [row for row in own if row.density in (density, None)]
+                own.sort(key=lambda row: row.rate)
+                scores = [float("nan") if row.score is None else row.score for row in own]
+                colour = f"C{methods.index(method) % 10}"
+                axis.plot([row.rate for row in own], scores, marker=".", label=method, color=colour)
+            axis.set(xscale="log", xlabel="learning rate", title=f"{task}, {density or 'whole'}")
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel("score on held-out rows")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(path, dpi=110)

@@ -27,13 +27,24 @@ from sift_cli.training import train
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.dense import Adapted, Dense
+from sift_cli.training.rates import usual_rate
+
+# of a method without a budget: what it trains is as if so many entries did
+DENSITIES = {"full": 1.0, "head-only": 0.01}
 
 
 def train_adapted(
     recipe: Recipe, method: str, out: Path, *, device: str | None = None, resume: bool = False
 ) -> Summary:
     """Trains with one of METHODS as `train` does with the recipe's policy."""
-    return train(recipe, out, build=partial(build, method, recipe), device=device, resume=resume)
+    return train(
+        recipe,
+        out,
+        build=lambda resolved: partial(build, method, resolved),
+        middle=usual_rate(DENSITIES[method]) if method in DENSITIES else None,
+        device=device,
+        resume=resume,
+    )
 
 
 def build(method: str, recipe: Recipe, session: Session, batches: Batches) -> Dense:

@@ -10,10 +10,18 @@ from rich.console import Console
 from sift_cli.analysis.finished import Finished, differing, require_one_task
 from sift_cli.analysis.jobs import HALF_DECADE, WITHOUT_BUDGET, Job, Runner, rates_of
 from sift_cli.analysis.methods import ADAPTERS, METHODS, require_peft
-from sift_cli.analysis.table import Comparison, Diverged, FinishedRun, label, markdown, tabulated
+from sift_cli.analysis.table import (
+    Comparison,
+    Diverged,
+    FinishedRun,
+    label,
+    markdown,
+    shown_rate,
+    tabulated,
+)
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.recipe import Recipe
+from sift_cli.recipe import AUTO, Rate, Recipe
 from sift_cli.runs.session import tell_emulated
 from sift_cli.runs.summary import Summary
 from sift_cli.selection.policies import POLICIES
@@ -25,6 +33,11 @@ UNTUNED = (
     "else; none was tuned here, so a method may do better at another."
 )
 
+FOUND = (
+    "auto ({}): each run took the learning rate with the lowest loss of those it tried for a tenth "
+    "of its steps, on a tenth of its training rows; its rates.json tells which."
+)
+
 
 def compare(
     recipe: Recipe,
@@ -33,7 +46,7 @@ def compare(
     methods: Sequence[str],
     seeds: int = 3,
     densities: Sequence[float] = (),
-    rates: Mapping[str, float] | None = None,
+    rates: Mapping[str, Rate] | None = None,
     sweep: int = 1,
     workers: int = 1,
     device: str | None = None,
@@ -67,6 +80,8 @@ def compare(
     chosen, notes, lost = [jobs[0] for jobs in tried], [UNTUNED], list[Diverged]()
     if sweep > 1:
         chosen, notes, lost = swept(tried, runner)
+    else:
+        notes = notes_on_rates(chosen)
     runs, more = on_all_seeds(chosen, seeds, runner)
     lost += more
     if not runs:
@@ -74,11 +89,18 @@ def compare(
     return write(out, tabulated(runs, notes, lost))
 
 
+def notes_on_rates(chosen: Sequence[Job]) -> list[str]:
+    """Where the rates come from, of jobs that each have one rate."""
+    found = list(dict.fromkeys(job.method for job in chosen if job.rate == AUTO))
+    notes = [FOUND.format(", ".join(found))] if found else []
+    return notes if all(job.rate == AUTO for job in chosen) else [*notes, UNTUNED]
+
+
 def jobs_of(
     recipe: Recipe,
     methods: Sequence[str],
     densities: Sequence[float],
-    rates: Mapping[str, float],
+    rates: Mapping[str, Rate],
     sweep: int,
 ) -> list[list[Job]]:
     """For each method and density, a job on the recipe's own seed for each learning rate to try."""
@@ -136,8 +158,8 @@ def best_rate(jobs: Sequence[Job], summaries: Mapping[Job, Summary]) -> tuple[Jo
     if best.rate not in (jobs[0].rate, jobs[-1].rate):
         return best, []
     return best, [
-        f"{label(best.method, best.density)}: its best learning rate, {best.rate:g}, lies at the "
-        "edge of the sweep; another may be better."
+        f"{label(best.method, best.density)}: its best learning rate, {shown_rate(best.rate)}, "
+        "lies at the edge of the sweep; another may be better."
     ]
 
 

@@ -36,7 +36,7 @@ def findings_of(
         }
         for step in seen.curve
     }
-    rate = recipe.train.learning_rate
+    rate = recipe.train.rate
     later = {
         name: {
             **_along(mask.kept),

@@ -9,7 +9,7 @@ from typing import Any
 from sift_cli.analysis.jobs import WITHOUT_BUDGET
 from sift_cli.analysis.table import SELECTION, Density
 from sift_cli.errors import SiftError
-from sift_cli.recipe import load_recipe
+from sift_cli.recipe import Rate, load_recipe
 from sift_cli.runs.facts import flat, settings_of
 from sift_cli.runs.folder import RECIPE_FILE, SUMMARY_FILE
 from sift_cli.runs.summary import Summary
@@ -46,16 +46,20 @@ class Finished:
         return density
 
     @property
-    def rate(self) -> float | None:
-        """The learning rate, where it is known."""
-        return self.settings["train"]["learning_rate"] if self.settings else None
+    def rate(self) -> Rate | None:
+        """The learning rate, where it is known; `auto` where each seed may have found another."""
+        if not self.settings:
+            return None
+        train = self.settings["train"]
+        rate: Rate = train["learning_rate_from"] or train["learning_rate"]
+        return rate
 
     @property
     def row(self) -> str:
         """What runs that differ in their seed alone have in common."""
         method, settings = self.summary.policy, dict(self.settings)
         if settings:
-            settings["train"] = {k: v for k, v in settings["train"].items() if k != "seed"}
+            settings["train"] = {**settings["train"], "learning_rate": self.rate, "seed": None}
         return json.dumps([method, settings], sort_keys=True)
 
     def scored(self) -> dict[str, Any]:

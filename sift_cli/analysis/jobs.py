@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sift_cli.analysis.methods import METHODS
-from sift_cli.analysis.table import Diverged
+from sift_cli.analysis.table import Diverged, shown_rate
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.recipe import Recipe, parse_recipe
+from sift_cli.recipe import Rate, Recipe, parse_recipe
 from sift_cli.runs.facts import settings_of
 from sift_cli.runs.folder import CHECKPOINTS, METRICS_FILE
 from sift_cli.runs.sinks import logged
@@ -46,12 +46,12 @@ class Job:
 
     method: str
     density: float | None
-    rate: float
+    rate: Rate
     seed: int
     recipe: Recipe
 
     @classmethod
-    def of(cls, base: Recipe, method: str, density: float | None, rate: float, seed: int) -> "Job":
+    def of(cls, base: Recipe, method: str, density: float | None, rate: Rate, seed: int) -> "Job":
         """The job with the data, batches and budget of the recipe `base`.
 
         The policy of `base` keeps the axes that `base` gives; others are as their row says.
@@ -72,7 +72,7 @@ class Job:
         identity = {"method": self.method, **settings_of(self.recipe)}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
         density = "" if self.density is None else f"-d{self.density:g}"
-        return f"{self.method}{density}-r{self.rate:g}-s{self.seed}-{digest}"
+        return f"{self.method}{density}-r{shown_rate(self.rate)}-s{self.seed}-{digest}"
 
 
 @dataclass(frozen=True)
@@ -217,14 +217,18 @@ class Runner:
             yield report
 
 
-def rates_of(base: float, method: str, given: Mapping[str, float], sweep: int) -> list[float]:
+def rates_of(base: Rate, method: str, given: Mapping[str, Rate], sweep: int) -> list[Rate]:
     """The learning rates to try of a method: `sweep` of them, half a decade apart.
 
-    In their middle is the one in `given`, else a multiple of `base`, the recipe's.
+    In their middle is the one in `given`, else a multiple of `base`, the recipe's. Raises SiftError
+    where there is more than one to try of a rate that is left open.
     """
-    middle = given.get(method, base * RATE_OF.get(method, 1.0))
+    usual = base if isinstance(base, str) else base * RATE_OF.get(method, 1.0)
+    middle = given.get(method, usual)
     if sweep <= 1:
         return [middle]
+    if isinstance(middle, str):
+        raise SiftError(f"--lr-sweep {sweep}: {method} has auto, which tries rates by itself")
     steps = [at - (sweep - 1) / 2 for at in range(sweep)]
     return [float(f"{middle * HALF_DECADE**step:.2g}") for step in steps]
 

@@ -33,6 +33,7 @@ from sift_cli.tasks.tokens import Encoded
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Parts, rule_of, selecting
 from sift_cli.training.head import ROWS, check_start
+from sift_cli.training.rates import at_usual_rate, trial_steps
 from sift_cli.training.step import take_step
 from sift_cli.training.watch import Watch
 
@@ -205,6 +206,7 @@ class PlannedRows:
             "truncated": {name: rows.truncated for name, rows in splits.items()},
             "max_length": recipe.data.max_length,
             "steps": batches.steps,
+            "trial_steps": trial_steps(recipe, batches.steps),
             "steps_per_epoch": batches.steps_per_epoch,
         }
 
@@ -345,7 +347,7 @@ def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str
     assert session.train is not None
     lengths = session.train.lengths
     batches = Batches.of(recipe.train, lengths)
-    method = selecting(recipe.selection, recipe.train, allow_code)(session, batches)
+    method = selecting(at_usual_rate(recipe), allow_code)(session, batches)
     prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
     optimizer = method.begin()
     watch, limit = Watch(session), recipe.train.max_grad_norm

@@ -36,6 +36,7 @@ from sift_cli.sparse import SparseAdamW
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.randomness import kept_randomness
+from sift_cli.training.rates import at_usual_rate
 from sift_cli.training.schedule import schedule_of
 from sift_cli.training.step import Rows, add_gradient, take_step
 from sift_cli.training.watch import Watch
@@ -64,6 +65,7 @@ def probe(
     what the recipe gets wrong.
     """
     console = console or Console(stderr=True, quiet=True)
+    recipe = at_usual_rate(recipe)
     session = open_session(recipe, device=device)
     prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
     walk = _Walk.begin(recipe, session, steps, _choosers(recipe, session, policies, allow_code))

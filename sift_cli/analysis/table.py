@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any
 
+from sift_cli.recipe import AUTO, Rate
 from sift_cli.runs.summary import Summary
 from sift_cli.tasks.metrics import shown
 
@@ -27,7 +28,7 @@ class FinishedRun:
     summary: Summary
     method: str
     density: Density
-    rate: float | None
+    rate: Rate | None
     settings: str | None = None
     differs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -38,13 +39,13 @@ class Diverged:
 
     method: str
     density: Density
-    rate: float
+    rate: Rate
     seed: int
     said: str
 
     def sentence(self) -> str:
         """Which run, and what it said."""
-        where = f"seed {self.seed}, learning rate {self.rate:g}"
+        where = f"seed {self.seed}, learning rate {shown_rate(self.rate)}"
         return f"{label(self.method, self.density)} diverged ({where}): {self.said}"
 
 
@@ -90,7 +91,7 @@ class TableRow:
     density: Density
     run: str | None
     rank: int | None
-    learning_rate: float | None
+    learning_rate: Rate | None
     seeds: int
     metrics: dict[str, Spread]
     step_time_ms: float
@@ -218,7 +219,11 @@ def paired(
     runs: Sequence[FinishedRun], reference: Sequence[FinishedRun], metric: str
 ) -> PairedDifference | None:
     """The difference of `runs` from `reference` by seed; None where they share none."""
-    own, other = scores_by_seed(runs, metric), scores_by_seed(reference, metric)
+    return paired_scores(scores_by_seed(runs, metric), scores_by_seed(reference, metric))
+
+
+def paired_scores(own: Mapping[int, float], other: Mapping[int, float]) -> PairedDifference | None:
+    """The difference of `own` from `other`, scores by seed; None where they share no seed."""
     seeds = sorted(own.keys() & other.keys())
     if not seeds:
         return None
@@ -243,6 +248,11 @@ def label(method: str, density: Density) -> str:
     return method if density is None else f"{method} at {density}"
 
 
+def shown_rate(rate: Rate) -> str:
+    """A rate as names and tables have it."""
+    return rate if rate == AUTO else f"{rate:g}"
+
+
 HEADINGS = ("method", "entries", "rate", "metric", "to sift", "p", "ms", "MB", "kB")
 LEGEND = (
     "entries: trained, without the head; to sift: mean difference from it; ms: median step; MB: "
@@ -259,7 +269,7 @@ def cells(row: TableRow, metric: str) -> list[str]:
     return [
         row.name + rank + lost,
         f"{row.trained_entries:,.0f}",
-        "" if row.learning_rate is None else f"{row.learning_rate:g}",
+        "" if row.learning_rate is None else shown_rate(row.learning_rate),
         f"{shown(score.mean)}{spread}",
         "" if against is None else f"{against.difference:+.4f}",
         "" if against is None or against.p is None else f"{against.p:.2g}",

@@ -126,10 +126,10 @@ def telling_how_to_resume(folder: Path) -> Iterator[None]:
         code = error.code if isinstance(error, SiftError) else ExitCode.INTERRUPTED
         if code != ExitCode.INTERRUPTED:
             raise
-        from sift_cli.runs.folder import CHECKPOINTS
+        from sift_cli.runs.folder import CHECKPOINTS, RATES
 
         message = str(error) or "interrupted"
-        if any((folder / CHECKPOINTS).glob("*.safetensors")):
+        if any((folder / CHECKPOINTS).glob("*.safetensors")) or (folder / RATES).is_dir():
             given = [arg for arg in sys.argv[1:] if arg not in ("--overwrite", "--resume")]
             message += f"\nGo on with: {shlex.join(['sift', *given, '--resume'])}"
         raise SiftError(message, code) from None

@@ -1,7 +1,7 @@
 """Commands that measure and plan."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from sift_cli.cli.options import (
 from sift_cli.cli.tables import show_compare, show_plan, show_probe
 from sift_cli.errors import SiftError
 
+if TYPE_CHECKING:
+    from sift_cli.recipe.schema import Rate
+
 Methods = Annotated[
     str, typer.Option(help="Policies, and lora, shira, full, head-only; with commas.")
 ]
@@ -31,7 +34,7 @@ Densities = Annotated[
 ]
 Rates = Annotated[
     list[str] | None,
-    typer.Option("--lr", metavar="METHOD=RATE", help="Learning rate of one method."),
+    typer.Option("--lr", metavar="METHOD=RATE", help="Learning rate of one method, or auto."),
 ]
 Sweep = Annotated[
     int, typer.Option("--lr-sweep", min=1, help="Try so many learning rates on the first seed.")
@@ -209,15 +212,21 @@ def numbers(option: str, text: str) -> list[float]:
     return shares
 
 
-def learning_rates(given: list[str]) -> dict[str, float]:
+def learning_rates(given: list[str]) -> "dict[str, Rate]":
     """The rates in texts such as `lora=1e-3`, by method. Raises SiftError for what is none."""
-    rates = {}
+    rates: dict[str, Rate] = {}
     for one in given:
         method, _, rate = one.partition("=")
+        if rate.strip() == "auto":
+            rates[method.strip()] = "auto"
+            continue
         try:
-            rates[method.strip()] = float(rate)
+            number = float(rate)
         except ValueError:
-            raise SiftError(f"--lr {one}: it reads METHOD=RATE, such as lora=1e-3") from None
-        if not 0 < rates[method.strip()] < float("inf"):
+            raise SiftError(
+                f"--lr {one}: it reads METHOD=RATE, such as lora=1e-3 or lora=auto"
+            ) from None
+        if not 0 < number < float("inf"):
             raise SiftError(f"--lr {one}: a learning rate is above 0")
+        rates[method.strip()] = number
     return rates

@@ -111,6 +111,11 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
             f"{rows} rows, {cut:,} of them cut to {data['max_length']} tokens; "
             f"{data['steps']:,} steps, {data['steps_per_epoch']:,} to an epoch."
         )
+        if data["trial_steps"]:
+            lines.append(
+                f"The learning rate is left open: {data['trial_steps']:,} more steps try rates "
+                "before, or up to two fifths more where the best one lies at the edge."
+            )
     passes = ", ".join(
         f"{name} {size(parts['peak'])}" for name, parts in plan["memory_of_passes"].items()
     )

@@ -2,20 +2,24 @@
 
 from sift_cli.recipe.reading import load_recipe, parse_recipe, trace_recipe
 from sift_cli.recipe.schema import (
+    AUTO,
     CheckpointSection,
     EvalSection,
     ModelSection,
+    Rate,
     Recipe,
     TrainSection,
 )
 from sift_cli.recipe.selection import AXES, OPTIONS, SelectionSection
 
 __all__ = [
+    "AUTO",
     "AXES",
     "OPTIONS",
     "CheckpointSection",
     "EvalSection",
     "ModelSection",
+    "Rate",
     "Recipe",
     "SelectionSection",
     "TrainSection",

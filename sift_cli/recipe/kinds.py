@@ -11,6 +11,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     WrapValidator,
@@ -21,6 +22,17 @@ PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def checked(kind: Any, value: object) -> Any:
+    """The value as that kind; a ValueError says what is wrong as pydantic does of one type."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{first['loc'][0]}: " if first["loc"] else ""
+        message = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        raise ValueError(f"{where}{message}, got {first['input']!r}") from None
 
 
 def as_list(value: object) -> object:

@@ -42,6 +42,7 @@ REPLACES = {
     },
     "selection.budget": ("density",),
     "selection.density": ("budget",),
+    "train.learning_rate": ("learning_rate_from",),
 }
 
 

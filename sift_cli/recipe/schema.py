@@ -15,6 +15,7 @@ from sift_cli.recipe.kinds import (
     PositiveInt,
     Section,
     as_list,
+    checked,
     in_short,
     one_of,
     or_list,
@@ -23,6 +24,7 @@ from sift_cli.recipe.selection import SelectionSection, policy_row
 from sift_cli.tasks.metrics import METRICS
 from sift_cli.tasks.table import TASKS
 
+AUTO = "auto"  # of train.learning_rate
 TaskName = Annotated[str, one_of([*TASKS, "custom"])]
 MetricNames = Annotated[
     list[Annotated[str, one_of(METRICS)]],
@@ -58,12 +60,19 @@ class DataSection(Section):
     label: str | None = Field(None, description="the label column")
     labels: list[str] | None = Field(None, min_length=2, description="label names, in code order")
     metrics: MetricNames | None = Field(
-        None, min_length=1, description="the first decides what is best"
+        None,
+        min_length=1,
+        description="the first decides what is best; loss is the mean loss of the rows",
     )
     max_length: PositiveInt = Field(128, description="tokens kept of each row")
     max_train_rows: PositiveInt | None = Field(None, description="a seeded sample of the rows")
     holdout: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="share of the training rows to validate on instead of a validation split"
+    )
+    inner_holdout: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="share of the rows left to train on to evaluate on instead of eval.split: to "
+        "choose settings without a look at it",
     )
 
     @model_validator(mode="after")
@@ -71,6 +80,22 @@ class DataSection(Section):
         if self.task == "custom" and (self.text is None or self.label is None):
             raise ValueError("task: custom needs data.text (one or two columns) and data.label")
         return self
+
+
+Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Number | Literal["auto"]
+
+
+def _rate(value: object) -> object:
+    """A learning rate, or `auto`."""
+    if value == AUTO:
+        return value
+    try:
+        return checked(Number, value)
+    except ValueError:
+        if isinstance(value, str):
+            raise ValueError(f"give a number above 0, or auto, got {value!r}") from None
+        raise
 
 
 class TrainSection(Section):
@@ -85,7 +110,14 @@ class TrainSection(Section):
         "make the same step",
     )
     accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[Rate, BeforeValidator(_rate)] = Field(
+        1e-3,
+        description="auto: the best of a few, each tried for a tenth of the steps and scored by "
+        "its loss on a tenth of the training rows",
+    )
+    learning_rate_from: Literal["auto"] | None = Field(
+        None, description="how a run whose recipe says auto notes that its rate was found so"
+    )
     step_scale: Literal["none", "input"] = Field(
         "none",
         description="input: each entry's rate is divided by how loud its input is, beside the "
@@ -116,6 +148,12 @@ class TrainSection(Section):
         "features, or a bias at the log frequencies of the classes (the mean of numbers)",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, of a recipe that does not leave it open."""
+        assert not isinstance(self.learning_rate, str)
+        return self.learning_rate
 
 
 class EvalSection(Section):

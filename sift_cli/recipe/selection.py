@@ -7,13 +7,20 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    TypeAdapter,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
 
-from sift_cli.recipe.kinds import Names, PositiveInt, Section, Share, in_short, nearest, one_of
+from sift_cli.recipe.kinds import (
+    Names,
+    PositiveInt,
+    Section,
+    Share,
+    checked,
+    in_short,
+    nearest,
+    one_of,
+)
 from sift_cli.selection.policies import (
     CHANGING,
     COMPARING,
@@ -75,13 +82,7 @@ AXES = ("score", "scope", "structure", "schedule")
 def _density(value: object) -> object:
     """A share, or shares by pattern; the error is that of the kind that was given."""
     kind: Any = dict[str, Share] if isinstance(value, dict) else Share
-    try:
-        return None if value is None else TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = f"{first['loc'][0]}: " if first["loc"] else ""
-        message = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-        raise ValueError(f"{where}{message}, got {first['input']!r}") from None
+    return None if value is None else checked(kind, value)
 
 
 def _score_name(value: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import CheckpointSection, load_recipe
 from sift_cli.runs.facts import Facts, differences, recipe_changes, settings_of
-from sift_cli.runs.folder import CHECKPOINT_NAME, CHECKPOINTS, RECIPE_FILE
+from sift_cli.runs.folder import CHECKPOINT_NAME, CHECKPOINTS, RATES, RECIPE_FILE
 from sift_cli.runs.summary import Summary
 from sift_cli.runs.timing import Used
 from sift_cli.system.files import sha256_of, sync
@@ -154,33 +154,28 @@ class Checkpoints:
             with suppress(OSError):  # someone put more into it
                 self.folder.rmdir()
 
-    def finished(
-        self,
-        settings: Mapping[str, Any],
-        *,
-        policy: str | None,
-        resume: bool,
-        overwrite: bool,
-    ) -> Summary | None:
-        """The summary of the run in the folder where it is the one to resume, and has finished.
-
-        Raises SiftError where the folder holds a run, and neither way to deal with it is chosen, or
-        where the one to resume was of another recipe.
-        """
-        if overwrite:
-            return None
-        summary, files = Summary.read(self.out), self.files()
-        if summary is None:
-            if files and not resume:
-                raise SiftError(
-                    f"{self.out} holds a run that was interrupted after step {_step(files[-1]):,}; "
-                    "go on with --resume, or begin anew with --overwrite"
-                )
-            return None
-        if not resume:
+    def require_none(self) -> None:
+        """Raises SiftError where the folder holds a run, whole or not."""
+        if Summary.read(self.out) is not None:
             raise SiftError(
                 f"{self.out} holds a finished run; choose another --out, or pass --overwrite"
             )
+        files = self.files()
+        where = f"after step {_step(files[-1]):,}" if files else "amid its trials of learning rates"
+        if files or (self.out / RATES).is_dir():
+            raise SiftError(
+                f"{self.out} holds a run that was interrupted {where}; "
+                "go on with --resume, or begin anew with --overwrite"
+            )
+
+    def finished(self, settings: Mapping[str, Any], *, policy: str | None) -> Summary | None:
+        """The summary of the run in the folder, which is to be resumed, where it has finished.
+
+        Raises SiftError where it was of another recipe.
+        """
+        summary = Summary.read(self.out)
+        if summary is None:
+            return None
         there = settings_of(load_recipe(self.out / RECIPE_FILE))
         changes = recipe_changes(there, settings)
         if policy not in (None, summary.policy):

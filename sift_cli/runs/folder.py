@@ -17,6 +17,9 @@ WANDB_FILE = "wandb.id"
 CHECKPOINTS = "checkpoint"
 CHECKPOINT_NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")  # step, hash
 LOCK_FILE = ".lock"
+# of one whose learning rate was left open
+RATES = "rates"  # a run for each that was tried
+RATES_FILE = "rates.json"
 # of one that has finished
 DELTA_FILE = "delta.safetensors"
 TRAINED_FILE = "trained.safetensors"  # of a method that makes no delta, in its place

@@ -98,6 +98,7 @@ def load_rows(recipe: Recipe, *, train: bool = True, split: str | None = None) -
         config=data.config,
         split=split or recipe.eval.split,
         holdout=data.holdout,
+        inner_holdout=data.inner_holdout,
         max_train_rows=data.max_train_rows,
         seed=recipe.train.seed,
         train=train,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,15 +44,17 @@ class LabelKind:
     """A row of the table of what differs between a label out of several and a number.
 
     `problem` names transformers' loss, `target` is the dtype of labels in a batch. `predicted`
-    makes what metrics see ([N]) of logits ([N, C]). `lines` makes the lines of predictions.jsonl of
-    logits, labels ([N]) and label names, and how wrong each is ([N], 0 where it is right);
-    `answer` what `sift predict` says of one row's logits ([C]).
+    makes what metrics see ([N]) of logits ([N, C]), `losses` each row's loss ([N]) of logits and
+    labels ([N]). `lines` makes the lines of predictions.jsonl of logits, labels and label names,
+    and how wrong each is ([N], 0 where it is right); `answer` what `sift predict` says of one row's
+    logits ([C]).
     """
 
     problem: str
     target: torch.dtype
     metrics: tuple[str, ...]
     predicted: Callable[[Tensor], Tensor]
+    losses: Callable[[Tensor, Tensor], Tensor]
     lines: Callable[[Tensor, Tensor, Sequence[str]], tuple[Lines, Tensor]]
     answer: Callable[[Tensor, Sequence[str]], dict[str, Any]]
 
@@ -87,6 +90,7 @@ LABEL = LabelKind(
     target=torch.long,
     metrics=("accuracy", "f1_macro"),
     predicted=lambda logits: logits.argmax(-1),
+    losses=partial(nn.functional.cross_entropy, reduction="none"),
     lines=_lines_of_label,
     answer=_label,
 )
@@ -95,6 +99,7 @@ NUMBER = LabelKind(
     target=torch.float,
     metrics=REGRESSION,
     predicted=lambda logits: logits.squeeze(-1),
+    losses=lambda logits, labels: (logits.squeeze(-1) - labels).square(),
     lines=_lines_of_number,
     answer=lambda logits, _: {"score": float(logits[0])},
 )
@@ -236,7 +241,8 @@ class Classification:
         """The task's metrics of a split, of which all logits are there (fp32 [N, C])."""
         labels = torch.tensor(data.rows["label"][:])
         predicted = self.kind.predicted(outputs)
-        return compute_metrics(self.metrics, predicted.numpy(), labels.numpy())
+        losses = self.kind.losses(outputs.double(), labels)
+        return compute_metrics(self.metrics, predicted.numpy(), labels.numpy(), losses.numpy())
 
     def better(self, new: Metrics, old: Metrics | None) -> bool:
         """Whether the first metric is better; an undefined one gives way to any later one."""

@@ -39,6 +39,7 @@ def load_task(
     config: str | None = None,
     split: str = "validation",
     holdout: float | None = None,
+    inner_holdout: float | None = None,
     max_train_rows: int | None = None,
     seed: int = 0,
     train: bool = True,
@@ -56,6 +57,7 @@ def load_task(
         config,
         split=split,
         holdout=holdout,
+        inner_holdout=inner_holdout,
         max_train_rows=max_train_rows,
         seed=seed,
     )

@@ -17,11 +17,13 @@ class Metric:
     """A row of the table: `compute` takes predictions and labels, both of shape [N].
 
     They are class codes where `classes`, else real numbers. `rises` tells that higher is better.
+    One `of_losses` takes each row's loss, and is for either kind of label.
     """
 
     compute: Callable[[NDArray[Any], NDArray[Any]], float | None]
     classes: bool
     rises: bool = True
+    of_losses: bool = False
 
 
 def _same(values: NDArray[Any]) -> bool:
@@ -72,6 +74,11 @@ def _spearman(predicted: NDArray[Any], labels: NDArray[Any]) -> float | None:
     return float(stats.spearmanr(predicted, labels).statistic)
 
 
+def _mean(losses: NDArray[Any], _: NDArray[Any]) -> float | None:
+    return float(losses.mean())
+
+
+LOSS = "loss"
 METRICS = {
     "accuracy": Metric(_accuracy, classes=True),
     "f1": Metric(_f1, classes=True),
@@ -79,15 +86,21 @@ METRICS = {
     "matthews": Metric(_matthews, classes=True),
     "pearson": Metric(_pearson, classes=False),
     "spearman": Metric(_spearman, classes=False),
+    LOSS: Metric(_mean, classes=False, rises=False, of_losses=True),
 }
 CLASSIFICATION = tuple(name for name, metric in METRICS.items() if metric.classes)
-REGRESSION = tuple(name for name, metric in METRICS.items() if not metric.classes)
+REGRESSION = tuple(
+    name for name, metric in METRICS.items() if not metric.classes and not metric.of_losses
+)
 
 
 def compute_metrics(
-    names: Sequence[str], predicted: NDArray[Any], labels: NDArray[Any]
+    names: Sequence[str],
+    predicted: NDArray[Any],
+    labels: NDArray[Any],
+    losses: NDArray[Any] | None = None,
 ) -> dict[str, float | None]:
-    """Each named metric of `predicted` against `labels`, both of shape [N].
+    """Each named metric of `predicted` against `labels`, both of shape [N], as are `losses`.
 
     Class codes for the classification metrics, real numbers for the correlations. `f1` is that of
     class 1, as GLUE defines it; `f1_macro` averages over classes. None stands for what is
@@ -95,7 +108,13 @@ def compute_metrics(
     labels are, `f1` where class 1 is neither there nor predicted. By convention `matthews` is 0
     where all predictions are the same and the labels are not.
     """
-    return {name: METRICS[name].compute(predicted, labels) for name in names}
+    found = {}
+    for name in names:
+        metric = METRICS[name]
+        sees = losses if metric.of_losses else predicted
+        assert sees is not None  # who asks for the loss gives it
+        found[name] = metric.compute(sees, labels)
+    return found
 
 
 def better(name: str, new: float | None, old: float | None) -> bool:

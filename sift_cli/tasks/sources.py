@@ -67,25 +67,32 @@ def read_rows(
     *,
     split: str,
     holdout: float | None,
+    inner_holdout: float | None,
     max_train_rows: int | None,
     seed: int,
 ) -> DatasetDict:
     """The splits of `load_splits`, some training rows held out or left out.
 
     Where `split` is the validation split, the share `holdout` of the training rows replaces it.
-    Raises SiftError where that leaves none to train on.
+    The share `inner_holdout` of those that are then left to train on replaces whichever split it
+    is. Raises SiftError where that leaves none to train on.
     """
     raw = load_splits(path, task, config)
-    if holdout is not None and split == "validation":
+
+    def hold_out(key: str, share: float) -> None:
         whole = take_split(raw, "train", path)
-        if not 0 < math.ceil(holdout * len(whole)) < len(whole):
-            raise SiftError(f"data.holdout: {holdout} leaves none of {len(whole)} rows to train on")
-        parts = whole.train_test_split(test_size=holdout, seed=seed)
-        numbered = {"train": parts["train"], "validation": parts["test"]}
-        raw = type(raw)({**raw, **numbered})
+        if not 0 < math.ceil(share * len(whole)) < len(whole):
+            raise SiftError(f"data.{key}: {share} leaves none of {len(whole)} rows to train on")
+        parts = whole.train_test_split(test_size=share, seed=seed)
+        raw[split], raw["train"] = parts["test"], parts["train"]
+
+    if holdout is not None and split == "validation":
+        hold_out("holdout", holdout)
     if max_train_rows is not None and "train" in raw:
         kept = min(max_train_rows, len(raw["train"]))
         raw["train"] = raw["train"].shuffle(seed=seed).select(range(kept))
+    if inner_holdout is not None:
+        hold_out("inner_holdout", inner_holdout)
     return raw
 
 

@@ -89,15 +89,10 @@ class Parts:
         return planned(model, self.sparse, self.rule) | whole
 
 
-def selecting(
-    selection: SelectionSection,
-    train: TrainSection,
-    allow_code: bool = False,
-    console: Console | None = None,
-) -> Build:
-    """The method that trains what the section selects; refuses a score that cannot be, at once."""
-    rule = rule_of(selection, allow_code)
-    return partial(Chooser.of, selection, train, rule=rule, console=console)
+def selecting(recipe: Recipe, allow_code: bool = False, console: Console | None = None) -> Build:
+    """The method that trains what a recipe selects; refuses a score that cannot be, at once."""
+    rule = rule_of(recipe.selection, allow_code)
+    return partial(Chooser.of, recipe.selection, recipe.train, rule=rule, console=console)
 
 
 @dataclass(frozen=True)
@@ -330,7 +325,7 @@ class Chooser:
     def _optimizer(self, parameters: SparseParameters) -> SparseAdamW:
         return SparseAdamW(
             parameters,
-            self.train.learning_rate,
+            self.train.rate,
             weight_decay=self.train.weight_decay,
             history=self.selection.history or "keep",
         )

@@ -144,7 +144,7 @@ class Dense:
         if not self._adapted.weights:
             raise SiftError(f"{self.name}: no module trains whole; name one in selection.dense")
         parameters = DenseParameters(self._adapted.weights)
-        return DenseAdamW(parameters, self.settings.learning_rate, self.settings.weight_decay)
+        return DenseAdamW(parameters, self.settings.rate, self.settings.weight_decay)
 
     def restore(self, saved: Checkpoint) -> DenseAdamW:
         """Adapts the model, and gives its weights the values that the checkpoint has."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.prepare import prepare_model
-from sift_cli.recipe import EvalSection, Recipe, TrainSection
+from sift_cli.recipe import AUTO, EvalSection, Recipe, TrainSection
 from sift_cli.runs.checkpoint import Checkpoints
 from sift_cli.runs.facts import Facts, settings_of
 from sift_cli.runs.guard import guarded, require_space
@@ -24,6 +24,7 @@ from sift_cli.system.stopping import Stop
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import selecting
 from sift_cli.training.method import Build, Method
+from sift_cli.training.rates import at_best_rate, remove_trials
 from sift_cli.training.schedule import schedule_of
 from sift_cli.training.state import Kept, State, space_for
 from sift_cli.training.step import Rows, add_gradient, take_step
@@ -34,7 +35,8 @@ def train(
     recipe: Recipe,
     out: Path,
     *,
-    build: Build | None = None,
+    build: Callable[[Recipe], Build] | None = None,
+    middle: float | None = None,
     device: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -43,7 +45,8 @@ def train(
 ) -> Summary:
     """Trains, evaluates and writes the run folder `out`; returns what its summary.json holds.
 
-    What trains is what the recipe selects, or what `build` makes of the session. `resume` goes on
+    What trains is what the recipe selects, or what `build` makes of the session. A learning rate
+    that the recipe leaves open is found first, near `middle` or the usual one. `resume` goes on
     from the newest checkpoint in `out`, to the same delta as if nothing had come between;
     `overwrite` replaces a run there. `allow_code` lets `selection.score` name a function in a file.
 
@@ -51,21 +54,25 @@ def train(
     for another base than the checkpoint's (3), where a loss, a gradient or an output is not finite
     (4), and after a SIGINT or SIGTERM, once the state is saved (130).
     """
-    timing = Timing()
     console = console or Console(stderr=True, quiet=True)
     with guarded(out):
         checkpoints = Checkpoints(out, recipe.checkpoint, console)
-        summary = checkpoints.finished(
-            settings_of(recipe),
-            policy=recipe.selection.policy if build is None else None,
-            resume=resume,
-            overwrite=overwrite,
-        )
-        if summary is not None:
-            return summary
-        build = build or selecting(recipe.selection, recipe.train, allow_code, console)
+        if overwrite:
+            remove_trials(out)
+        elif not resume:
+            checkpoints.require_none()
+        if recipe.train.learning_rate == AUTO:
+            one = partial(train, build=build, device=device, resume=True, allow_code=allow_code)
+            recipe = at_best_rate(recipe, out, one, middle, console)
+        timing = Timing()
+        if resume:
+            policy = recipe.selection.policy if build is None else None
+            summary = checkpoints.finished(settings_of(recipe), policy=policy)
+            if summary is not None:
+                return summary
+        method = build(recipe) if build else selecting(recipe, allow_code, console)
         session = open_session(recipe, device=device)
-        run = begin(recipe, session, build, checkpoints, timing, resume=resume)
+        run = begin(recipe, session, method, checkpoints, timing, resume=resume)
         regular = recipe.checkpoint.every is not None
         require_space(out, space_for(run.state.parameters, regular))
         with Stop() as stop:

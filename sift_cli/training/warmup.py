@@ -34,7 +34,7 @@ class WarmUp:
     def of(cls, selection: SelectionSection, train: TrainSection) -> "WarmUp":
         """What the sections say of it."""
         everything = selection.warmup_trains == "all"
-        usual = ALL_RATE if everything else train.learning_rate
+        usual = ALL_RATE if everything else train.rate
         return cls(
             steps=selection.warmup_steps or 0,
             everything=everything,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from sift_cli.analysis.adapted import main, train_adapted
-from sift_cli.analysis.compare import best_rate, compare, compare_runs
+from sift_cli.analysis.compare import best_rate, compare, compare_runs, notes_on_rates
 from sift_cli.analysis.jobs import Job, Runner, rates_of
 from sift_cli.analysis.methods import adapted_layers, rank_for
 from sift_cli.analysis.table import (
@@ -39,6 +39,7 @@ from sift_cli.tasks.metrics import METRICS, Metric
 from sift_cli.training import train
 from tests.support.command import ENV, sift, until
 from tests.support.models import tiny_model
+from tests.support.rows import write_rows
 
 
 @pytest.fixture
@@ -111,6 +112,33 @@ def test_the_rank_comes_nearest() -> None:
     assert rank_for(model, layers, 1) == (1, per_rank)
     with pytest.raises(SiftError, match="nothing to adapt"):
         rank_for(model, [], 5)
+
+
+def test_methods_that_find_their_rates(
+    recipe_file: Path, data: Path, tmp_path: Path, here: list[str]
+) -> None:
+    write_rows(data / "train.jsonl", 64, seed=1)
+    recipe = load_recipe(recipe_file, ["train.max_steps=2"])
+    rates = {"sift": "auto", "head-only": "auto"}
+    methods = ["sift", "random", "head-only"]
+    found = compare(recipe, tmp_path / "out", methods=methods, seeds=2, rates=rates)
+    assert [row.learning_rate for row in found.rows] == ["auto", 0.01, "auto"]
+    assert found.notes[0].startswith("auto (sift, head-only): ")
+    assert any("none was tuned" in note for note in found.notes)
+    assert "| auto |" in markdown(found)
+    folders = sorted((tmp_path / "out/runs").glob("sift-rauto-s*"))
+    assert len(folders) == 2
+    taken = [json.loads((one / "rates.json").read_text())["taken"] for one in folders]
+    alone = compare_runs(folders)
+    assert [(row.learning_rate, row.seeds) for row in alone.rows] == [("auto", 2)]
+    assert all(load_recipe(one / "recipe.yaml").train.rate in taken for one in folders)
+    open_rate = load_recipe(recipe_file, ["train.learning_rate=auto"])
+    assert notes_on_rates([Job.of(open_rate, "full", None, "auto", 1)])[-1].startswith(
+        "auto (full)"
+    )
+    assert rates_of("auto", "full", {}, 1) == ["auto"]
+    with pytest.raises(SiftError, match="--lr-sweep 3: full has auto"):
+        rates_of("auto", "full", {}, 3)
 
 
 def test_a_comparison(recipe_file: Path, tmp_path: Path, here: list[str]) -> None:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from sift_cli.tasks.metrics import (
     CLASSIFICATION,
+    LOSS,
     METRICS,
     REGRESSION,
     Metric,
@@ -108,7 +109,7 @@ def test_metrics_come_by_name_in_the_order_asked_for() -> None:
     found = compute_metrics(["f1", "accuracy"], PREDICTED, LABELS)
     assert list(found) == ["f1", "accuracy"]
     assert all(type(value) is float for value in found.values())
-    assert (*CLASSIFICATION, *REGRESSION) == tuple(METRICS)
+    assert (*CLASSIFICATION, *REGRESSION, LOSS) == tuple(METRICS)
     with pytest.raises(KeyError, match="recall"):
         compute_metrics(["recall"], PREDICTED, LABELS)
 
@@ -130,5 +131,12 @@ def test_the_table_says_which_way_is_better(monkeypatch: pytest.MonkeyPatch, ris
     assert not better("made-up", None, 0.5)
 
 
-def test_every_metric_there_is_rises() -> None:
-    assert all(better(name, 0.75, 0.5) and not better(name, 0.5, 0.75) for name in METRICS)
+def test_every_metric_but_the_loss_rises() -> None:
+    for name in METRICS:
+        higher, lower = better(name, 0.75, 0.5), better(name, 0.5, 0.75)
+        assert (higher, lower) == ((False, True) if name == LOSS else (True, False))
+
+
+def test_the_loss_is_the_mean_of_the_rows() -> None:
+    found = compute_metrics([LOSS, "accuracy"], PREDICTED, LABELS, np.array([0.5, 1.0, 3.0]))
+    assert found == {LOSS: 1.5, "accuracy": 0.7}

@@ -1,0 +1,179 @@
+"""The tables of a study of methods, as Markdown, from one row for each run."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from plots import plot_rates
+
+from sift_cli.analysis.table import paired_scores
+
+Scores = Mapping[int, float]  # by seed
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run that has finished: a line of results.jsonl. Without a score, it diverged."""
+
+    stage: str
+    task: str
+    method: str
+    density: float | None
+    rate: float
+    seed: int
+    model: str = ""
+    metric: str = ""
+    score: float | None = None
+    train_loss: float | None = None
+    seconds: float = 0.0
+    step_ms: float = 0.0
+    entries: int = 0
+    rank: int | None = None
+
+
+def best_rate(tried: Sequence[Row]) -> Row | None:
+    """The row with the highest score, then the lowest training loss; None where none has a score.
+
+    Ties are not rare: at many rates a model may give every row one class.
+    """
+    scored = [row for row in tried if row.score is not None and row.train_loss is not None]
+    return max(scored, key=lambda row: (row.score, -(row.train_loss or 0)), default=None)
+
+
+def write_tables(rows: Sequence[Row], out: Path, against: str) -> str:
+    """Writes quality.md and rates.png to `out`; gives the former."""
+    runs = [row for row in rows if row.stage == "runs" and row.score is not None]
+    tried = [row for row in rows if row.stage == "rates"]
+    parts = []
+    for density in densities_of(rows):
+        own = [row for row in runs if row.density in (density, None)]
+        if own:
+            parts += [score_table(own, density), difference_table(own, against)]
+            parts.append(time_table(own))
+    for density in [*densities_of(tried), None]:
+        for task in in_order(row.task for row in tried):
+            own = [row for row in tried if (row.density, row.task) == (density, task)]
+            if own:
+                parts.append(rate_table(own, task, density))
+    if tried:
+        plot_rates(tried, out / "rates.png")
+    text = "\n\n".join(parts) + "\n"
+    (out / "quality.md").write_text(text)
+    return text
+
+
+def densities_of(rows: Iterable[Row]) -> list[float]:
+    """The largest first."""
+    return sorted({row.density for row in rows if row.density is not None}, reverse=True)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each once, as they first come."""
+    return list(dict.fromkeys(names))
+
+
+def by_seed(rows: Iterable[Row], method: str, task: str) -> dict[int, float]:
+    """The scores of a method on a task."""
+    return {
+        row.seed: row.score
+        for row in rows
+        if (row.method, row.task) == (method, task) and row.score is not None
+    }
+
+
+def averaged(rows: Sequence[Row], method: str, tasks: Sequence[str]) -> dict[int, float]:
+    """The mean over tasks by seed, of the seeds that every task has."""
+    each = [by_seed(rows, method, task) for task in tasks]
+    shared = set.intersection(*(set(one) for one in each))
+    return {seed: mean(one[seed] for one in each) for seed in sorted(shared)}
+
+
+def spread(scores: Scores, most: int) -> str:
+    """Mean and standard deviation; how many seeds, where others have more."""
+    if not scores:
+        return ""
+    values = list(scores.values())
+    wide = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{mean(values):.4f}{wide}" + (f" (n={len(values)})" if len(values) < most else "")
+
+
+def score_table(rows: Sequence[Row], density: float) -> str:
+    """Score of each method on each task, at which rate, and the mean over tasks."""
+    tasks, methods = in_order(row.task for row in rows), in_order(row.method for row in rows)
+    most = max(len(by_seed(rows, method, task)) for method in methods for task in tasks)
+    metrics = {row.task: row.metric for row in rows}
+    heads = [f"at {density:g} (n={most})", "entries"]
+    for task in tasks:
+        heads += [f"{task}: {metrics[task]}", "rate"]
+    lines = []
+    for method in methods:
+        own = [row for row in rows if row.method == method]
+        rank = "" if own[0].rank is None else f", r {own[0].rank}"
+        line = [method + rank, f"{own[0].entries:,}"]
+        for task in tasks:
+            rates = in_order(f"{row.rate:g}" for row in own if row.task == task)
+            line += [spread(by_seed(rows, method, task), most), ", ".join(rates)]
+        lines.append([*line, spread(averaged(rows, method, tasks), most)])
+    return markdown([*heads, "mean"], lines)
+
+
+def difference_table(rows: Sequence[Row], against: str) -> str:
+    """Mean difference from one method on each task and over them, with a paired t-test's p."""
+    tasks, methods = in_order(row.task for row in rows), in_order(row.method for row in rows)
+
+    def cell(own: Scores, other: Scores) -> str:
+        found = paired_scores(own, other)
+        if found is None:
+            return ""
+        return f"{found.difference:+.4f}" + ("" if found.p is None else f" (p {found.p:.2g})")
+
+    lines = []
+    for method in methods:
+        if method != against:
+            pairs = [[by_seed(rows, one, task) for one in (method, against)] for task in tasks]
+            pairs.append([averaged(rows, one, tasks) for one in (method, against)])
+            lines.append([method, *(cell(*pair) for pair in pairs)])
+    return markdown([f"to {against}", *tasks, "mean"], lines)
+
+
+def time_table(rows: Sequence[Row]) -> str:
+    """Seconds of training, the median step's milliseconds, and the last loss."""
+    tasks, methods = in_order(row.task for row in rows), in_order(row.method for row in rows)
+    heads, lines = ["seconds, ms a step, last loss", *tasks], []
+    for method in methods:
+        line = [method]
+        for task in tasks:
+            own = [row for row in rows if (row.method, row.task) == (method, task)]
+            losses = [row.train_loss for row in own if row.train_loss is not None]
+            line.append(
+                f"{mean(row.seconds for row in own):,.0f}, "
+                f"{mean(row.step_ms for row in own):,.0f}, {mean(losses):.3f}"
+                if losses
+                else ""
+            )
+        lines.append(line)
+    return markdown(heads, lines)
+
+
+def rate_table(rows: Sequence[Row], task: str, density: float | None) -> str:
+    """Held-out score of each method at each of its rates; the chosen one in bold."""
+    where = task if density is None else f"{task} at {density:g}"
+    heads = [f"held out, {where}", "middle rate", "/ 4", "/ 2", "x 1", "x 2", "x 4", "best - worst"]
+    lines = []
+    for method in in_order(row.method for row in rows):
+        own = sorted((row for row in rows if row.method == method), key=lambda row: row.rate)
+        if len(own) < 5:
+            continue
+        found, scores = best_rate(own), [row.score for row in own if row.score is not None]
+        shown = ["diverged" if row.score is None else f"{row.score:.4f}" for row in own]
+        shown = [f"**{one}**" if row is found else one for one, row in zip(shown, own, strict=True)]
+        wide = f"{max(scores) - min(scores):.4f}" if len(scores) == len(own) else ""
+        lines.append([method, f"{own[2].rate:g}", *shown, wide])
+    return markdown(heads, lines)
+
+
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
