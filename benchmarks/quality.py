@@ -12,6 +12,9 @@ runs   At the rate with the best score there, every method trains on all of them
        and is scored on the validation split, with the weights of the last step.
 table  Writes OUT/quality.md and OUT/rates.png, from OUT/results.jsonl alone; prints the former.
 
+A method is a policy or a baseline (lora, lora-r1, shira, full, head-only), with what is added to
+it: `scaled-sift`, `random+step`, `sift+step+probe+vectors`, `lora+probe`; an unknown one lists all.
+
 The data FOLDER holds a folder of GLUE files for each task; tasks that it lacks are left out if none
 are named. OUT is for one model. Each run is a process of its own, with one thread, and keeps its
 folder, OUT/STAGE/TASK-METHOD-DENSITY-RATE-SEED; a line of OUT/results.jsonl tells of each that has
@@ -30,7 +33,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from math import log10
 from pathlib import Path
 from statistics import mean
@@ -39,6 +43,8 @@ from typing import Any
 import yaml
 from quality_tables import Row, best_rate, write_tables
 
+from sift_cli.selection.policies import POLICIES
+
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "trained.safetensors"  # of a method that trains whole parameters: too large to keep all
 DIVERGED = 4  # the exit code of a run whose loss or gradient is not finite
@@ -46,7 +52,7 @@ DIVERGED = 4  # the exit code of a run whose loss or gradient is not finite
 SHARED = {
     "train.batch_size": 32,
     "data.max_length": 128,
-    "train.precision": "bfloat16",  # on a CPU that has none: --set train.precision=float32
+    "train.precision": "float32",  # not every CPU has bfloat16
     "eval.keep": "last",
     "eval.every": 1_000_000,  # the last step alone
     "checkpoint.every": 200,
@@ -67,7 +73,7 @@ STEPS_OF_RATE = (-2, -1, 0, 1, 2)  # powers of 2 around the middle: a factor of 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of METHODS: the recipe's `settings`, and `rate`, the middle of those tried at 1 %.
+    """How a method trains: the recipe's `settings`, and `rate`, the middle of those tried at 1 %.
 
     `baseline` names a method of `sift compare` that is no policy. One without a `budget` is the
     same at each density.
@@ -84,34 +90,43 @@ class Method:
         return [float(f"{middle * 2**step:.3g}") for step in STEPS_OF_RATE]
 
 
-SIFT = {"selection.policy": "sift"}
-RANDOM = {"selection.policy": "random"}
-BALANCED = {"selection.policy": "balanced-gradient"}
-STEP = {"train.step_scale": "input"}
-METHODS = {
-    "sift": Method(SIFT),
-    "sift-step": Method({**SIFT, **STEP}),
-    "random": Method(RANDOM),
-    "random-step": Method({**RANDOM, **STEP}),
-    "balanced": Method(BALANCED),
-    "balanced-step": Method({**BALANCED, **STEP}),
-    "half-balanced-step": Method({**BALANCED, **STEP, "selection.balance": 0.5}),
-    "centred-step": Method({"selection.policy": "centred-gradient", **STEP}),
-    "agreed-step": Method({"selection.policy": "agreed-gradient", **STEP}),
-    "sift-step-probe": Method({**SIFT, **STEP, "train.head_start": "probe"}),
-    "sift-step-prior": Method({**SIFT, **STEP, "train.head_start": "prior"}),
-    "sift-step-vectors": Method({**SIFT, **STEP, "selection.vectors": True}),
-    "sift-step-base": Method(
-        {**SIFT, **STEP, "train.decay_toward": "base", "train.weight_decay": 0.3}
-    ),
-    "lottery": Method({"selection.policy": "lottery"}),
-    "lora": Method(SIFT, baseline="lora"),
+ADDED = {
+    "step": {"train.step_scale": "input"},
+    "probe": {"train.head_start": "probe"},
+    "prior": {"train.head_start": "prior"},
+    "vectors": {"selection.vectors": True},
+    "base": {"train.decay_toward": "base", "train.weight_decay": 0.3},
+    "half": {"selection.balance": 0.5},
+}
+# The size of an adapter is that of the recipe's density; rank 1 is the least.
+BASELINES = {
+    "lora": Method({"selection.policy": "sift"}, baseline="lora"),
     "lora-r1": Method({"selection.density": 1e-4}, rate=4e-3, baseline="lora", budget=False),
-    "shira": Method(SIFT, baseline="shira"),
+    "shira": Method({"selection.policy": "sift"}, baseline="shira"),
     "full": Method({"selection.density": 0.01}, rate=2e-4, baseline="full", budget=False),
     "head-only": Method({"selection.density": 0.01}, baseline="head-only", budget=False),
 }
-USUAL = ("sift", "random", "lora", "shira", "full")  # of --methods
+
+
+@cache
+def find(name: str) -> Method:
+    """A policy or a baseline by its name, with what is ADDED to its recipe: `sift+step+probe`."""
+    first, *more = name.split("+")
+    if first not in {*BASELINES, *POLICIES} or not ADDED.keys() >= {*more}:
+        known = f"{', '.join([*BASELINES, *POLICIES])}, with +{', +'.join(ADDED)}"
+        raise argparse.ArgumentTypeError(f"unknown method {name!r}; known: {known}")
+    found = BASELINES.get(first) or Method({"selection.policy": first})
+    settings = {key: value for one in more for key, value in ADDED[one].items()}
+    return replace(found, settings={**found.settings, **settings})
+
+
+def method_name(text: str) -> str:
+    """The name of a method that there is."""
+    find(text)
+    return text
+
+
+USUAL = ("sift", "scaled-sift", "random", "lora", "shira", "full")  # of --methods
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,7 @@ class Run:
         if self.density is not None:
             own["selection.density"] = self.density
         held_out = {"data.holdout": 0.1} if self.stage == "rates" else {}
-        method = METHODS[self.method].settings
+        method = find(self.method).settings
         return {**SHARED, "data.task": self.task, **TASKS[self.task], **method, **held_out, **own}
 
 
@@ -211,7 +226,7 @@ class Study:
         row = outcome(run, folder, Path(self.model).name, diverged=bool(process.returncode))
         with self.lock, self.results.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
-        if METHODS[run.method].baseline == "full":
+        if find(run.method).baseline == "full":
             (folder / WEIGHTS).unlink(missing_ok=True)
         score = "diverged" if row.score is None else f"{row.metric} {row.score:.4f}"
         print(f"{place} {run.stage} {run.name}: {score}, {row.seconds:.0f} s", flush=True)
@@ -265,7 +280,7 @@ KEYS = ("stage", "task", "method", "density", "rate", "seed")
 
 def command(run: Run, recipe: Path, folder: Path) -> list[str]:
     """The process of a run: `sift train`, or the one that `sift compare` starts for a baseline."""
-    python, baseline = [sys.executable, "-m"], METHODS[run.method].baseline
+    python, baseline = [sys.executable, "-m"], find(run.method).baseline
     if baseline:
         return [*python, "sift_cli.analysis.adapted", baseline, str(recipe), str(folder)]
     return [*python, "sift_cli", "train", str(recipe), "--out", str(folder), "--resume", "--quiet"]
@@ -298,7 +313,7 @@ def cells(given: argparse.Namespace) -> list[tuple[str, str, float | None]]:
         (task, method, density)
         for task in given.tasks
         for method in given.methods
-        for density in (given.densities if METHODS[method].budget else [None])
+        for density in (given.densities if find(method).budget else [None])
     ]
 
 
@@ -309,7 +324,7 @@ def runs_of(given: argparse.Namespace, rows: Sequence[Row]) -> tuple[list[Run], 
         return [
             Run("rates", *cell, rate, seed)
             for cell in cells(given)
-            for rate in METHODS[cell[1]].rates(cell[2])
+            for rate in find(cell[1]).rates(cell[2])
         ], []
     runs, missing = [], []
     for seed in given.seeds:  # outermost: what is cut short has every method
@@ -322,7 +337,7 @@ def runs_of(given: argparse.Namespace, rows: Sequence[Row]) -> tuple[list[Run], 
             ]
             where = f"{task}, {method}" + ("" if density is None else f" at {density:g}")
             found = best_rate(tried)
-            if {row.rate for row in tried} < set(METHODS[method].rates(density)):
+            if {row.rate for row in tried} < set(find(method).rates(density)):
                 missing.append(f"{where}: {len(tried)} rates tried; run the stage rates first")
             elif found is None:
                 missing.append(f"{where}: diverged at every rate")
@@ -347,11 +362,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--tasks", nargs="+", choices=TASKS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=USUAL)
+    parser.add_argument("--methods", nargs="+", type=method_name, default=USUAL)
     parser.add_argument("--densities", nargs="+", type=float, default=[0.01, 0.001])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44, 45, 46])
     parser.add_argument("--set", nargs="+", type=setting, default=[], help="for every recipe")
-    parser.add_argument("--against", choices=METHODS, default="sift", help="what p is against")
+    parser.add_argument("--against", type=method_name, default="sift", help="what p is against")
     parser.add_argument("--budget-hours", type=float, default=float("inf"))
     given = parser.parse_args(arguments)
     given.tasks = given.tasks or [task for task in TASKS if Path(given.data, task).is_dir()]

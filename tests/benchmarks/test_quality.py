@@ -1,5 +1,6 @@
 """benchmarks/quality.py: rates chosen on held-out rows, runs kept and taken up, tables."""
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -15,6 +16,8 @@ import pytest
 import yaml
 from scipy import stats
 
+from sift_cli.recipe import parse_recipe
+from sift_cli.selection.policies import POLICIES
 from tests.support.command import ENV, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,15 +163,26 @@ def test_a_tie_goes_to_the_lower_loss(quality: Any) -> None:
     assert tables.best_rate([diverged]) is None
 
 
-def test_every_method_but_those_to_come_is_a_recipe(quality: Any) -> None:
-    from sift_cli.recipe.reading import parse_recipe
-
-    for name in ("sift", "random", "lottery", "lora", "lora-r1", "shira", "full", "head-only"):
-        density = 0.01 if quality.METHODS[name].budget else None
+def test_every_method_is_a_recipe(quality: Any) -> None:
+    added = [f"sift+{one}" for one in quality.ADDED if one != "half"]
+    for name in (
+        *POLICIES,
+        *quality.BASELINES,
+        *added,
+        "balanced-gradient+half+step",
+        "lora+probe",
+    ):
+        density = 0.01 if quality.find(name).budget else None
         run = quality.Run("rates", "cola", name, density, 1e-3, 1)
         given = [f"{key}={json.dumps(value)}" for key, value in run.settings().items()]
         recipe = parse_recipe("model: {path: m}\ndata: {path: d, task: rte}\n", "study", given)
         assert recipe.train.learning_rate == 1e-3
+    found = quality.find("random+step+probe").settings
+    assert found["selection.policy"] == "random"
+    assert (found["train.step_scale"], found["train.head_start"]) == ("input", "probe")
+    for wrong in ("randm", "sift+stp", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="known: lora"):
+            quality.method_name(wrong)
 
 
 DRIVER = """
