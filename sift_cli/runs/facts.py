@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from sift_cli.delta.build import versions
 from sift_cli.errors import counted
@@ -96,7 +97,7 @@ def differences(there: Facts, here: Facts) -> Differences:
     if there.format != here.format:
         found.append(f"format of the checkpoint: {there.format}, this sift has {here.format}")
     found += _changes({"method": there.method}, {"method": here.method})
-    found += recipe_changes(there.recipe, here.recipe)
+    found += recipe_changes(_with_later_keys(there.recipe), here.recipe)
     found += _changes(there.data, here.data, " of the data")
     if there.device != here.device:
         found.append(f"device: it was {there.device}, now it is {here.device}")
@@ -116,6 +117,17 @@ def differences(there: Facts, here: Facts) -> Differences:
 def recipe_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """One line for each value in which two resolved recipes differ."""
     return _changes(flat(there), flat(here))
+
+
+def _with_later_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved recipe of an earlier version: keys that it did not know have their defaults."""
+    filled = dict(recipe)
+    for section, values in recipe.items():
+        kind = Recipe.model_fields[section].annotation if section in Recipe.model_fields else None
+        if isinstance(values, Mapping) and isinstance(kind, type) and issubclass(kind, BaseModel):
+            usual = {key: one.get_default() for key, one in kind.model_fields.items()}
+            filled[section] = {**usual, **values}
+    return filled
 
 
 def _changes(there: Mapping[str, Any], here: Mapping[str, Any], of: str = "") -> list[str]:

@@ -1,5 +1,6 @@
 """Runs that stop at some step and go on: to the same bytes as if nothing had come between."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import load_recipe, parse_recipe
+from sift_cli.runs.facts import Facts, differences, settings_of
 from sift_cli.runs.folder import CHECKPOINTS
 from sift_cli.training import train
 from tests.support.command import sift
@@ -200,6 +202,18 @@ def test_another_recipe_is_refused_with_what_differs(recipe_file: Path, tmp_path
     assert train(free, tmp_path / "run", resume=True).steps == 6
     with pytest.raises(SiftError, match=r"train.learning_rate: it was 0.01, now it is 0.5"):
         train(load_recipe(recipe_file, other), tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_of_a_version_that_knew_fewer_keys_goes_on(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    here = Facts(1, settings_of(recipe), {}, {}, "cpu", {})
+    older = json.loads(json.dumps(here.recipe))
+    del older["train"]["step_scale"], older["selection"]["vectors"]
+    there = dataclasses.replace(here, recipe=older)
+    assert not differences(there, here).refuse
+    changes = ["train.step_scale=input", "train.head_start=prior"]
+    other = dataclasses.replace(here, recipe=settings_of(load_recipe(recipe_file, changes)))
+    assert len(differences(there, other).refuse) == 2
 
 
 def test_other_data_and_another_base_are_refused(
