@@ -47,8 +47,11 @@ def in_small(args: list[str], base: Path, data: Path, own: Mapping[str, str]) ->
     changes = [f"model.path={base}", "data.max_length=16", "train.max_steps=6"]
     if "path/to" in own.get(args[1], "path/to"):
         changes += [f"data.path={data}", "data.task=sst2"]
+        if "rte" in args[1]:  # a task of pairs
+            changes.append("data.text=[sentence, sentence]")
     if args[0] == "compare":  # a process for each run
-        args = [*args, "--methods", "sift,head-only", "--seeds", "1"]
+        rated = [args[at + 1].split("=")[0] for at, word in enumerate(args) if word == "--lr"]
+        args = [*args, "--methods", ",".join(["sift", "head-only", *rated]), "--seeds", "1"]
     return [*args, *(part for change in changes for part in ("--set", change))]
 
 

@@ -404,7 +404,7 @@ def test_a_byte_that_the_disk_got_wrong(
         file.write_bytes(raw)
 
     monkeypatch.setattr(merging, "copy_side_files", flip)
-    with pytest.raises(SiftError, match="1 tensors are not as written") as caught:
+    with pytest.raises(SiftError, match="1 tensor is not as written") as caught:
         merge(delta, tmp_path / "merged")
     assert caught.value.code == ExitCode.NOT_VERIFIED
     assert not list(tmp_path.glob("merged*"))

@@ -303,7 +303,7 @@ def test_plan_counts_the_trials_and_no_command_needs_a_number(auto: Path, tmp_pa
 
 def test_a_search_that_is_killed_goes_on(auto: Path, tmp_path: Path) -> None:
     longer = ["--set", "train.epochs=400", "--set", "train.max_steps=500"]
-    longer += ["--set", "checkpoint.every=5"]
+    longer += ["--set", "checkpoint.every=20"]
     train(load_recipe(auto, longer[1::2]), tmp_path / "whole")
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "sift_cli", "train", str(auto), "--out", str(out), *longer]
