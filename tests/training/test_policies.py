@@ -128,7 +128,7 @@ class Reference:
             square = self.second[name] / (1 - 0.999 ** self.age[name])
             towards = self.base[name] if self.based(name) else torch.zeros_like(weight)
             decay = rate * self.recipe.train.weight_decay * (weight.data - towards)
-            own_rate = rate * self.factors.get(name, torch.ones(()))
+            own_rate = rate * self.factors.get(name, 1.0)
             moved = weight.data - decay - own_rate * mean / (square.sqrt() + 1e-8)
             weight.data = torch.where(mask, moved, weight.data)
 
