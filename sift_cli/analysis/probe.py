@@ -212,7 +212,10 @@ class _Walk:
             }
             for mask in self.masks.values()
         }
-        moves = relative_moves(self.layers, changes, evaluating(session.model, forward))
+        coordinates = self.optimizer.parameters.coordinates
+        scales = {name: scale.values for name, scale in coordinates.scales.items()}
+        run = evaluating(session.model, forward)
+        moves = relative_moves(self.layers, changes, run, scales)
         for mask in self.masks.values():
             mask.moves = moves[mask.policy]
             mask.first.clear()

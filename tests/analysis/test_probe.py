@@ -216,6 +216,16 @@ def test_micro_batches_move_outputs_as_their_sum_does(recipe_file: Path, tmp_pat
     assert moves[0] == pytest.approx(moves[1], rel=1e-4)
 
 
+def test_a_step_scale_counts_in_how_far_a_step_goes(recipe_file: Path, tmp_path: Path) -> None:
+    far = {}
+    for scale in ("none", "input"):
+        recipe = load_recipe(recipe_file, [f"train.step_scale={scale}", "selection.density=1.0"])
+        found = probe(recipe, tmp_path / scale, steps=1)
+        far[scale] = found["kept_norm_share"]["sift"]["output_step"]["layers"]
+    assert far["none"].keys() == far["input"].keys()
+    assert all(far["none"][name] != far["input"][name] for name in far["none"])
+
+
 def test_what_it_writes_and_says(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "probe"
     found = probe(recipe, out, steps=3, policies=["columns", "low-rank", "fisher", "drop-grow"])
