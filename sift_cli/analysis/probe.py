@@ -23,7 +23,6 @@ from sift_cli.analysis.findings import findings_of
 from sift_cli.analysis.masks import BiasTerm, TrackedGradient, TrackedMask
 from sift_cli.analysis.movement import Change, evaluating, relative_moves
 from sift_cli.errors import SiftError
-from sift_cli.models.devices import autocast, place
 from sift_cli.models.prepare import frozen, prepare_model
 from sift_cli.recipe import AXES, OPTIONS, Recipe, parse_recipe
 from sift_cli.runs.session import Session, open_session
@@ -38,7 +37,7 @@ from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.randomness import kept_randomness
 from sift_cli.training.rates import at_usual_rate
 from sift_cli.training.schedule import schedule_of
-from sift_cli.training.step import Rows, add_gradient, take_step
+from sift_cli.training.step import Rows, add_gradient, forward_passes, take_step
 from sift_cli.training.watch import Watch
 
 PROBE_FILE = "probe.json"
@@ -196,14 +195,11 @@ class _Walk:
 
     def _move(self, rows: Rows) -> None:
         """Notes how far a first step of Adam on each mask would move the outputs for `rows`."""
-        session = self.session
+        passes = forward_passes(self.session, [rows])
 
         def forward() -> None:
-            assert session.train is not None
-            for part in rows:
-                batch = place(session.collate(session.train.take(part)), session.device)
-                with autocast(session.device, session.bf16):
-                    session.task.loss(session.model, batch)
+            for one in passes:
+                one()
 
         changes = {
             mask.policy: {
@@ -214,7 +210,7 @@ class _Walk:
         }
         coordinates = self.optimizer.parameters.coordinates
         scales = {name: scale.values for name, scale in coordinates.scales.items()}
-        run = evaluating(session.model, forward)
+        run = evaluating(self.session.model, forward)
         moves = relative_moves(self.layers, changes, run, scales)
         for mask in self.masks.values():
             mask.moves = moves[mask.policy]

@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from sift_cli.models.devices import autocast, place
 from sift_cli.runs.session import Session
+from sift_cli.tasks.task import Loss
 from sift_cli.training.method import Optimizer
 
 Rows = Sequence[list[int]]  # of one step, by micro-batch
@@ -25,14 +26,10 @@ def add_gradient(session: Session, rows: Rows, total: int | None = None) -> Tens
     says, so 1 x 16 equals 4 x 4, whatever the last one holds. `total` stands in for the step's
     count, where `rows` are only some of a step's.
     """
-    assert session.train is not None
     total = total or session.counted(rows)
     mean = torch.zeros((), device=session.device)
     for part in rows:
-        batch = place(session.collate(session.train.take(part)), session.device)
-        with autocast(session.device, session.bf16):
-            loss = session.task.loss(session.model, batch)
-        share = loss.sum / total
+        share = _loss(session, part).sum / total
         share.backward()
         mean = mean + share.detach()
     return mean
@@ -72,11 +69,12 @@ def backward_passes(session: Session, batches: Iterable[Rows]) -> list[Callable[
 
 def forward_passes(session: Session, batches: Iterable[Rows]) -> list[Callable[[], object]]:
     """A forward pass for each micro-batch of each of `batches`, not run yet."""
-    return [partial(_forward, session, part) for rows in batches for part in rows]
+    return [partial(_loss, session, part) for rows in batches for part in rows]
 
 
-def _forward(session: Session, part: list[int]) -> None:
+def _loss(session: Session, part: list[int]) -> Loss:
+    """The loss of one micro-batch, by a forward pass."""
     assert session.train is not None
     batch = place(session.collate(session.train.take(part)), session.device)
     with autocast(session.device, session.bf16):
-        session.task.loss(session.model, batch)
+        return session.task.loss(session.model, batch)
