@@ -32,7 +32,7 @@ from sift_cli.tasks.task import Task
 from sift_cli.tasks.tokens import Encoded
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Parts, rule_of, selecting
-from sift_cli.training.head import ROWS, check_start
+from sift_cli.training.head import ROWS, start_of
 from sift_cli.training.rates import at_usual_rate, trial_steps
 from sift_cli.training.step import take_step
 from sift_cli.training.watch import Watch
@@ -80,6 +80,7 @@ class Outline:
     model: Any
     parts: Parts
     counts: dict[str, int]
+    head_start: str
 
     @classmethod
     def of(cls, recipe: Recipe, allow_code: bool = False) -> Outline:
@@ -92,9 +93,9 @@ class Outline:
             config.pad_token_id = 0
         build = builder(rows.task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
-        check_start(recipe.train, model)
+        start = start_of(recipe.train, model)
         parts = Parts.of(recipe.selection, model, head_of(model), rule)
-        return cls(recipe, rows, build, model, parts, parts.planned(model))
+        return cls(recipe, rows, build, model, parts, parts.planned(model), start)
 
     @property
     def dense(self) -> Sequence[str]:
@@ -121,7 +122,7 @@ class Outline:
             "by_layer": grouped(counts, sizes, 0),
             "by_kind": grouped(counts, sizes, 1),
             "only_in_sum": recipe.selection.scope == "global",
-            "head_start": self.rows.head(recipe),
+            "head_start": self.rows.head(self.head_start),
             "data": self.rows.about(recipe),
             "delta_bytes": delta_bytes(counts, sizes, self.dense, recipe.model.dtype),
             "published_accounting": accounting(self.model, self.entries),
@@ -186,9 +187,9 @@ class PlannedRows:
         steps = islice(batches.endless(), batches.steps_per_epoch)
         return [(len(part), max(lengths[row] for row in part)) for rows in steps for part in rows]
 
-    def head(self, recipe: Recipe) -> dict[str, Any]:
+    def head(self, start: str) -> dict[str, Any]:
         """What the head starts from; for a probe the rows that it is fitted to, where known."""
-        start, rows = recipe.train.head_start, None
+        rows = None
         if start == "probe" and self.train is not None:
             rows = min(ROWS, len(self.train))
         return {"kind": start, "rows": rows}
@@ -292,7 +293,7 @@ def memory_of_passes(
             )
             passes["selection"] = with_peak(parts, device)
         read = list(outline.rows.evaluation.values())
-        if recipe.train.head_start == "probe" and outline.rows.train is not None:
+        if outline.head_start == "probe" and outline.rows.train is not None:
             read.append(outline.rows.train)  # in batches like those of evaluation
         lengths = [length for rows in read for length in rows.lengths]
         shape = Batch(*full(recipe.eval, max(lengths, default=recipe.data.max_length)))

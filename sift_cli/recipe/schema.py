@@ -142,10 +142,11 @@ class TrainSection(Section):
     skip_nonfinite: Annotated[int, Field(ge=0, strict=True)] = Field(
         0, description="steps to pass over whose loss or gradient is not finite; one more stops"
     )
-    head_start: Literal["random", "probe", "prior"] = Field(
+    head_start: Literal["random", "probe", "prior", "auto"] = Field(
         "random",
         description="what a new head begins with: random numbers, a linear probe of the base's "
-        "features, or a bias at the log frequencies of the classes (the mean of numbers)",
+        "features, or a bias at the log frequencies of the classes (the mean of numbers); auto: a "
+        "probe where the model and the task allow it",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 

@@ -104,7 +104,7 @@ POLICIES: dict[str, Policy] = {
         "entry",
         "first-batch",
         "SIFT's rule in scaled coordinates, docs/how-selection-works.md, 2026",
-        train={"step_scale": "input", "head_start": "probe"},
+        train={"step_scale": "input", "head_start": "auto"},
     ),
     "gradient-per-input": Policy(
         "gradient-per-input", "tensor", "entry", "first-batch", "docs/selection.md, 2026"

@@ -29,7 +29,7 @@ from sift_cli.sparse.coordinates import Coordinates, InputScale
 from sift_cli.sparse.parameters import whole_supports
 from sift_cli.system.files import write_text
 from sift_cli.training.batches import Batches
-from sift_cli.training.head import check_start, start_head
+from sift_cli.training.head import start_head, start_of
 from sift_cli.training.method import Build
 from sift_cli.training.packing import Packed, entries_in, supports_in
 from sift_cli.training.randomness import kept_randomness
@@ -129,7 +129,7 @@ class Chooser:
 
         Raises SiftError where its patterns, densities, budgets, blocks or head do not fit.
         """
-        check_start(train, session.model)
+        start_of(train, session.model)  # raises where it cannot be
         return cls(
             selection=selection,
             train=train,

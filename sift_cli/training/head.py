@@ -79,9 +79,23 @@ def start_head(settings: TrainSection, session: Session, console: Console) -> To
     """Starts a new head as `train.head_start` says; the random numbers that it held before.
 
     A head that the checkpoint held stays as it is, and so does all else. Raises SiftError where the
-    task or the model has no such head.
+    task or the model has no such head, but for `auto`, which then leaves it random.
     """
     start = settings.head_start
+    if start != "auto":
+        return _start(start, settings, session, console)
+    if not session.new:
+        return None
+    try:
+        return _start("probe", settings, session, console)
+    except SiftError as error:
+        console.print(f"head: stays as it is ({error})", highlight=False)
+        return None
+
+
+def _start(
+    start: str, settings: TrainSection, session: Session, console: Console
+) -> Touched | None:
     if start == "random":
         return None
     name = head_layer(start, session.model)
@@ -105,10 +119,21 @@ def start_head(settings: TrainSection, session: Session, console: Console) -> To
     return touched
 
 
-def check_start(settings: TrainSection, model: nn.Module) -> None:
-    """Raises SiftError where a head of this model cannot start as `train.head_start` says."""
-    if settings.head_start != "random":
-        head_layer(settings.head_start, model)
+def start_of(settings: TrainSection, model: nn.Module) -> str:
+    """What a new head of this model starts from, by `train.head_start`: random, probe or prior.
+
+    Raises SiftError where it cannot.
+    """
+    start = settings.head_start
+    if start == "random":
+        return start
+    try:
+        head_layer("probe" if start == "auto" else start, model)
+    except SiftError:
+        if start != "auto":
+            raise
+        return "random"
+    return "probe" if start == "auto" else start
 
 
 def head_layer(start: str, model: nn.Module) -> str:

@@ -447,15 +447,15 @@ def test_a_policy_says_how_it_trains_unless_the_recipe_does() -> None:
 
     scaled = HEAD + "selection: {policy: scaled-sift}\n"
     assert trained(HEAD + "selection: {policy: sift}\n") == ("none", "random")
-    assert trained(scaled) == ("input", "probe")
+    assert trained(scaled) == ("input", "auto")
     assert trained(scaled + "train: {head_start: random}\n") == ("input", "random")
-    assert trained(scaled, "train.step_scale=none") == ("none", "probe")
+    assert trained(scaled, "train.step_scale=none") == ("none", "auto")
 
 
 def test_another_policy_for_a_resolved_recipe_trains_in_its_own_way() -> None:
     there, back = "selection.policy=scaled-sift", "selection.policy=random"
     scaled = parse_recipe(RESOLVED, "r", [there])
-    assert (scaled.train.step_scale, scaled.train.head_start) == ("input", "probe")
+    assert (scaled.train.step_scale, scaled.train.head_start) == ("input", "auto")
     random = parse_recipe(scaled.to_yaml(), "r", [back])
     assert (random.train.step_scale, random.train.head_start) == ("none", "random")
     for order in ([back, "train.step_scale=input"], ["train.step_scale=input", back]):

@@ -1,6 +1,7 @@
 """What a head starts from: against scikit-learn, plain forward passes and runs that were killed."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -41,12 +42,14 @@ from sift_cli.training.head import (
     prior,
     sample,
     start_head,
+    start_of,
 )
 from tests.support.completions import Completions
 from tests.support.interruptions import Killed, at_call, delta, kill, killed_at
 from tests.support.models import ARCHITECTURES, save_base, tiny_model, tiny_tokenizer
 
 PROBE = "train.head_start=probe"
+AUTO = "train.head_start=auto"
 KINDS = ("two", "three", "numbers")
 
 
@@ -129,8 +132,13 @@ def test_outputs_that_are_not_the_layer_s_are_refused(recipe_file: Path) -> None
     hook = session.model.register_forward_hook(halved)
     with pytest.raises(SiftError, match=r"^train\.head_start: what the model puts out is not"):
         start_head(recipe.train, session, Console(quiet=True))
+    assert len(session.model.classifier._forward_hooks) == 0
+    recipe, _ = opened(recipe_file, AUTO)
+    before, said = heads_of(session), StringIO()
+    assert start_head(recipe.train, session, Console(file=said, width=300)) is None
     hook.remove()
-    assert not session.model.classifier._forward_hooks
+    assert said.getvalue().startswith("head: stays as it is (train.head_start: what the model puts")
+    assert all(torch.equal(value, before[name]) for name, value in heads_of(session).items())
 
 
 # fits
@@ -354,6 +362,25 @@ def test_what_cannot_be(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.M
     recipe, session = opened(recipe_file, base, PROBE, "selection.dense=[]")
     with pytest.raises(SiftError, match=r"^train\.head_start: .*completions has none; set it to"):
         start_head(recipe.train, session, Console(quiet=True))
+    recipe, session = opened(recipe_file, base, AUTO, "selection.dense=[]")
+    said = StringIO()
+    assert start_head(recipe.train, session, Console(file=said, width=300)) is None
+    assert "head: stays as it is (train.head_start: probe needs a head that" in said.getvalue()
+    said, whole = StringIO(), replace(session, new=())  # a language model brings its head
+    assert start_head(recipe.train, whole, Console(file=said)) is None
+    assert said.getvalue() == ""
+
+
+def test_auto_is_a_probe_where_that_can_be(recipe_file: Path) -> None:
+    heads = []
+    for start in (PROBE, AUTO):
+        recipe, session = opened(recipe_file, start)
+        assert start_head(recipe.train, session, Console(quiet=True)) is not None
+        heads.append(heads_of(session))
+    assert all(torch.equal(heads[0][name], value) for name, value in heads[1].items())
+    assert start_of(recipe.train, session.model) == "probe"
+    session.model.classifier = torch.nn.Identity()
+    assert start_of(recipe.train, session.model) == "random"
 
 
 # runs
@@ -465,4 +492,5 @@ def test_a_baseline_that_was_killed_goes_on_without_a_new_probe(
 def test_a_plan_tells_of_it(recipe_file: Path) -> None:
     found = plan(load_recipe(recipe_file, [PROBE]), device="cpu")
     assert found["head_start"] == {"kind": "probe", "rows": 48}
+    assert plan(load_recipe(recipe_file, [AUTO]), device="cpu")["head_start"] == found["head_start"]
     assert plan(load_recipe(recipe_file), device="cpu")["head_start"]["kind"] == "random"
