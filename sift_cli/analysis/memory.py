@@ -111,16 +111,21 @@ class PeakMemory:
         return self._parts(ledger, start)
 
     def selection(
-        self, names: Iterable[str], batches: int = 1, squares: bool = False
+        self, names: Iterable[str], batches: int = 1, squares: bool = False, descends: bool = False
     ) -> dict[str, int]:
         """Bytes by part of the pass that ranks the gradients of the weights called `names`.
 
-        With `squares`, sums of them gather beside those of several batches' gradients.
+        With `squares`, sums of them gather beside those of several batches' gradients; where it
+        `descends`, bases and votes in place of both.
         """
 
         def rank(name: str, gradient: Tensor) -> None:
             scores = gradient.abs().reshape(-1)
-            if batches == 1:
+            if descends:
+                weight = named[name].detach()
+                sums.setdefault((name, "base"), torch.zeros_like(weight))
+                sums.setdefault((name, "votes"), torch.zeros_like(weight, dtype=torch.int16))
+            elif batches == 1:
                 scores.topk(max(1, len(scores) // 100))
             else:
                 for kind in ("gradient", "squares")[: 1 + squares]:

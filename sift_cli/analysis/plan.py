@@ -289,7 +289,10 @@ def memory_of_passes(
         if score.needs_data:
             ranking = PeakMemory(build, batch, recipe.train.gradient_checkpointing, bf16, gpu)
             parts = ranking.selection(
-                outline.parts.sparse, chosen.batches, squares="gradient_squares" in score.needs
+                outline.parts.sparse,
+                chosen.batches,
+                squares="gradient_squares" in score.needs,
+                descends="votes" in score.needs,
             )
             passes["selection"] = with_peak(parts, device)
         read = list(outline.rows.evaluation.values())

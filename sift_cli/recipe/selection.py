@@ -57,6 +57,7 @@ OPTIONS = {
     "block_size": Option(16, "structure", ("block",)),
     "rank": Option(32, "score", ("low-rank",)),
     "balance": Option(1.0, "score", ("balanced-gradient",)),
+    "descent_rate": Option(None, "score", ("sign-descent",)),
     "every": Option(20, "schedule", ("every-n-steps",)),
     "drop": Option(1.0, "schedule", ("every-n-steps",)),
     "revert": Option(False, "schedule", CHANGING),
@@ -133,6 +134,11 @@ class SelectionSection(Section):
     rank: PositiveInt | None = Field(None, description="rank of the low-rank score")
     balance: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="how far rows and columns are levelled; 0 is the plain gradient"
+    )
+    descent_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="of the sign descent that entries are ranked by; train.learning_rate x "
+        "sqrt(share of entries that train) / 4 if unset",
     )
     every: PositiveInt | None = Field(None, description="steps between selections")
     drop: Share | None = Field(

@@ -152,6 +152,8 @@ EVIDENCE = {
     "zero for what has no such layer",
     "input_mean": "mean of each input over all tokens, [inputs]; zero for what has no such input",
     "input_deviation": "its standard deviation, [inputs]; one for what has no such input",
+    "votes": "sum of the signs of its gradients along a sign descent over the calibration batches, "
+    "in its shape",
     "change": "how far the warm-up moved it, |trained - base|, in its shape",
     "generator": "a seeded generator of the weight's own, on the host",
     "rank": "selection.rank",
@@ -160,7 +162,7 @@ EVIDENCE = {
 
 OF_TOKENS = {"output_gradient", "input_mean", "input_deviation"}  # what `observed_tokens` tells
 # of all, what only batches tell
-NEED_DATA = {"gradient", "gradient_squares", "input_norm", *OF_TOKENS}
+NEED_DATA = {"gradient", "gradient_squares", "input_norm", "votes", *OF_TOKENS}
 
 
 def evidence_of(

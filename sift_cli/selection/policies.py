@@ -19,12 +19,13 @@ SCORES = (
     "centred-gradient",
     "agreement",
     "agreed-gradient",
+    "sign-descent",
     "change",
 )
 SCOPES = ("tensor", "neuron", "global")
 STRUCTURES = ("entry", "block", "row", "column")
 SCHEDULES = ("first-batch", "every-batch", "every-n-steps", "after-warmup")
-COMPARING = ("agreement",)  # scores that one batch alone leaves without an order
+COMPARING = ("agreement", "sign-descent")  # scores that one batch alone leaves without an order
 CHANGING = ("every-batch", "every-n-steps")  # schedules under which the support changes
 
 
@@ -124,6 +125,16 @@ POLICIES: dict[str, Policy] = {
         "entry",
         "first-batch",
         "Centering Neural Network Gradients, Schraudolph 1998",
+    ),
+    # where training would go, at the memory of one batch's gradients
+    "sign-descent": Policy(
+        "sign-descent",
+        "global",
+        "entry",
+        "first-batch",
+        "LT-SFT's rule by signSGD, arXiv 1802.04434",
+        {"batches": 64},
+        {"head_start": "auto"},
     ),
     # what batches agree on, which is what Adam goes on moving
     "agreement": Policy(

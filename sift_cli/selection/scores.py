@@ -165,6 +165,12 @@ def _agreed_gradient(gradient: Tensor, gradient_squares: Tensor) -> Tensor:
     return _agreement(gradient, gradient_squares).mul_(gradient.abs())
 
 
+def _sign_descent(votes: Tensor, generator: torch.Generator) -> Tensor:
+    """How far sign descent over the batches takes it, in steps; chance decides between equals."""
+    chance = torch.rand(votes.shape, generator=generator)
+    return votes.abs().float() + chance.to(votes.device)
+
+
 def _change(change: Tensor) -> Tensor:
     return change
 
@@ -185,6 +191,7 @@ SCORES: dict[str, Score] = {
     "centred-gradient": Score(_centred_gradient),
     "agreement": Score(_agreement),
     "agreed-gradient": Score(_agreed_gradient),
+    "sign-descent": Score(_sign_descent),
     "change": Score(_change),
 }
 

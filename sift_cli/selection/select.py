@@ -16,6 +16,7 @@ from sift_cli.selection.budget import (
     require_fits,
     share,
 )
+from sift_cli.selection.descent import sign_descent
 from sift_cli.selection.evidence import (
     OF_TOKENS,
     evidence_of,
@@ -115,6 +116,7 @@ def select(
     change: Mapping[str, Tensor] | None = None,
     retained: Mapping[str, Retained] | None = None,
     norms: dict[str, Tensor] | None = None,
+    descent_rate: float = 0.0,
 ) -> dict[str, Support]:
     """The entries to train of the model's parameters called `names`; supports on the host.
 
@@ -123,6 +125,7 @@ def select(
     that the loss does not depend on has no gradient to rank and is left out. `change` (dense, by
     name) is evidence for scores that ask for it; `retained` says what of an earlier support stays.
     `norms` is filled with the 2-norm of each weight's gradient ([]), where the score looks at it.
+    `descent_rate` is that of sign descent, where the score looks at its votes.
     Raises SiftError where a score is not finite, a budget or a block does not fit, or a score needs
     batches and there are none.
     """
@@ -136,7 +139,10 @@ def select(
     with observed_inputs(loud) as squares, observed_tokens(seen) as tokens:
 
         def compete(
-            name: str, gradient: Tensor | None, gradient_squares: Tensor | None = None
+            name: str,
+            gradient: Tensor | None = None,
+            gradient_squares: Tensor | None = None,
+            votes: Tensor | None = None,
         ) -> None:
             """Scores one weight's units and hands them to the chooser."""
             if norms is not None and gradient is not None and not score.folds:
@@ -147,16 +153,26 @@ def select(
                 weight, own, gradient, squares.get(name), moved, gradient_squares, tokens.get(name)
             )
             evidence |= {"rank": rule.rank, "balance": rule.balance}
+            evidence["votes"] = None if votes is None else own.turned(votes)
             scores = own.mean(score_entries(score, name, evidence, seed))
             if name in retained:
                 scores = _retain(scores, own, retained[name])
             chooser.add(name, scores, own.size)
 
-        if score.needs_data:
+        if "votes" in score.needs:
+            with (
+                sign_descent(weights, descent_rate) as (take, votes),
+                observed_gradients(weights, take),
+            ):
+                for run in backward:
+                    run()
+            for name in list(votes):
+                compete(name, votes=votes.pop(name).to(weights[name].device))
+        elif score.needs_data:
             _run_batches(weights, score, backward, compete)
         else:
             for name in names:
-                compete(name, None)
+                compete(name)
     chosen = chooser.chosen()
     return {
         name: Support.of(tuple(weights[name].shape), units[name].positions(chosen[name]))

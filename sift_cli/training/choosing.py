@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from math import sqrt
 from pathlib import Path
 
 from rich.console import Console
@@ -166,6 +167,21 @@ class Chooser:
         """The weights that train whole within the budget."""
         return self.parts.vectors
 
+    @property
+    def descent_rate(self) -> float:
+        """The rate of a sign descent: `selection.descent_rate`, or that of steps as long as Adam's.
+
+        Where all of n entries move and not the k that train, steps are as long at sqrt(k / n) of
+        the rate. A quarter of that, since signs do not average noise out: by noise alone, Adam
+        moves an entry by sqrt((1 - beta1) / (1 + beta1)) = .23 of its rate (of each sign by all).
+        """
+        if self.selection.descent_rate is not None:
+            return self.selection.descent_rate
+        named = dict(self.session.model.named_parameters())
+        sizes = sum(named[name].numel() for name in self.sparse)
+        chosen = sum(planned(self.session.model, self.sparse, self.rule).values())
+        return self.train.rate * sqrt(chosen / sizes) / 4
+
     def begin(self) -> SparseAdamW:
         """Starts the head, warms up where the schedule says so, chooses, and attaches that."""
         touched, change = start_head(self.train, self.session, self.console), None
@@ -237,6 +253,7 @@ class Chooser:
                 change=change,
                 retained=held,
                 norms=norms,
+                descent_rate=self.descent_rate,
             )
         return chosen | whole_supports(model, [*self.vectors, *self.dense])
 

@@ -133,7 +133,9 @@ def test_other_passes() -> None:
     dense = sum(4 * builder("bert")().get_parameter(name).numel() for name in names)
     assert sum(several.values()) - sum(one.values()) == pytest.approx(dense, rel=0.3)
     squared = plan.selection(names, batches=3, squares=True)
+    descended = plan.selection(names, batches=3, descends=True)
     assert sum(squared.values()) - sum(several.values()) == pytest.approx(dense, rel=0.3)
+    assert sum(descended.values()) - sum(one.values()) == pytest.approx(1.5 * dense, rel=0.3)
     assert sum(plan.evaluation().values()) < sum(one.values())
 
 

@@ -489,6 +489,16 @@ def test_one_batch_alone_cannot_agree(recipe_file: Path) -> None:
         resolved(recipe_file, "sift", "entry", "selection.score=agreement")
 
 
+def test_a_sign_descent_steps_as_far_as_training_does(recipe_file: Path) -> None:
+    recipe = resolved(recipe_file, "sign-descent", "entry", "train.learning_rate=4e-3")
+    _, chooser = opened(recipe)
+    assert chooser.descent_rate == pytest.approx(1e-3 * 0.2**0.5, rel=0.02)  # density 0.2
+    at = resolved(recipe_file, "sign-descent", "entry", "selection.descent_rate=3e-5")
+    assert opened(at)[1].descent_rate == 3e-5
+    with pytest.raises(SiftError, match="descent_rate: it belongs to score: sign-descent"):
+        resolved(recipe_file, "sift", "entry", "selection.descent_rate=3e-5")
+
+
 @pytest.mark.parametrize("policy", ["sift", "lottery", "current-batch", "drop-grow", "columns"])
 def test_a_run_with_vectors_counts_them_as_entries(
     recipe_file: Path, tmp_path: Path, policy: str
