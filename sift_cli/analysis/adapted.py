@@ -20,14 +20,13 @@ from sift_cli.analysis.methods import (
     trained,
 )
 from sift_cli.errors import SiftError
-from sift_cli.recipe import Recipe, load_recipe
+from sift_cli.recipe import Recipe, load_recipe, usual_rate
 from sift_cli.runs.session import Session
 from sift_cli.runs.summary import Summary
 from sift_cli.training import train
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.dense import Adapted, Dense
-from sift_cli.training.rates import usual_rate
 
 # of a method without a budget: what it trains is as if so many entries did
 DENSITIES = {"full": 1.0, "head-only": 0.01}

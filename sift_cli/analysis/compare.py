@@ -110,10 +110,12 @@ def jobs_of(
         for density in ((None,) if method in WITHOUT_BUDGET else tuple(densities) or (None,))
     ]
     settings = recipe.train
+    usual = settings.learning_rate
+    assert usual is not None
     return [
         [
             Job.of(recipe, method, density, rate, settings.seed)
-            for rate in rates_of(settings.learning_rate, method, rates, sweep)
+            for rate in rates_of(usual, method, rates, sweep)
         ]
         for method, density in cells
     ]

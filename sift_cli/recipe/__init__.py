@@ -10,7 +10,7 @@ from sift_cli.recipe.schema import (
     Recipe,
     TrainSection,
 )
-from sift_cli.recipe.selection import AXES, OPTIONS, SelectionSection
+from sift_cli.recipe.selection import AXES, OPTIONS, SelectionSection, usual_rate
 
 __all__ = [
     "AUTO",
@@ -26,4 +26,5 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "trace_recipe",
+    "usual_rate",
 ]

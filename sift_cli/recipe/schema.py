@@ -20,7 +20,7 @@ from sift_cli.recipe.kinds import (
     one_of,
     or_list,
 )
-from sift_cli.recipe.selection import SelectionSection, policy_row
+from sift_cli.recipe.selection import SelectionSection, policy_row, usual_rate
 from sift_cli.tasks.metrics import METRICS
 from sift_cli.tasks.table import TASKS
 
@@ -87,8 +87,8 @@ Rate = Number | Literal["auto"]
 
 
 def _rate(value: object) -> object:
-    """A learning rate, or `auto`."""
-    if value == AUTO:
+    """A learning rate, `auto`, or None where it is left to the density."""
+    if value is None or value == AUTO:
         return value
     try:
         return checked(Number, value)
@@ -110,10 +110,10 @@ class TrainSection(Section):
         "make the same step",
     )
     accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
-    learning_rate: Annotated[Rate, BeforeValidator(_rate)] = Field(
-        1e-3,
-        description="auto: the best of a few, each tried for a tenth of the steps and scored by "
-        "its loss on a tenth of the training rows",
+    learning_rate: Annotated[Rate | None, BeforeValidator(_rate)] = Field(
+        None,
+        description="2e-4 / sqrt(selection.density) if unset; auto: the best of a few, each tried "
+        "for a tenth of the steps and scored by its loss on a tenth of the training rows",
     )
     learning_rate_from: Literal["auto"] | None = Field(
         None, description="how a run whose recipe says auto notes that its rate was found so"
@@ -153,7 +153,7 @@ class TrainSection(Section):
     @property
     def rate(self) -> float:
         """The learning rate, of a recipe that does not leave it open."""
-        assert not isinstance(self.learning_rate, str)
+        assert isinstance(self.learning_rate, float)
         return self.learning_rate
 
 
@@ -230,6 +230,14 @@ class Recipe(Section):
         row = policy_row(given.get("selection")).train
         open_keys = {key: value for key, value in row.items() if train.get(key) is None}
         return {**given, "train": {**train, **open_keys}} if open_keys else given
+
+    @model_validator(mode="after")
+    def _usual_rate(self) -> "Recipe":
+        """Fills a rate that is left open with the usual one of the density."""
+        if self.train.learning_rate is None:
+            rate = usual_rate(self.selection.share)
+            object.__setattr__(self, "train", self.train.model_copy(update={"learning_rate": rate}))
+        return self
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, in the order of the schema."""

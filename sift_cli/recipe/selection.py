@@ -1,6 +1,7 @@
 """The section of a recipe that says which entries train."""
 
 from collections.abc import Mapping
+from math import sqrt
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -68,6 +69,8 @@ OPTIONS = {
 }
 
 
+WHOLE = 2e-4  # the usual rate where every entry trains
+USUAL_DENSITY = 0.01
 DEFAULT_POLICY = "sift"
 
 
@@ -116,7 +119,7 @@ class SelectionSection(Section):
     density: Annotated[float | dict[str, float] | None, BeforeValidator(_density)] = Field(
         None,
         description="share of the targeted entries, or {default: share, PATTERN: share}; "
-        "0.01 if unset",
+        f"{USUAL_DENSITY} if unset",
     )
     budget: PositiveInt | None = Field(None, description="entries in all, instead of a density")
     target: Annotated[str | list[str], in_short("all-linear, all, or name patterns")] = Field(
@@ -178,7 +181,7 @@ class SelectionSection(Section):
         if self.density is not None and self.budget is not None:
             raise ValueError("density: give density or budget, not both")
         if self.density is None and self.budget is None:
-            object.__setattr__(self, "density", 0.01)
+            object.__setattr__(self, "density", USUAL_DENSITY)
         for key, option in OPTIONS.items():
             if getattr(self, key) is not None and not option.applies(dict(self)):
                 raise ValueError(f"{key}: it belongs to {option.needs}, and would do nothing here")
@@ -203,3 +206,19 @@ class SelectionSection(Section):
                 "after-warmup and warmup_trains: all"
             )
         return self
+
+    @property
+    def share(self) -> float:
+        """The share of entries to train; a usual one where a budget counts them instead."""
+        if isinstance(self.density, dict):
+            return self.density["default"]
+        return USUAL_DENSITY if self.density is None else self.density
+
+
+def usual_rate(density: float) -> float:
+    """The rate to begin with where such a share of the entries trains.
+
+    Adam moves every entry by about the rate, so that a step is sqrt(entries) * rate long: as long
+    for any share as that of all entries at their usual rate.
+    """
+    return float(f"{WHOLE / sqrt(density):.2g}")

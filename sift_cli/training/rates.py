@@ -3,13 +3,13 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from math import ceil, inf, isfinite, sqrt
+from math import ceil, inf, isfinite
 from pathlib import Path
 
 from rich.console import Console
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.recipe import AUTO, Recipe, SelectionSection
+from sift_cli.recipe import AUTO, Recipe, usual_rate
 from sift_cli.runs.folder import DELTA_FILE, RATES, RATES_FILE, TRAINED_FILE
 from sift_cli.runs.session import load_rows
 from sift_cli.runs.summary import Summary
@@ -22,8 +22,6 @@ APART = 2.0
 MORE = 2  # beyond the edge of these, where the best one lies there
 SHARE = 0.1  # of the steps, and of the training rows, which are held out
 FEWEST_STEPS, FEWEST_ROWS = 10, 50
-WHOLE = 2e-4  # the usual rate where every entry trains
-USUAL_DENSITY = 0.01
 
 Trial = Callable[[Recipe, Path], Summary]  # a whole training into a folder; goes on where it can
 
@@ -65,7 +63,7 @@ def at_best_rate(
         console.print(f"learning rate {rate:g}: {shown} after {steps} steps", highlight=False)
         return loss
 
-    tried = search(middle or usual_rate(density_of(recipe.selection)), loss_at)
+    tried = search(middle or usual_rate(recipe.selection.share), loss_at)
     best = best_of(tried)
     if not isfinite(tried[best]):
         rates = ", ".join(f"{rate:g}" for rate in sorted(tried))
@@ -115,23 +113,6 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
-def usual_rate(density: float) -> float:
-    """The rate to begin with where such a share of the entries trains.
-
-    Adam moves every entry by about the rate, so that a step is sqrt(entries) * rate long: as long
-    for any share as that of all entries at their usual rate.
-    """
-    return float(f"{WHOLE / sqrt(density):.2g}")
-
-
-def density_of(selection: SelectionSection) -> float:
-    """The share of entries that a section asks for; a usual one where it counts them instead."""
-    share = selection.density
-    if isinstance(share, dict):
-        return share["default"]
-    return USUAL_DENSITY if share is None else share
-
-
 def trial_of(recipe: Recipe, rate: float, steps: int) -> Recipe:
     """The recipe of one trial: it sees training rows alone, and only its last loss counts."""
     train = {"learning_rate": rate, "max_steps": steps}
@@ -157,7 +138,7 @@ def at_usual_rate(recipe: Recipe) -> Recipe:
     """The recipe; where it leaves its rate open, with the one that trials would begin with."""
     if recipe.train.learning_rate != AUTO:
         return recipe
-    return at_rate(recipe, usual_rate(density_of(recipe.selection)))
+    return at_rate(recipe, usual_rate(recipe.selection.share))
 
 
 def steps_of_trial(steps: int) -> int:

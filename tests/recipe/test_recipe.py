@@ -462,3 +462,16 @@ def test_another_policy_for_a_resolved_recipe_trains_in_its_own_way() -> None:
         assert parse_recipe(scaled.to_yaml(), "r", order).train.step_scale == "input"
     own = parse_recipe(HEAD + "train: {step_scale: input}\n", "r", [back])
     assert own.train.step_scale == "input"  # no policy said so: the recipe did
+
+
+def test_a_rate_left_open_follows_the_density() -> None:
+    def rate(text: str, *changes: str) -> object:
+        return parse_recipe(HEAD + text, "r", changes).train.learning_rate
+
+    assert rate("") == 2e-3
+    assert rate("selection: {density: 1.0}\n") == 2e-4
+    assert rate("selection: {density: {default: 0.04, '*.query': 0.5}}\n") == 1e-3
+    assert rate("selection: {budget: 500}\n") == 2e-3
+    assert rate("train: {learning_rate: null}\n", "selection.density=0.0001") == 2e-2
+    assert rate("train: {learning_rate: 3e-4}\nselection: {density: 1.0}\n") == 3e-4
+    assert rate("train: {learning_rate: auto}\n") == "auto"

@@ -19,7 +19,7 @@ WRONG_VALUES: dict[tuple[str, str], list[Any]] = {
     ("train", "epochs"): [0, -1, "many", [1], {}, float("inf"), float("nan")],
     ("train", "batch_size"): [0, -4, 1.5, "8x", None, True, 10.0],
     ("train", "max_steps"): [0, -1, 0.5, "all"],
-    ("train", "learning_rate"): [0, -1e-3, "fast", None, [1e-3], float("nan")],
+    ("train", "learning_rate"): [0, -1e-3, "fast", [1e-3], float("nan")],
     ("train", "warmup"): [1, 1.5, -0.1, "none"],
     ("train", "lr_schedule"): ["step", 3, None, ["linear"]],
     ("train", "max_grad_norm"): [0, -1, "one"],
