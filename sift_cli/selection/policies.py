@@ -133,7 +133,7 @@ POLICIES: dict[str, Policy] = {
         "entry",
         "first-batch",
         "LT-SFT's rule by signSGD, arXiv 1802.04434",
-        {"batches": 64},
+        {"batches": 128},
         {"head_start": "auto"},
     ),
     # what batches agree on, which is what Adam goes on moving

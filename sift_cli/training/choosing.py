@@ -37,6 +37,7 @@ from sift_cli.training.randomness import kept_randomness
 from sift_cli.training.step import backward_passes, forward_passes
 from sift_cli.training.warmup import WarmUp, warm_up
 
+SCALE_BATCHES = 8  # enough for root mean squares over their tokens
 SCALE = "step_scale/"  # before a weight's name, in a checkpoint
 
 
@@ -258,14 +259,14 @@ class Chooser:
         return chosen | whole_supports(model, [*self.vectors, *self.dense])
 
     def scales(self) -> dict[str, InputScale]:
-        """The step scale of each input, as the calibration batches of the first step have them.
+        """The step scale of each input, as the first calibration batches have them, 8 at most.
 
         They stay as they are, also where entries are chosen anew: an entry that leaves and comes
         back finds its own.
         """
         if self.train.step_scale == "none":
             return {}
-        batches = islice(self.batches.since(1), self.selection.batches)
+        batches = islice(self.batches.since(1), min(self.selection.batches, SCALE_BATCHES))
         with kept_randomness(self.session.device):
             forward = forward_passes(self.session, batches)
             return input_scales(self.session.model, self.sparse, forward)

@@ -536,3 +536,15 @@ def test_adapters_get_the_budget_that_vectors_share(recipe_file: Path) -> None:
         total = len(method.begin().parameters) - method.dense
         ranks.append(total)
     assert ranks[0] == ranks[1]
+
+
+def test_scales_need_few_batches(recipe_file: Path) -> None:
+    scales = []
+    for batches in (8, 10):
+        more = ["train.step_scale=input", "train.batch_size=4", f"selection.batches={batches}"]
+        _, chooser = opened(
+            resolved(recipe_file, "agreement", "entry", *more, "train.max_steps=12")
+        )
+        scales.append(chooser.scales())
+    assert scales[0].keys() == scales[1].keys() != set()
+    assert all(torch.equal(one.values, scales[1][name].values) for name, one in scales[0].items())
