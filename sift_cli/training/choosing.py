@@ -170,11 +170,11 @@ class Chooser:
 
     @property
     def descent_rate(self) -> float:
-        """The rate of a sign descent: `selection.descent_rate`, or that of steps as long as Adam's.
+        """The rate of a sign descent: `selection.descent_rate`, or one that follows the training's.
 
         Where all of n entries move and not the k that train, steps are as long at sqrt(k / n) of
-        the rate. A quarter of that, since signs do not average noise out: by noise alone, Adam
-        moves an entry by sqrt((1 - beta1) / (1 + beta1)) = .23 of its rate (of each sign by all).
+        the rate; of that a quarter, the better one of two that were tried (docs/log.md, 2026-11-28:
+        1e-4 beside a rate of 4e-3 at 1 %, and 3e-5).
         """
         if self.selection.descent_rate is not None:
             return self.selection.descent_rate
