@@ -292,7 +292,7 @@ def memory_of_passes(
                 outline.parts.sparse,
                 chosen.batches,
                 squares="gradient_squares" in score.needs,
-                descends="votes" in score.needs,
+                descends=score.descends,
             )
             passes["selection"] = with_peak(parts, device)
         read = list(outline.rows.evaluation.values())

@@ -173,16 +173,19 @@ def evidence_of(
     change: Tensor | None,
     gradient_squares: Tensor | None = None,
     tokens: Tokens | None = None,
+    votes: Tensor | None = None,
 ) -> dict[str, object]:
     """What is known of one weight, by the names in EVIDENCE.
 
-    `weight`, `gradient`, `gradient_squares` and `change` have the shape in which the weight is
-    stored; `squares` ([inputs]) are its inputs' sums of squares, `tokens` those of its layer.
+    `weight`, `gradient`, `gradient_squares`, `change` and `votes` have the shape in which the
+    weight is stored; `squares` ([inputs]) are its inputs' sums of squares, `tokens` those of its
+    layer.
     """
     return {
         "weight": units.turned(weight),
         "gradient": None if gradient is None else units.turned(gradient),
         "gradient_squares": None if gradient_squares is None else units.turned(gradient_squares),
+        "votes": None if votes is None else units.turned(votes),
         **_of_tokens(weight, units, tokens),
         "input_norm": _input_norm(weight, units, squares),
         "change": None if change is None else units.turned(change),

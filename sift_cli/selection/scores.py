@@ -41,6 +41,11 @@ class Score:
         return bool(self.needs & NEED_DATA)
 
     @property
+    def descends(self) -> bool:
+        """Whether it ranks where sign descent over the batches leads."""
+        return "votes" in self.needs
+
+    @property
     def folds(self) -> bool:
         """Whether `fold` changes each batch's gradient before the batches are summed."""
         return self.fold is not _itself

@@ -150,16 +150,22 @@ def select(
             own, moved = units[name], None if change is None else change[name]
             weight = weights[name].detach()
             evidence = evidence_of(
-                weight, own, gradient, squares.get(name), moved, gradient_squares, tokens.get(name)
+                weight,
+                own,
+                gradient,
+                squares.get(name),
+                moved,
+                gradient_squares,
+                tokens.get(name),
+                votes,
             )
             evidence |= {"rank": rule.rank, "balance": rule.balance}
-            evidence["votes"] = None if votes is None else own.turned(votes)
             scores = own.mean(score_entries(score, name, evidence, seed))
             if name in retained:
                 scores = _retain(scores, own, retained[name])
             chooser.add(name, scores, own.size)
 
-        if "votes" in score.needs:
+        if score.descends:
             with (
                 sign_descent(weights, descent_rate) as (take, votes),
                 observed_gradients(weights, take),

@@ -254,7 +254,7 @@ class Chooser:
                 change=change,
                 retained=held,
                 norms=norms,
-                descent_rate=self.descent_rate,
+                descent_rate=self.descent_rate if self.rule.score.descends else 0.0,
             )
         return chosen | whole_supports(model, [*self.vectors, *self.dense])
 

@@ -489,7 +489,7 @@ def test_one_batch_alone_cannot_agree(recipe_file: Path) -> None:
         resolved(recipe_file, "sift", "entry", "selection.score=agreement")
 
 
-def test_a_sign_descent_steps_as_far_as_training_does(recipe_file: Path) -> None:
+def test_the_rate_of_a_sign_descent_follows_the_training_s(recipe_file: Path) -> None:
     recipe = resolved(recipe_file, "sign-descent", "entry", "train.learning_rate=4e-3")
     _, chooser = opened(recipe)
     assert chooser.descent_rate == pytest.approx(1e-3 * 0.2**0.5, rel=0.02)  # density 0.2
