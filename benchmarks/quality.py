@@ -2,14 +2,16 @@
 
 usage: python benchmarks/quality.py STAGE --model FOLDER --data FOLDER --out OUT [--jobs 2]
        [--tasks cola sst2] [--methods sift lora] [--densities .01] [--seeds 42 43 44 45 46]
-       [--set train.epochs=1] [--against sift] [--budget-hours 2]
+       [--tries 3] [--set train.epochs=1] [--against sift] [--budget-hours 2]
 
 The stages, in their order:
 
-rates  Every method trains at five rates, a factor of 2 apart, on nine tenths of the training rows
-       and is scored on the rest, with the first seed; the validation split is not looked at.
-runs   At the rate with the best score there, every method trains on all of them with every seed,
-       and is scored on the validation split, with the weights of the last step.
+rates  Every method trains at as many rates (--tries), a factor of 2 apart, on nine tenths of the
+       training rows of each task and is scored on the rest, with the first seed; the validation
+       split is not looked at.
+runs   At its rate with the best mean score there, one for all tasks, every method trains on all
+       rows with every seed, and is scored on the validation split, with the weights of the last
+       step. Also on tasks that the stage before left out.
 table  Writes OUT/quality.md and OUT/rates.png, from OUT/results.jsonl alone; prints the former.
 
 A method is a policy or a baseline (lora, lora-r1, shira, full, head-only), with what is added to
@@ -68,7 +70,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "qqp": {"train.epochs": 2, "data.max_train_rows": 6_000},
     "mnli": {"train.epochs": 2, "data.max_train_rows": 6_000},
 }
-STEPS_OF_RATE = (-2, -1, 0, 1, 2)  # powers of 2 around the middle: a factor of 16 in all
+USUAL_RATE = 4e-3
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,15 @@ class Method:
     """
 
     settings: Mapping[str, Any]
-    rate: float = 2e-3
+    rate: float = USUAL_RATE
     baseline: str | None = None
     budget: bool = True
 
-    def rates(self, density: float | None) -> list[float]:
-        """Those to try: at a tenth of the entries, each twice as large."""
+    def rates(self, density: float | None, tries: int) -> list[float]:
+        """Those to try, an odd number: at a tenth of the entries, each twice as large."""
         middle = self.rate if density is None else self.rate * 2 ** log10(0.01 / density)
-        return [float(f"{middle * 2**step:.3g}") for step in STEPS_OF_RATE]
+        steps = range(-(tries // 2), tries // 2 + 1)
+        return [float(f"{middle * 2**step:.3g}") for step in steps]
 
 
 ADDED = {
@@ -100,12 +103,14 @@ ADDED = {
 }
 # The size of an adapter is that of the recipe's density; rank 1 is the least.
 BASELINES = {
-    "lora": Method({"selection.policy": "sift"}, baseline="lora"),
-    "lora-r1": Method({"selection.density": 1e-4}, rate=4e-3, baseline="lora", budget=False),
+    "lora": Method({"selection.policy": "sift"}, rate=2e-3, baseline="lora"),
+    "lora-r1": Method({"selection.density": 1e-4}, baseline="lora", budget=False),
     "shira": Method({"selection.policy": "sift"}, baseline="shira"),
     "full": Method({"selection.density": 0.01}, rate=2e-4, baseline="full", budget=False),
-    "head-only": Method({"selection.density": 0.01}, baseline="head-only", budget=False),
+    "head-only": Method({"selection.density": 0.01}, rate=2e-3, baseline="head-only", budget=False),
 }
+# Large gradients read loud inputs, and bear a smaller rate than others.
+RATES = {"sift": 1e-3, "fisher": 1e-3, "snip": 1e-3, "neuron-gradient": 1e-3}
 
 
 @cache
@@ -115,7 +120,8 @@ def find(name: str) -> Method:
     if first not in {*BASELINES, *POLICIES} or not ADDED.keys() >= {*more}:
         known = f"{', '.join([*BASELINES, *POLICIES])}, with +{', +'.join(ADDED)}"
         raise argparse.ArgumentTypeError(f"unknown method {name!r}; known: {known}")
-    found = BASELINES.get(first) or Method({"selection.policy": first})
+    own = Method({"selection.policy": first}, RATES.get(first, USUAL_RATE))
+    found = BASELINES.get(first, own)
     settings = {key: value for one in more for key, value in ADDED[one].items()}
     return replace(found, settings={**found.settings, **settings})
 
@@ -126,7 +132,7 @@ def method_name(text: str) -> str:
     return text
 
 
-USUAL = ("sift", "scaled-sift", "random", "lora", "shira", "full")  # of --methods
+USUAL = ("sign-descent", "random", "sift", "lora", "shira", "full")  # of --methods
 
 
 @dataclass(frozen=True)
@@ -324,26 +330,32 @@ def runs_of(given: argparse.Namespace, rows: Sequence[Row]) -> tuple[list[Run], 
         return [
             Run("rates", *cell, rate, seed)
             for cell in cells(given)
-            for rate in find(cell[1]).rates(cell[2])
+            for rate in find(cell[1]).rates(cell[2], given.tries)
         ], []
-    runs, missing = [], []
-    for seed in given.seeds:  # outermost: what is cut short has every method
-        for task, method, density in cells(given):
-            tried = [
-                row
-                for row in rows
-                if (row.stage, row.task, row.method, row.density)
-                == ("rates", task, method, density)
-            ]
-            where = f"{task}, {method}" + ("" if density is None else f" at {density:g}")
-            found = best_rate(tried)
-            if {row.rate for row in tried} < set(find(method).rates(density)):
-                missing.append(f"{where}: {len(tried)} rates tried; run the stage rates first")
-            elif found is None:
-                missing.append(f"{where}: diverged at every rate")
-            else:
-                runs.append(Run("runs", task, method, density, found.rate, seed))
-    return runs, list(dict.fromkeys(missing))
+    chosen, missing = {}, []
+    for method, density in dict.fromkeys(cell[1:] for cell in cells(given)):
+        tried = [
+            row
+            for row in rows
+            if (row.stage, row.method, row.density) == ("rates", method, density)
+        ]
+        where = method if density is None else f"{method} at {density:g}"
+        found = {row.rate for row in tried}
+        if not found >= set(find(method).rates(density, given.tries)):
+            missing.append(f"{where}: {len(found)} rates tried; run the stage rates first")
+        elif (best := best_rate(tried)) is None:
+            missing.append(f"{where}: diverged at every rate")
+        else:
+            chosen[method, density] = best
+    return (
+        [
+            Run("runs", *cell, chosen[cell[1:]], seed)
+            for seed in given.seeds  # outermost: what is cut short has every method
+            for cell in cells(given)
+            if cell[1:] in chosen
+        ],
+        missing,
+    )
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -365,8 +377,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", type=method_name, default=USUAL)
     parser.add_argument("--densities", nargs="+", type=float, default=[0.01, 0.001])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44, 45, 46])
+    parser.add_argument("--tries", type=int, default=3, choices=(1, 3, 5, 7), help="rates")
     parser.add_argument("--set", nargs="+", type=setting, default=[], help="for every recipe")
-    parser.add_argument("--against", type=method_name, default="sift", help="what p is against")
+    parser.add_argument(
+        "--against", type=method_name, default="sign-descent", help="what p is against"
+    )
     parser.add_argument("--budget-hours", type=float, default=float("inf"))
     given = parser.parse_args(arguments)
     given.tasks = given.tasks or [task for task in TASKS if Path(given.data, task).is_dir()]

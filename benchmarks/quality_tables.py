@@ -32,13 +32,23 @@ class Row:
     rank: int | None = None
 
 
-def best_rate(tried: Sequence[Row]) -> Row | None:
-    """The row with the highest score, then the lowest training loss; None where none has a score.
+def best_rate(tried: Sequence[Row]) -> float | None:
+    """The rate with the highest mean score over tasks, then the lowest mean training loss.
 
-    Ties are not rare: at many rates a model may give every row one class.
+    Only rates that gave every task a score count; None where no rate did. Ties are not rare: at
+    many rates a model may give every row one class.
     """
-    scored = [row for row in tried if row.score is not None and row.train_loss is not None]
-    return max(scored, key=lambda row: (row.score, -(row.train_loss or 0)), default=None)
+    tasks = {row.task for row in tried}
+    means = {}
+    for rate in sorted({row.rate for row in tried}):
+        own = [row for row in tried if row.rate == rate and row.score is not None]
+        if {row.task for row in own} == tasks:
+            score, loss = (
+                mean(row.score or 0 for row in own),
+                mean(row.train_loss or 0 for row in own),
+            )
+            means[rate] = (score, -loss)
+    return max(means, key=means.__getitem__, default=None)
 
 
 def write_tables(rows: Sequence[Row], out: Path, against: str) -> str:
@@ -51,11 +61,11 @@ def write_tables(rows: Sequence[Row], out: Path, against: str) -> str:
         if own:
             parts += [score_table(own, density), difference_table(own, against)]
             parts.append(time_table(own))
-    for density in [*densities_of(tried), None]:
-        for task in in_order(row.task for row in tried):
-            own = [row for row in tried if (row.density, row.task) == (density, task)]
-            if own:
-                parts.append(rate_table(own, task, density))
+    parts += [
+        rate_table([row for row in tried if row.density == density], density)
+        for density in [*densities_of(tried), None]
+        if any(row.density == density for row in tried)
+    ]
     if tried:
         plot_rates(tried, out / "rates.png")
     text = "\n\n".join(parts) + "\n"
@@ -156,20 +166,24 @@ def time_table(rows: Sequence[Row]) -> str:
     return markdown(heads, lines)
 
 
-def rate_table(rows: Sequence[Row], task: str, density: float | None) -> str:
-    """Held-out score of each method at each of its rates; the chosen one in bold."""
-    where = task if density is None else f"{task} at {density:g}"
-    heads = [f"held out, {where}", "middle rate", "/ 4", "/ 2", "x 1", "x 2", "x 4", "best - worst"]
+def rate_table(rows: Sequence[Row], density: float | None) -> str:
+    """Held-out score of each method at each rate, by task; the chosen rate in bold."""
+    tasks = in_order(row.task for row in rows)
+    heads = ["held out" if density is None else f"held out, at {density:g}", "rate", *tasks, "mean"]
     lines = []
     for method in in_order(row.method for row in rows):
-        own = sorted((row for row in rows if row.method == method), key=lambda row: row.rate)
-        if len(own) < 5:
-            continue
-        found, scores = best_rate(own), [row.score for row in own if row.score is not None]
-        shown = ["diverged" if row.score is None else f"{row.score:.4f}" for row in own]
-        shown = [f"**{one}**" if row is found else one for one, row in zip(shown, own, strict=True)]
-        wide = f"{max(scores) - min(scores):.4f}" if len(scores) == len(own) else ""
-        lines.append([method, f"{own[2].rate:g}", *shown, wide])
+        own = [row for row in rows if row.method == method]
+        best = best_rate(own)
+        for rate in sorted({row.rate for row in own}):
+            at = {row.task: row for row in own if row.rate == rate}
+            scores = [at[task].score if task in at else None for task in tasks]
+            shown = [
+                "" if task not in at else "diverged" if score is None else f"{score:.4f}"
+                for task, score in zip(tasks, scores, strict=True)
+            ]
+            known = [score for score in scores if score is not None]
+            whole = f"{mean(known):.4f}" if len(known) == len(tasks) else ""
+            lines.append([method, f"**{rate:g}**" if rate == best else f"{rate:g}", *shown, whole])
     return markdown(heads, lines)
 
 

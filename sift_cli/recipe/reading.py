@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from sift_cli.errors import SiftError
 from sift_cli.recipe.schema import Recipe, TrainSection
-from sift_cli.recipe.selection import AXES, OPTIONS, policy_row
+from sift_cli.recipe.selection import AXES, OPTIONS, policy_row, row_options
 from sift_cli.selection.policies import POLICIES
 
 KeyPlace = tuple[str | int, ...]
@@ -253,11 +253,10 @@ def _reopen_train(values: dict[str, Any], places: dict[KeyPlace, str], policy: o
 
 def _filled_in(section: Mapping[str, Any]) -> list[str]:
     """The options of a selection whose values its policy, or the default, would give as well."""
-    row = policy_row(section)
     usual = {
         "batches": 1,
         **{key: option.default for key, option in OPTIONS.items()},
-        **row.defaults,
+        **row_options(section),
     }
     return [key for key, value in usual.items() if section.get(key) in (value, None)]
 

@@ -224,7 +224,7 @@ class Recipe(Section):
     @classmethod
     def _train_as_the_policy_does(cls, given: Any) -> Any:
         """Fills what the recipe leaves open of training from the policy, where its row says it."""
-        train = given.get("train") or {} if isinstance(given, dict) else None
+        train = given.get("train", {}) if isinstance(given, dict) else None
         if not isinstance(train, dict):
             return given
         row = policy_row(given.get("selection")).train

@@ -71,13 +71,29 @@ OPTIONS = {
 
 WHOLE = 2e-4  # the usual rate where every entry trains
 USUAL_DENSITY = 0.01
-DEFAULT_POLICY = "sift"
+DEFAULT_POLICY = "sign-descent"
 
 
 def policy_row(selection: Any) -> Policy:
     """The row of the policy that a section's values name; that of the default where none is."""
     named = selection.get("policy") if isinstance(selection, dict) else None
     return POLICIES.get(str(named or DEFAULT_POLICY), POLICIES[DEFAULT_POLICY])
+
+
+def row_options(selection: Mapping[str, Any]) -> dict[str, object]:
+    """What the policy's row gives beside its axes; how many batches goes with its score alone.
+
+    A score of another row that compares batches brings the number of its own.
+    """
+    row, score = policy_row(selection), selection.get("score")
+    if score in (None, row.score):
+        return dict(row.defaults)
+    own = POLICIES[str(score)].defaults if score in COMPARING else {}
+    return {
+        key: value
+        for key, value in {**row.defaults, **own}.items()
+        if key in own or key != "batches"
+    }
 
 
 AXES = ("score", "scope", "structure", "schedule")
@@ -167,7 +183,10 @@ class SelectionSection(Section):
             return given
         row = policy_row(given)
         filled = {**given}
-        for key, value in {**{axis: getattr(row, axis) for axis in AXES}, **row.defaults}.items():
+        axes = {axis: getattr(row, axis) for axis in AXES}
+        if isinstance(given.get("density"), dict) and row.scope == "global":
+            axes["scope"] = "tensor"  # shares by pattern leave no common budget
+        for key, value in {**axes, **row_options(given)}.items():
             applies = key not in OPTIONS or OPTIONS[key].applies(filled)
             if filled.get(key) is None and applies:
                 filled[key] = value
@@ -200,6 +219,12 @@ class SelectionSection(Section):
             )
         if self.score in COMPARING and self.batches == 1:
             raise ValueError(f"batches: score {self.score} compares batches; give at least 2")
+        steps = 1 if self.schedule == "every-batch" else self.every or self.batches
+        if self.score == "sign-descent" and steps < self.batches:
+            raise ValueError(
+                f"schedule: a descent of {self.batches} batches every {steps} steps; give another "
+                "score, such as score: gradient, fewer batches, or a larger every"
+            )
         if self.score == "change" and self.warmup_trains != "all":
             raise ValueError(
                 "score: change is how far a warm-up moved each entry; it needs schedule "

@@ -108,7 +108,7 @@ POLICIES: dict[str, Policy] = {
         train={"step_scale": "input", "head_start": "auto"},
     ),
     "gradient-per-input": Policy(
-        "gradient-per-input", "tensor", "entry", "first-batch", "docs/selection.md, 2026"
+        "gradient-per-input", "tensor", "entry", "first-batch", "docs/quality.md, 2026"
     ),
     # loud rows and columns get no more than their share
     "balanced-gradient": Policy(

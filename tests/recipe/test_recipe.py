@@ -232,6 +232,48 @@ def test_an_axis_that_is_given_overrides_the_policy() -> None:
     assert selection.schedule == POLICIES["random"].schedule
 
 
+def test_the_default_policy_is_sign_descent_with_a_head_that_knows_something() -> None:
+    recipe = parse()
+    assert (recipe.selection.policy, recipe.selection.batches) == ("sign-descent", 128)
+    assert (recipe.train.head_start, recipe.train.step_scale) == ("auto", "none")
+    published = parse("selection: {policy: sift}\n")
+    assert (published.selection.score, published.selection.batches) == ("gradient", 1)
+    assert published.train.head_start == "random"
+
+
+@pytest.mark.parametrize(
+    ("given", "batches"),
+    [
+        ("score: snip", 1),  # what the row of another score looks at is not meant for it
+        ("{policy: fisher, score: gradient}", 1),
+        ("score: agreement", 8),  # a score that compares brings its own
+        ("{policy: sift, score: sign-descent}", 128),
+        ("{policy: fisher, scope: tensor}", 8),
+        ("{score: snip, batches: 3}", 3),
+    ],
+)
+def test_calibration_batches_go_with_the_score(given: str, batches: int) -> None:
+    given = given if given.startswith("{") else f"{{{given}}}"
+    assert parse(f"selection: {given}\n").selection.batches == batches
+
+
+@pytest.mark.parametrize("policy", ["sign-descent", "lottery", "sift"])
+def test_shares_by_pattern_are_of_each_weight(policy: str) -> None:
+    density = "{policy: %s, density: {default: 0.01, query: 0.02}%s}\n"
+    assert parse(f"selection: {density % (policy, '')}").selection.scope == "tensor"
+    (line,) = errors(f"selection: {density % (policy, ', scope: global')}")
+    assert "selection.density: under scope global all weights share one budget" in line
+
+
+def test_a_descent_is_not_repeated_before_it_is_used() -> None:
+    every = "schedule: every-n-steps, every"
+    for given in ("schedule: every-batch", "schedule: every-n-steps", f"{every}: 127"):
+        (line,) = errors(f"selection: {{{given}}}\n")
+        assert "selection.schedule: a descent of 128 batches every" in line
+    for given in (f"{every}: 128", "schedule: every-batch, score: gradient"):
+        assert parse(f"selection: {{{given}}}\n").selection.schedule.startswith("every")
+
+
 def test_density_is_one_percent_unless_given() -> None:
     assert parse().selection.density == 0.01
     assert parse("selection: {density: 0.2}\n").selection.density == 0.2
@@ -333,7 +375,7 @@ def test_the_resolved_recipe_holds_every_value_in_the_order_of_the_schema() -> N
     for resolved in (
         "out: runs/ähm",
         "  dtype: float32",
-        "  score: gradient",
+        "  score: sign-descent",
         "  density: 0.01",
         "  seed: 42",
     ):
