@@ -42,8 +42,10 @@ bench: setup  ## sift beside LoRA and others, step by step and whole (MODEL=fold
 		--out $(or $(OUT),runs/bench)
 	$(BIN)/python benchmarks/whole.py $(MODEL) $(DATA) --out $(or $(OUT),runs/bench)/whole
 
-results: setup  ## the table of docs/results.md (MODEL=folder DATA=folder OUT=folder)
-	$(BIN)/python benchmarks/glue_minilm.py $(MODEL) $(DATA) --out $(or $(OUT),runs/glue-minilm)
+results: setup  ## the tables of docs/quality.md, core-hours of runs (MODEL=folder DATA=folder OUT=folder)
+	for stage in rates runs table; do \
+		$(BIN)/python benchmarks/quality.py $$stage --model $(MODEL) --data $(DATA) --out $(or $(OUT),runs/quality) || exit; \
+	done
 
 docs: setup  ## build the site in build/site, with its generated pages
 	$(BIN)/python scripts/recipe_reference.py

@@ -127,7 +127,7 @@ def test_the_site_builds_with_strict_links_and_fetches_nothing() -> None:
 def test_links_out_of_the_site_become_names() -> None:
     site = script("site")
     page = ROOT / "docs/benchmarks.md"
-    text = "[a](selection.md) [b](../benchmarks/steps.py) [c](https://x.org) ![d](../x.png) [e](#f)"
+    text = "[a](quality.md) [b](../benchmarks/steps.py) [c](https://x.org) ![d](../x.png) [e](#f)"
     assert site.inside(text, page) == text.replace(
         "[b](../benchmarks/steps.py)", "`benchmarks/steps.py`"
     )
