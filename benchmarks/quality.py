@@ -109,8 +109,6 @@ BASELINES = {
     "full": Method({"selection.density": 0.01}, rate=2e-4, baseline="full", budget=False),
     "head-only": Method({"selection.density": 0.01}, rate=2e-3, baseline="head-only", budget=False),
 }
-# Large gradients read loud inputs, and bear a smaller rate than others.
-RATES = {"sift": 1e-3, "fisher": 1e-3, "snip": 1e-3, "neuron-gradient": 1e-3}
 
 
 @cache
@@ -120,8 +118,9 @@ def find(name: str) -> Method:
     if first not in {*BASELINES, *POLICIES} or not ADDED.keys() >= {*more}:
         known = f"{', '.join([*BASELINES, *POLICIES])}, with +{', +'.join(ADDED)}"
         raise argparse.ArgumentTypeError(f"unknown method {name!r}; known: {known}")
-    own = Method({"selection.policy": first}, RATES.get(first, USUAL_RATE))
-    found = BASELINES.get(first, own)
+    found = BASELINES.get(first) or Method(
+        {"selection.policy": first}, USUAL_RATE * POLICIES[first].pace
+    )
     settings = {key: value for one in more for key, value in ADDED[one].items()}
     return replace(found, settings={**found.settings, **settings})
 

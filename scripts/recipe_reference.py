@@ -53,7 +53,7 @@ def reference() -> str:
     parts.append("| --- | --- | --- | --- | --- | --- | --- |\n")
     for name, row in POLICIES.items():
         axes = f"{row.score} | {row.scope} | {row.structure} | {row.schedule}"
-        more = ", ".join(f"`{key}: {value}`" for key, value in row.defaults.items())
+        more = ", ".join(f"`{key}: {value}`" for key, value in row.more.items())
         parts.append(f"| {name} | {axes} | {more} | {row.paper} |\n")
     parts.append("\n## Tasks\n\n| task | text | labels | metrics |\n| --- | --- | --- | --- |\n")
     for name, task in TASKS.items():

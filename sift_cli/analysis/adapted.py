@@ -18,18 +18,16 @@ from sift_cli.analysis.methods import (
     rank_for,
     require_peft,
     trained,
+    usual_rate_of,
 )
 from sift_cli.errors import SiftError
-from sift_cli.recipe import Recipe, load_recipe, usual_rate
+from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.runs.session import Session
 from sift_cli.runs.summary import Summary
 from sift_cli.training import train
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.dense import Adapted, Dense
-
-# of a method without a budget: what it trains is as if so many entries did
-DENSITIES = {"full": 1.0, "head-only": 0.01}
 
 
 def train_adapted(
@@ -40,7 +38,7 @@ def train_adapted(
         recipe,
         out,
         build=lambda resolved: partial(build, method, resolved),
-        middle=usual_rate(DENSITIES[method]) if method in DENSITIES else None,
+        middle=usual_rate_of(method, recipe.selection.share),
         device=device,
         resume=resume,
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from sift_cli.analysis.finished import Finished, differing, require_one_task
-from sift_cli.analysis.jobs import HALF_DECADE, WITHOUT_BUDGET, Job, Runner, rates_of
-from sift_cli.analysis.methods import ADAPTERS, METHODS, require_peft
+from sift_cli.analysis.jobs import HALF_DECADE, Job, Runner, rates_of
+from sift_cli.analysis.methods import ADAPTERS, METHODS, WITHOUT_BUDGET, require_peft
 from sift_cli.analysis.table import (
     Comparison,
     Diverged,
@@ -109,13 +109,10 @@ def jobs_of(
         for method in dict.fromkeys(methods)
         for density in ((None,) if method in WITHOUT_BUDGET else tuple(densities) or (None,))
     ]
-    settings = recipe.train
-    usual = settings.learning_rate
-    assert usual is not None
     return [
         [
-            Job.of(recipe, method, density, rate, settings.seed)
-            for rate in rates_of(usual, method, rates, sweep)
+            Job.of(recipe, method, density, rate, recipe.train.seed)
+            for rate in rates_of(recipe, method, density, rates, sweep)
         ]
         for method, density in cells
     ]

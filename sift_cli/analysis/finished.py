@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sift_cli.analysis.jobs import WITHOUT_BUDGET
+from sift_cli.analysis.methods import WITHOUT_BUDGET
 from sift_cli.analysis.table import SELECTION, Density
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Rate, load_recipe

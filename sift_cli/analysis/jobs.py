@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sift_cli.analysis.methods import METHODS
+from sift_cli.analysis.methods import METHODS, WITHOUT_BUDGET, usual_rate_of
 from sift_cli.analysis.table import Diverged, shown_rate
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import Rate, Recipe, parse_recipe
@@ -30,10 +30,6 @@ from sift_cli.runs.summary import Summary
 from sift_cli.system.stopping import hears
 from sift_cli.tasks.metrics import shown
 
-WITHOUT_BUDGET = ("full", "head-only")
-# A method's learning rate as a multiple of the recipe's, unless it is given: all weights together
-# diverge at a rate at which 1 % of them learn.
-RATE_OF = {"full": 0.05}
 HALF_DECADE = 10**0.5
 
 
@@ -217,14 +213,21 @@ class Runner:
             yield report
 
 
-def rates_of(base: Rate, method: str, given: Mapping[str, Rate], sweep: int) -> list[Rate]:
+def rates_of(
+    recipe: Recipe, method: str, density: float | None, given: Mapping[str, Rate], sweep: int
+) -> list[Rate]:
     """The learning rates to try of a method: `sweep` of them, half a decade apart.
 
-    In their middle is the one in `given`, else a multiple of `base`, the recipe's. Raises SiftError
-    where there is more than one to try of a rate that is left open.
+    In their middle is the one in `given`, else the recipe's, times the method's usual rate over
+    that of the recipe's own policy and density. Raises SiftError where there is more than one to
+    try of a rate that is left open.
     """
-    usual = base if isinstance(base, str) else base * RATE_OF.get(method, 1.0)
-    middle = given.get(method, usual)
+    selection, own = recipe.selection, recipe.train.learning_rate
+    assert own is not None
+    if not isinstance(own, str):
+        times = usual_rate_of(method, density or selection.share) / selection.usual_rate
+        own = float(f"{own * times:.2g}") if times != 1 else own
+    middle = given.get(method, own)
     if sweep <= 1:
         return [middle]
     if isinstance(middle, str):

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from sift_cli.errors import SiftError
+from sift_cli.recipe import usual_rate
+from sift_cli.selection.policies import POLICIES
 from sift_cli.selection.targets import linear_layers
 
 ADAPTERS = ("lora", "shira")
@@ -16,6 +18,21 @@ METHODS = {
     "full": "every weight",
     "head-only": "the modules that train whole",
 }
+
+# The learning rate that a method bears beside that of the default policy; and of one without a
+# budget, the share of entries that its rate is that of.
+PACES = {"lora": 0.5, "head-only": 0.5}
+SHARES = {"full": 1.0, "head-only": 0.01}
+WITHOUT_BUDGET = tuple(SHARES)
+
+
+def usual_rate_of(method: str, density: float) -> float:
+    """The rate to begin with of a policy or one of METHODS, where such a share of entries trains.
+
+    An adapter's is that of sift's budget, whose size it has.
+    """
+    pace = PACES.get(method, 1.0) if method in METHODS else POLICIES[method].pace
+    return usual_rate(SHARES.get(method, density), pace)
 
 
 def adapt(

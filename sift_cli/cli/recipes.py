@@ -38,7 +38,7 @@ def policies(as_json: Json = False) -> None:
     table.columns[0].no_wrap = True
     for name, row in POLICIES.items():
         chosen = ", ".join([row.score, row.scope, row.structure, row.schedule])
-        more = "".join(f"; {key}: {value}" for key, value in row.defaults.items())
+        more = "".join(f"; {key}: {value}" for key, value in row.more.items())
         table.add_row(name, chosen + more, row.paper)
     print_table(table)
 

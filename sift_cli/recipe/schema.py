@@ -20,7 +20,7 @@ from sift_cli.recipe.kinds import (
     one_of,
     or_list,
 )
-from sift_cli.recipe.selection import SelectionSection, policy_row, usual_rate
+from sift_cli.recipe.selection import SelectionSection, policy_row
 from sift_cli.tasks.metrics import METRICS
 from sift_cli.tasks.table import TASKS
 
@@ -112,8 +112,9 @@ class TrainSection(Section):
     accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
     learning_rate: Annotated[Rate | None, BeforeValidator(_rate)] = Field(
         None,
-        description="2e-4 / sqrt(selection.density) if unset; auto: the best of a few, each tried "
-        "for a tenth of the steps and scored by its loss on a tenth of the training rows",
+        description="2e-4 / selection.density^0.65 if unset, less where the policy bears less; "
+        "auto: the best of a few, each tried for a tenth of the steps and scored by its loss on a "
+        "tenth of the training rows",
     )
     learning_rate_from: Literal["auto"] | None = Field(
         None, description="how a run whose recipe says auto notes that its rate was found so"
@@ -233,9 +234,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _usual_rate(self) -> "Recipe":
-        """Fills a rate that is left open with the usual one of the density."""
+        """Fills a rate that is left open with the usual one of density and policy."""
         if self.train.learning_rate is None:
-            rate = usual_rate(self.selection.share)
+            rate = self.selection.usual_rate
             object.__setattr__(self, "train", self.train.model_copy(update={"learning_rate": rate}))
         return self
 

@@ -1,7 +1,6 @@
 """The section of a recipe that says which entries train."""
 
 from collections.abc import Mapping
-from math import sqrt
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -69,7 +68,7 @@ OPTIONS = {
 }
 
 
-WHOLE = 2e-4  # the usual rate where every entry trains
+WHOLE, POWER = 2e-4, -0.65  # the usual rate where every entry trains, and how it grows with fewer
 USUAL_DENSITY = 0.01
 DEFAULT_POLICY = "sign-descent"
 
@@ -233,6 +232,11 @@ class SelectionSection(Section):
         return self
 
     @property
+    def usual_rate(self) -> float:
+        """The rate to begin with, of its density and policy."""
+        return usual_rate(self.share, POLICIES[self.policy].pace)
+
+    @property
     def share(self) -> float:
         """The share of entries to train; a usual one where a budget counts them instead."""
         if isinstance(self.density, dict):
@@ -240,10 +244,11 @@ class SelectionSection(Section):
         return USUAL_DENSITY if self.density is None else self.density
 
 
-def usual_rate(density: float) -> float:
+def usual_rate(density: float, pace: float = 1.0) -> float:
     """The rate to begin with where such a share of the entries trains.
 
-    Adam moves every entry by about the rate, so that a step is sqrt(entries) * rate long: as long
-    for any share as that of all entries at their usual rate.
+    Adam moves every entry by about the rate, so that a step is as long for any share at a rate that
+    grows with 1 / sqrt(density); measured (docs/quality.md), it is a little more. `pace` is that of
+    the method.
     """
-    return float(f"{WHOLE / sqrt(density):.2g}")
+    return float(f"{pace * WHOLE * density**POWER:.2g}")

@@ -33,7 +33,9 @@ CHANGING = ("every-batch", "every-n-steps")  # schedules under which the support
 class Policy:
     """The four axes of selection, the source of the method, and other keys' defaults.
 
-    `defaults` are of further keys of the selection, `train` of keys of the section train.
+    `defaults` are of further keys of the selection, `train` of keys of the section train. `pace` is
+    the learning rate that it bears, beside that of the others: large gradients read loud inputs,
+    so that a step on them moves the model further (docs/how-selection-works.md).
     """
 
     score: str
@@ -43,14 +45,32 @@ class Policy:
     paper: str
     defaults: Mapping[str, object] = field(default_factory=dict)
     train: Mapping[str, object] = field(default_factory=dict)
+    pace: float = 1.0
+
+    @property
+    def more(self) -> dict[str, object]:
+        """What it says beside its axes, as a recipe's keys and the usual rate's multiple."""
+        rate = {} if self.pace == 1 else {"usual rate x": self.pace}
+        train = {f"train.{key}": value for key, value in self.train.items()}
+        return {**self.defaults, **train, **rate}
 
 
 POLICIES: dict[str, Policy] = {
     "sift": Policy(
-        "gradient", "tensor", "entry", "first-batch", "SIFT: Song et al. 2024, arXiv 2312.11875"
+        "gradient",
+        "tensor",
+        "entry",
+        "first-batch",
+        "SIFT: Song et al. 2024, arXiv 2312.11875",
+        pace=0.25,
     ),
     "current-batch": Policy(
-        "gradient", "tensor", "entry", "every-batch", "compared in SIFT, arXiv 2312.11875"
+        "gradient",
+        "tensor",
+        "entry",
+        "every-batch",
+        "compared in SIFT, arXiv 2312.11875",
+        pace=0.25,
     ),
     "random": Policy("random", "tensor", "entry", "first-batch", "SpRPA, arXiv 2502.15975"),
     "magnitude": Policy("magnitude", "tensor", "entry", "first-batch", "SHiRA, arXiv 2406.13175"),
@@ -60,10 +80,20 @@ POLICIES: dict[str, Policy] = {
     "neuron-magnitude": Policy(
         "magnitude", "neuron", "entry", "first-batch", "NeuroAda, EMNLP 2025"
     ),
-    "neuron-gradient": Policy("gradient", "neuron", "entry", "first-batch", "GPS, CVPR 2024"),
-    "snip": Policy("snip", "tensor", "entry", "first-batch", "SHiRA-SNIP, arXiv 2406.13175"),
+    "neuron-gradient": Policy(
+        "gradient", "neuron", "entry", "first-batch", "GPS, CVPR 2024", pace=0.25
+    ),
+    "snip": Policy(
+        "snip", "tensor", "entry", "first-batch", "SHiRA-SNIP, arXiv 2406.13175", pace=0.5
+    ),
     "fisher": Policy(
-        "fisher", "global", "entry", "first-batch", "FISH Mask, arXiv 2111.09839", {"batches": 8}
+        "fisher",
+        "global",
+        "entry",
+        "first-batch",
+        "FISH Mask, arXiv 2111.09839",
+        {"batches": 8},
+        pace=0.25,
     ),
     "low-rank": Policy(
         "low-rank", "tensor", "entry", "every-n-steps", "LIFT, ICML 2025", {"every": 50}
@@ -108,7 +138,12 @@ POLICIES: dict[str, Policy] = {
         train={"step_scale": "input", "head_start": "auto"},
     ),
     "gradient-per-input": Policy(
-        "gradient-per-input", "tensor", "entry", "first-batch", "docs/quality.md, 2026"
+        "gradient-per-input",
+        "tensor",
+        "entry",
+        "first-batch",
+        "docs/quality.md, 2026",
+        pace=0.5,
     ),
     # loud rows and columns get no more than their share
     "balanced-gradient": Policy(

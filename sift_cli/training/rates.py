@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.recipe import AUTO, Recipe, usual_rate
+from sift_cli.recipe import AUTO, Recipe
 from sift_cli.runs.folder import DELTA_FILE, RATES, RATES_FILE, TRAINED_FILE
 from sift_cli.runs.session import load_rows
 from sift_cli.runs.summary import Summary
@@ -63,7 +63,7 @@ def at_best_rate(
         console.print(f"learning rate {rate:g}: {shown} after {steps} steps", highlight=False)
         return loss
 
-    tried = search(middle or usual_rate(recipe.selection.share), loss_at)
+    tried = search(middle or recipe.selection.usual_rate, loss_at)
     best = best_of(tried)
     if not isfinite(tried[best]):
         rates = ", ".join(f"{rate:g}" for rate in sorted(tried))
@@ -138,7 +138,7 @@ def at_usual_rate(recipe: Recipe) -> Recipe:
     """The recipe; where it leaves its rate open, with the one that trials would begin with."""
     if recipe.train.learning_rate != AUTO:
         return recipe
-    return at_rate(recipe, usual_rate(recipe.selection.share))
+    return at_rate(recipe, recipe.selection.usual_rate)
 
 
 def steps_of_trial(steps: int) -> int:

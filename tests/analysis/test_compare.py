@@ -122,7 +122,7 @@ def test_methods_that_find_their_rates(
     rates = {"sift": "auto", "head-only": "auto"}
     methods = ["sift", "random", "head-only"]
     found = compare(recipe, tmp_path / "out", methods=methods, seeds=2, rates=rates)
-    assert [row.learning_rate for row in found.rows] == ["auto", 0.01, "auto"]
+    assert [row.learning_rate for row in found.rows] == ["auto", 0.04, "auto"]
     assert found.notes[0].startswith("auto (sift, head-only): ")
     assert any("none was tuned" in note for note in found.notes)
     assert "| auto |" in markdown(found)
@@ -136,9 +136,9 @@ def test_methods_that_find_their_rates(
     assert notes_on_rates([Job.of(open_rate, "full", None, "auto", 1)])[-1].startswith(
         "auto (full)"
     )
-    assert rates_of("auto", "full", {}, 1) == ["auto"]
+    assert rates_of(open_rate, "full", None, {}, 1) == ["auto"]
     with pytest.raises(SiftError, match="--lr-sweep 3: full has auto"):
-        rates_of("auto", "full", {}, 3)
+        rates_of(open_rate, "full", None, {}, 3)
 
 
 def test_a_comparison(recipe_file: Path, tmp_path: Path, here: list[str]) -> None:
@@ -151,7 +151,10 @@ def test_a_comparison(recipe_file: Path, tmp_path: Path, here: list[str]) -> Non
     table = (out / "compare.md").read_text()
     assert all(f"| {method}" in table for method in ("sift at 0.1", "lora at 0.02", "full |"))
     rows = {(row.method, row.density): row for row in found.rows}
-    assert rows["full", None].learning_rate == pytest.approx(recipe.train.learning_rate / 20)
+    assert rows["full", None].learning_rate == pytest.approx(
+        0.01 * 2e-4 / (2e-4 * 0.05**-0.65 / 4), rel=0.02
+    )
+    assert rows["random", 0.1].learning_rate == pytest.approx(0.04 * 2**-0.65, rel=0.03)
     other, own = rows["random", 0.1], rows["sift", 0.1]
     assert other.trained_entries == own.trained_entries
     scores = [row.metrics["accuracy"].values for row in (other, own)]
@@ -213,11 +216,19 @@ def test_the_best_rate_follows_the_metric_and_passes_over_what_is_undefined(
     assert best_rate(jobs, diverged)[0] is jobs[1]
 
 
-def test_rates_lie_around_the_given_one() -> None:
-    assert rates_of(1e-3, "sift", {}, 1) == [1e-3]
-    assert rates_of(1e-3, "sift", {}, 3) == [0.00032, 0.001, 0.0032]
-    assert rates_of(1e-3, "full", {}, 1) == [pytest.approx(5e-5)]
-    assert rates_of(1e-3, "full", {"full": 1e-4}, 1) == [1e-4]
+def test_rates_lie_around_the_recipe_s() -> None:
+    text = "model: {path: m}\ndata: {path: d, task: rte}\ntrain: {learning_rate: 1e-3}\n"
+    recipe = parse_recipe(text, "r.yaml")
+    assert rates_of(recipe, "sign-descent", None, {}, 1) == [1e-3]
+    assert rates_of(recipe, "sign-descent", 0.01, {}, 3) == [0.00032, 0.001, 0.0032]
+    assert rates_of(recipe, "random", 0.0001, {}, 1) == [0.02]
+    assert rates_of(recipe, "sift", None, {}, 1) == [2.5e-4]
+    assert rates_of(recipe, "lora", None, {}, 1) == [5e-4]
+    assert rates_of(recipe, "full", None, {}, 1) == [5e-5]
+    assert rates_of(recipe, "full", None, {"full": 1e-4}, 1) == [1e-4]
+    published = parse_recipe(text, "r.yaml", ["selection.policy=sift"])
+    assert rates_of(published, "sift", None, {}, 1) == [1e-3]
+    assert rates_of(published, "sign-descent", None, {}, 1) == [4e-3]
 
 
 def test_a_method_that_diverges_is_told(recipe_file: Path, tmp_path: Path, here: list[str]) -> None:

@@ -30,7 +30,8 @@ def test_the_paper_s_entries_of_roberta_large(tmp_path: Path) -> None:
     path.write_text(
         f"model: {{path: {tmp_path / 'roberta-large'}}}\n"
         f"data: {{path: {tmp_path / 'none'}, task: mrpc, max_length: 512}}\n"
-        "selection: {density: 0.008, target: [query, key, value, attention.output.dense]}\n"
+        "selection: {policy: sift, density: 0.008, "
+        "target: [query, key, value, attention.output.dense]}\n"
     )
     found = Outline.of(load_recipe(path)).counted()
     assert found["trained_entries"] == 806_208

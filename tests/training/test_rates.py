@@ -75,10 +75,12 @@ def test_where_all_diverge_it_goes_down() -> None:
     assert sorted(search(2e-3, lambda rate: math.inf))[:2] == [1.25e-4, 2.5e-4]
 
 
-def test_a_step_is_as_long_at_every_density() -> None:
-    assert usual_rate(1.0) == 2e-4
-    assert usual_rate(0.01) == 2e-3
-    assert usual_rate(0.001) == pytest.approx(2e-4 / math.sqrt(0.001), rel=0.01)
+def test_fewer_entries_take_larger_steps() -> None:
+    assert [usual_rate(share) for share in (1.0, 0.01, 0.001)] == [2e-4, 4e-3, 0.018]
+    assert usual_rate(0.01, 0.5) == 2e-3
+    text = "model: {path: m}\ndata: {path: d, task: rte}\nselection: {policy: %s}"
+    rates = {name: parse_recipe(text % name, "r").train.rate for name in ("sift", "sign-descent")}
+    assert rates == {"sift": 1e-3, "sign-descent": 4e-3}  # what it bears (docs/quality.md)
     of = {"density: 0.1": 0.1, "density: {default: 0.02, a: 1}": 0.02, "budget: 9": 0.01}
     for text, share in of.items():
         recipe = parse_recipe(
@@ -236,7 +238,7 @@ def test_a_rate_that_diverges_is_the_worst(
     auto: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(auto)
-    middle = usual_rate(0.05)
+    middle = recipe.selection.usual_rate
     counted(monkeypatch, lambda rate: rate > middle / 3)
     train(recipe, tmp_path / "run")
     found = json.loads((tmp_path / "run" / RATES_FILE).read_text())
@@ -277,7 +279,7 @@ def test_a_baseline_finds_its_own(method: str, auto: Path, tmp_path: Path) -> No
     recipe = load_recipe(auto)
     own = train_adapted(recipe, method, tmp_path / "auto")
     found = json.loads((tmp_path / "auto" / RATES_FILE).read_text())
-    middle = {"full": 2e-4, "head-only": 2e-3}.get(method, usual_rate(0.05))
+    middle = {"full": 2e-4, "head-only": 2e-3}.get(method, usual_rate(0.05, 0.5))
     assert middle in [one["learning_rate"] for one in found["tried"]]
     fixed: Recipe = load_recipe(auto, [f"train.learning_rate={found['taken']}"])
     other = train_adapted(fixed, method, tmp_path / "fixed")
