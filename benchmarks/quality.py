@@ -305,7 +305,7 @@ def outcome(run: Run, folder: Path, model: str, *, diverged: bool) -> Row:
         metric=name,
         score=score,
         train_loss=mean(losses[-max(1, len(losses) // 10) :]),
-        seconds=summary["train_time_s"],
+        seconds=summary["wall_time_s"],
         step_ms=summary["step_time_ms"],
         entries=summary["trained_entries"],
         rank=summary.get("rank"),

@@ -148,7 +148,7 @@ def difference_table(rows: Sequence[Row], against: str) -> str:
 
 
 def time_table(rows: Sequence[Row]) -> str:
-    """Seconds of training, the median step's milliseconds, and the last loss."""
+    """Seconds from start to end, the median step's milliseconds, and the last loss."""
     tasks, methods = in_order(row.task for row in rows), in_order(row.method for row in rows)
     heads, lines = ["seconds, ms a step, last loss", *tasks], []
     for method in methods:

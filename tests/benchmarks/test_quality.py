@@ -59,7 +59,7 @@ def made_up(quality: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         "(out / 'metrics.jsonl').write_text(json.dumps({'step': 1, 'loss': rate}))\n"
         "if rate > .004: sys.exit(4)\n"
         "(out / 'summary.json').write_text(json.dumps({'metrics': {'accuracy': 1 - rate},\n"
-        "    'train_time_s': 1, 'step_time_ms': 2, 'trained_entries': 3, 'rank': None}))\n"
+        "    'wall_time_s': 1, 'step_time_ms': 2, 'trained_entries': 3, 'rank': None}))\n"
     )
 
     def command(run: Any, recipe: Path, folder: Path) -> list[str]:
