@@ -37,8 +37,12 @@ def sift(
     quick: bool = True,
     score: str = "gradient",
     offload: bool = False,
+    scope: str = "tensor",
+    batches: int = 1,
 ) -> Method:
     """Entries chosen by a score, usually the gradient of one batch, in the given structure.
+
+    The one batch there is stands in for several.
 
     `quick` is sift's own dropout, as in `sift train`; without it, torch's. `offload` is
     `train.offload_optimizer`; on a CPU it changes nothing.
@@ -50,8 +54,11 @@ def sift(
         names, whole = choose_weights(model, "all-linear", [], [], head)
         names = [name for name in names if name.endswith("weight")]
         model.requires_grad_(False)  # selection asks for what it needs
-        rule = Rule(find_score(score), structure=structure, density=density, block=block)
-        supports = select(model, names, rule, backward=[lambda: model(**batch).loss.backward()])
+        rule = Rule(
+            find_score(score), scope=scope, structure=structure, density=density, block=block
+        )
+        backward = [lambda: model(**batch).loss.backward()] * batches
+        supports = select(model, names, rule, backward=backward, descent_rate=RATE)
         named = dict(model.named_parameters())
         supports |= {name: Support(tuple(named[name].shape)) for name in whole}
         parameters = attach(model, supports, offload=offload)
@@ -115,7 +122,10 @@ METHODS: dict[str, Method] = {
     "Super-Tuning": super_tuning,
     "full": full,
 }
-ON_REQUEST: dict[str, Method] = {"sift entry, offloaded": sift("entry", offload=True)}
+ON_REQUEST: dict[str, Method] = {
+    "sift entry, offloaded": sift("entry", offload=True),
+    "sift entry, sign descent": sift("entry", score="sign-descent", scope="global", batches=16),
+}
 
 
 def lora_rank(model: nn.Module, head: Sequence[str], density: float) -> int:
