@@ -197,6 +197,9 @@ class Chooser:
                 touched,
             )
         norms = self.norms if self.selection.batches == 1 else None
+        looks = min(self.selection.batches, self.batches.steps)
+        if looks > 1 and self.rule.score.needs_data:
+            self.console.print(f"entries: chosen by {looks} batches", highlight=False)
         supports = self.supports(1, change=change, norms=norms)
         return self._optimizer(self._attach(supports, touched, self.scales()))
 

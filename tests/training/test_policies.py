@@ -3,10 +3,12 @@
 import copy
 import json
 from collections.abc import Callable, Collection, Mapping
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from sift_cli.analysis.adapted import build
@@ -486,7 +488,19 @@ def test_how_far_to_balance_reaches_the_score(recipe_file: Path) -> None:
 def test_one_batch_alone_cannot_agree(recipe_file: Path) -> None:
     assert resolved(recipe_file, "agreement", "entry").selection.batches == 8
     with pytest.raises(SiftError, match="batches: score agreement compares batches; give at least"):
-        resolved(recipe_file, "sift", "entry", "selection.score=agreement")
+        resolved(recipe_file, "sift", "entry", "selection.score=agreement", "selection.batches=1")
+
+
+@pytest.mark.parametrize(("steps", "looks"), [(3, 3), (9, 5)])
+def test_how_many_batches_are_looked_at_is_told(
+    recipe_file: Path, tmp_path: Path, steps: int, looks: int
+) -> None:
+    """As many as are asked for, and no more than the run has steps."""
+    changes = [f"train.max_steps={steps}", "train.epochs=9", "selection.batches=5"]
+    recipe = load_recipe(recipe_file, ["selection.policy=sign-descent", *changes])
+    said = StringIO()
+    train(recipe, tmp_path / "run", console=Console(file=said))
+    assert f"entries: chosen by {looks} batches\n" in said.getvalue()
 
 
 def test_the_rate_of_a_sign_descent_follows_the_training_s(recipe_file: Path) -> None:
