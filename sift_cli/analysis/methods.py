@@ -19,18 +19,15 @@ METHODS = {
     "head-only": "the modules that train whole",
 }
 
-# The learning rate that a method bears beside that of the default policy; and of one without a
-# budget, the share of entries that its rate is that of.
+WITHOUT_BUDGET = ("full", "head-only")
+# The learning rate that a method bears beside that of the default policy, and of one whose rate
+# does not follow the budget, the share of entries at which it is that.
 PACES = {"lora": 0.5, "head-only": 0.5}
-SHARES = {"full": 1.0, "head-only": 0.01}
-WITHOUT_BUDGET = tuple(SHARES)
+SHARES = {"lora": 0.01, "full": 1.0, "head-only": 0.01}
 
 
 def usual_rate_of(method: str, density: float) -> float:
-    """The rate to begin with of a policy or one of METHODS, where such a share of entries trains.
-
-    An adapter's is that of sift's budget, whose size it has.
-    """
+    """The rate to begin with of a policy or one of METHODS, where such a share of entries trains."""
     pace = PACES.get(method, 1.0) if method in METHODS else POLICIES[method].pace
     return usual_rate(SHARES.get(method, density), pace)
 

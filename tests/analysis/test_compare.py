@@ -151,9 +151,7 @@ def test_a_comparison(recipe_file: Path, tmp_path: Path, here: list[str]) -> Non
     table = (out / "compare.md").read_text()
     assert all(f"| {method}" in table for method in ("sift at 0.1", "lora at 0.02", "full |"))
     rows = {(row.method, row.density): row for row in found.rows}
-    assert rows["full", None].learning_rate == pytest.approx(
-        0.01 * 2e-4 / (2e-4 * 0.05**-0.65 / 4), rel=0.02
-    )
+    assert rows["full", None].learning_rate == pytest.approx(4e-2 * 0.05**0.65, rel=0.02)
     assert rows["random", 0.1].learning_rate == pytest.approx(0.04 * 2**-0.65, rel=0.03)
     other, own = rows["random", 0.1], rows["sift", 0.1]
     assert other.trained_entries == own.trained_entries

@@ -514,7 +514,7 @@ def test_a_rate_left_open_follows_the_density() -> None:
     assert rate("selection: {density: 1.0}\n") == 2e-4
     assert rate("selection: {density: {default: 0.01, '*.query': 0.5}}\n") == 4e-3
     assert rate("selection: {budget: 500}\n") == 4e-3
-    assert rate("train: {learning_rate: null}\n", "selection.density=0.001") == 0.018
+    assert rate("train: {learning_rate: null}\n", "selection.density=0.001") == 0.032
     assert rate("", "selection.policy=sift") == 1e-3
     assert rate("train: {learning_rate: 3e-4}\nselection: {density: 1.0}\n") == 3e-4
     assert rate("train: {learning_rate: auto}\n") == "auto"

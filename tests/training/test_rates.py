@@ -76,7 +76,9 @@ def test_where_all_diverge_it_goes_down() -> None:
 
 
 def test_fewer_entries_take_larger_steps() -> None:
-    assert [usual_rate(share) for share in (1.0, 0.01, 0.001)] == [2e-4, 4e-3, 0.018]
+    assert [usual_rate(share) for share in (1.0, 0.01, 0.001)] == [2e-4, 4e-3, 0.032]
+    assert usual_rate(0.1) == pytest.approx(math.sqrt(2e-4 * 4e-3), rel=0.02)
+    assert usual_rate(1e-5) == 0.032  # what was not tried is not guessed
     assert usual_rate(0.01, 0.5) == 2e-3
     text = "model: {path: m}\ndata: {path: d, task: rte}\nselection: {policy: %s}"
     rates = {name: parse_recipe(text % name, "r").train.rate for name in ("sift", "sign-descent")}
@@ -279,7 +281,7 @@ def test_a_baseline_finds_its_own(method: str, auto: Path, tmp_path: Path) -> No
     recipe = load_recipe(auto)
     own = train_adapted(recipe, method, tmp_path / "auto")
     found = json.loads((tmp_path / "auto" / RATES_FILE).read_text())
-    middle = {"full": 2e-4, "head-only": 2e-3}.get(method, usual_rate(0.05, 0.5))
+    middle = {"full": 2e-4, "head-only": 2e-3}.get(method, 2e-3)
     assert middle in [one["learning_rate"] for one in found["tried"]]
     fixed: Recipe = load_recipe(auto, [f"train.learning_rate={found['taken']}"])
     other = train_adapted(fixed, method, tmp_path / "fixed")
