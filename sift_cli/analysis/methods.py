@@ -27,7 +27,7 @@ SHARES = {"lora": 0.01, "full": 1.0, "head-only": 0.01}
 
 
 def usual_rate_of(method: str, density: float) -> float:
-    """The rate to begin with of a policy or one of METHODS, where such a share of entries trains."""
+    """The rate to begin with of a policy or one of METHODS, where that share of entries trains."""
     pace = PACES.get(method, 1.0) if method in METHODS else POLICIES[method].pace
     return usual_rate(SHARES.get(method, density), pace)
 

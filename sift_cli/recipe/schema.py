@@ -112,9 +112,9 @@ class TrainSection(Section):
     accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
     learning_rate: Annotated[Rate | None, BeforeValidator(_rate)] = Field(
         None,
-        description="what was best at such a density, 4e-3 at 1 %, if unset, less where the policy bears less; "
-        "auto: the best of a few, each tried for a tenth of the steps and scored by its loss on a "
-        "tenth of the training rows",
+        description="what was best at such a density, 4e-3 at 1 %, if unset, less where the policy "
+        "bears less; auto: the best of a few, each tried for a tenth of the steps and scored by "
+        "its loss on a tenth of the training rows",
     )
     learning_rate_from: Literal["auto"] | None = Field(
         None, description="how a run whose recipe says auto notes that its rate was found so"
