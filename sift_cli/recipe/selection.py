@@ -184,7 +184,10 @@ class SelectionSection(Section):
         axes = {axis: getattr(row, axis) for axis in AXES}
         if isinstance(given.get("density"), dict) and row.scope == "global":
             axes["scope"] = "tensor"  # shares by pattern leave no common budget
-        for key, value in {**axes, **row_options(given)}.items():
+        if given.get("density") == 1 and row.score in COMPARING:
+            axes["score"] = "gradient"  # nothing to compare: one batch tells what has any
+        score = given.get("score") or axes["score"]
+        for key, value in {**axes, **row_options({**given, "score": score})}.items():
             applies = key not in OPTIONS or OPTIONS[key].applies(filled)
             if filled.get(key) is None and applies:
                 filled[key] = value

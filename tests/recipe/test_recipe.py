@@ -250,6 +250,7 @@ def test_the_default_policy_is_sign_descent_with_a_head_that_knows_something() -
         ("{policy: sift, score: sign-descent}", 128),
         ("{policy: fisher, scope: tensor}", 8),
         ("{score: snip, batches: 3}", 3),
+        ("{density: 1.0}", 1),  # all are chosen, and one batch tells which have a gradient
     ],
 )
 def test_calibration_batches_go_with_the_score(given: str, batches: int) -> None:

@@ -19,7 +19,7 @@ SELECTIONS = {
     "reset": "{policy: current-batch, density: 0.05, history: reset}",
     "park": "{policy: current-batch, density: 0.05, history: park}",
     "drop-grow": "{policy: drop-grow, density: 0.05, every: 3}",
-    "park-revert": "{schedule: every-n-steps, every: 2, history: park, revert: true}",
+    "park-revert": "{policy: sift, schedule: every-n-steps, every: 2, history: park, revert: true}",
     "warmed-up": "{schedule: after-warmup, warmup_steps: 3, density: 0.05}",
     "lottery": "{policy: lottery, warmup_steps: 3, density: 0.05}",
     "blocks": "{policy: blocks, block_size: 4, density: 0.2}",
