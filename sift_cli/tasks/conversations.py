@@ -244,7 +244,7 @@ def _flag(given: dict[str, Any], name: str, who: str, where: str) -> bool | None
 def _said(content: Any, where: str) -> str:
     """The text of a message; text that lies in parts, as multimodal data has it, in one."""
     if not isinstance(content, list | tuple):
-        return _text(content, where)
+        return _text(content, f"the content of {where}", quoted=False)
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(part.get("text"), str):
@@ -312,12 +312,13 @@ def _filled(value: Any, column: str) -> str:
     return text
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: Any, where: str, quoted: bool = True) -> str:
     """A text, or a whole number that a reader of CSV took one for."""
+    name = repr(where) if quoted else where
     if value is None:
-        _refuse(f"{where!r} is missing")
+        _refuse(f"{name} is missing")
     if isinstance(value, bool) or not isinstance(value, str | int):
-        _refuse(f"{where!r} is {_shown(value)}, not text")
+        _refuse(f"{name} is {_shown(value)}, not text")
     return str(value)
 
 

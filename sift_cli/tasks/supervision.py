@@ -1,32 +1,26 @@
-"""Rows as token ids, with the tokens that are learnt from; nothing is cut here."""
+"""Which tokens of a row are learnt from: by the template's marks, or by prefixes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 from sift_cli.errors import SiftError
-from sift_cli.tasks.conversations import SYSTEM, Completion, Conversation, Message, Row, Text
-from sift_cli.tasks.templates import (
-    OWN,
-    UNRENDERABLE,
-    Template,
-    choose_template,
-    opening,
-    require_template,
-    stop_tokens,
-    vocabulary_size,
+from sift_cli.tasks.coder import (
+    ALL_ANSWERS,
+    ALL_TOKENS,
+    LAST_ANSWER,
+    Coded,
+    Coder,
+    Refused,
+    Span,
+    pieces,
+    render,
+    sound,
 )
-from sift_cli.tasks.tokens import UNSEEN
+from sift_cli.tasks.conversations import SYSTEM, Completion, Conversation, Message, Row, Text
+from sift_cli.tasks.templates import opening, require_template
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-ALL_ANSWERS, LAST_ANSWER, ALL_TOKENS = TRAIN_ON = ("all-answers", "last-answer", "all-tokens")
-QUIET: dict[str, Any] = {"return_attention_mask": False, "verbose": False}  # lengths are ours
 PROBE = Conversation(
     (
         Message("user", "What is one and one?"),
@@ -35,81 +29,6 @@ PROBE = Conversation(
         Message("assistant", "That is four."),
     )
 )
-
-Span = tuple[int, int]  # of tokens: the first, and the one after the last
-
-
-@dataclass(frozen=True)
-class Coded:
-    """A row as tokens; those in `spans`, which are in order and apart, are learnt from."""
-
-    ids: list[int]
-    spans: list[Span]
-
-    @property
-    def labels(self) -> list[int]:
-        """The token itself where it is learnt from, else UNSEEN, whatever token pads."""
-        labels = [UNSEEN] * len(self.ids)
-        for start, end in self.spans:
-            labels[start:end] = self.ids[start:end]
-        return labels
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Why a row has no tokens, in words; `unended` where no token ends one of its answers."""
-
-    why: str
-    unended: bool = False
-
-
-@dataclass(frozen=True)
-class Coder:
-    """What makes tokens of rows: tokenizer, template, and the choices of a recipe.
-
-    Generation stops at `stops`; the model has embeddings for `vocabulary` tokens.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    template: Template | None
-    stops: tuple[int, ...]
-    vocabulary: int | None = None
-    system: str | None = None
-    train_on: str = ALL_ANSWERS
-
-    @property
-    def end(self) -> int:
-        """The token that ends a row without a template."""
-        own = self.tokenizer.eos_token_id
-        return own if own in self.stops else self.stops[0]
-
-    def word(self, ids: Sequence[int]) -> str:
-        """What tokens stand for, the special ones among them."""
-        text = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-
-def open_coder(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    template: str = OWN,
-    system: str | None = None,
-    train_on: str = ALL_ANSWERS,
-) -> Coder:
-    """The coder for the model in `folder`, of which no weight is read.
-
-    Raises what `choose_template` and `stop_tokens` raise.
-    """
-    return Coder(
-        tokenizer,
-        choose_template(template, tokenizer),
-        stop_tokens(folder, tokenizer),
-        vocabulary_size(folder),
-        system,
-        train_on,
-    )
 
 
 def code(coder: Coder, rows: Sequence[Row]) -> list[Coded | Refused]:
@@ -122,7 +41,7 @@ def code(coder: Coder, rows: Sequence[Row]) -> list[Coded | Refused]:
     out: dict[int, Coded | Refused] = {}
     out.update(zip(chats, _code_chats(coder, list(chats.values())), strict=True))
     out.update(zip(plain, _code_plain(coder, list(plain.values())), strict=True))
-    return [_sound(coder, out[at]) for at in range(len(rows))]
+    return [sound(coder, out[at]) for at in range(len(rows))]
 
 
 def prompt_ids(coder: Coder, row: Row) -> list[int]:
@@ -132,10 +51,10 @@ def prompt_ids(coder: Coder, row: Row) -> list[int]:
     """
     if not isinstance(row, Conversation):
         asked = row.prompt if isinstance(row, Completion) else row.text
-        return opening(coder.tokenizer) + _pieces(coder, [asked])[0]
+        return opening(coder.tokenizer) + pieces(coder, [asked])[0]
     ends = row.messages[-1].role == "assistant"
     chat = replace(_with_system(coder, row), messages=row.messages[:-1] if ends else row.messages)
-    (found,) = _render(coder, [_with_system(coder, chat)], True)
+    (found,) = render(coder, [_with_system(coder, chat)], True)
     if isinstance(found, Refused):
         raise SiftError(found.why)
     return found.ids
@@ -175,7 +94,7 @@ def _code_chats(coder: Coder, given: Sequence[Conversation]) -> list[Coded | Ref
     ends = [None if every or not answers else answers[-1] + 1 for answers in learnt]
     chats = [replace(row, messages=row.messages[:end]) for row, end in zip(rows, ends, strict=True)]
     marked = template.marks_answers and coder.tokenizer.is_fast and not every
-    rendered = _render(coder, chats, False, marked)
+    rendered = render(coder, chats, False, marked)
     if every:
         return [_all(row, one) for row, one in zip(rows, rendered, strict=True)]
     if marked:
@@ -209,7 +128,7 @@ def _by_marks(
     counts = list(range(1, len(answers) + 1))  # spans up to each answer
     if len(one.spans) > len(answers):
         shorter = [replace(chat, messages=chat.messages[: at + 1]) for at in answers]
-        found = _render(coder, shorter, False, True)
+        found = render(coder, shorter, False, True)
         counts = [len(part.spans) if isinstance(part, Coded) else 0 for part in found]
     starts = [0, *counts[:-1]]
     if counts[-1] != len(one.spans) or any(a >= b for a, b in zip(starts, counts, strict=True)):
@@ -238,8 +157,8 @@ def _by_prefixes(
     before = [replace(chats[at], messages=chats[at].messages[:answer]) for at, answer in wanted]
     inner = [(at, answer) for at, answer in wanted if answer + 1 < len(chats[at].messages)]
     upto = [replace(chats[at], messages=chats[at].messages[: answer + 1]) for at, answer in inner]
-    asked = dict(zip(wanted, _render(coder, before, True), strict=True))
-    answered = dict(zip(inner, _render(coder, upto, False), strict=True))
+    asked = dict(zip(wanted, render(coder, before, True), strict=True))
+    answered = dict(zip(inner, render(coder, upto, False), strict=True))
     out: list[Coded | Refused] = list(rendered)
     for at, answer in wanted:
         whole, prompt = out[at], asked[at, answer]
@@ -302,76 +221,6 @@ def _ended(coder: Coder, ids: Sequence[int], span: Span) -> Span | Refused:
     return start, last + 1
 
 
-def _render(
-    coder: Coder, chats: Sequence[Conversation], asking: bool, marked: bool = False
-) -> list[Coded | Refused]:
-    """The ids of conversations, begun answers to them where `asking`, and the spans that it marks.
-
-    Each comes from one call of `apply_chat_template`, never from text that was rendered before.
-    """
-    template = require_template(coder.template)
-    if (
-        chats
-        and all(one.messages and not one.tools for one in chats)
-        and not any(_not_shown(template, one) for one in chats)
-    ):
-        try:
-            return _applied(coder, template, chats, None, asking, marked)
-        except UNRENDERABLE:  # one by one, to tell which
-            pass
-    out: list[Coded | Refused] = []
-    for chat in chats:
-        if not chat.messages:
-            out.append(Refused("it begins with an answer; give that message train: false"))
-            continue
-        if lost := _not_shown(template, chat):
-            out.append(Refused(f"it has {lost}, which the template does not show"))
-            continue
-        try:
-            tools = [dict(one) for one in chat.tools] or None
-            out += _applied(coder, template, [chat], tools, asking, marked)
-        except UNRENDERABLE as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            out.append(Refused(f"the template refuses it: {said}"))
-    return out
-
-
-def _not_shown(template: Template, chat: Conversation) -> str | None:
-    """What of a conversation would be lost without a word."""
-    called = any(one.more.get("tool_calls") for one in chat.messages)
-    held = {"tools": bool(chat.tools), "tool_calls": called}
-    return next((name for name, one in held.items() if one and not template.mentions(name)), None)
-
-
-def _applied(
-    coder: Coder,
-    template: Template,
-    chats: Sequence[Conversation],
-    tools: list[dict[str, Any]] | None,
-    asking: bool,
-    marked: bool,
-) -> list[Coded | Refused]:
-    encoded = coder.tokenizer.apply_chat_template(
-        [[message.shown() for message in chat.messages] for chat in chats],
-        tools=tools,  # type: ignore[arg-type]
-        chat_template=template.text,
-        add_generation_prompt=asking,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=marked,
-        tokenizer_kwargs=QUIET,
-    )
-    ids: list[list[int]] = encoded["input_ids"]  # type: ignore[index,call-overload,assignment]
-    masks = encoded["assistant_masks"] if marked else [[] for _ in ids]  # type: ignore[index,call-overload]
-    return [Coded(list(one), _runs(mask)) for one, mask in zip(ids, masks, strict=True)]
-
-
-def _runs(mask: Sequence[int]) -> list[Span]:
-    """The spans of ones."""
-    edges = [at for at, (a, b) in enumerate(pairwise([0, *mask, 0])) if a != b]
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
 # Rows without a template
 
 
@@ -381,7 +230,7 @@ def _code_plain(coder: Coder, rows: Sequence[Completion | Text]) -> list[Coded |
         return []
     texts = [one.text if isinstance(one, Text) else one.prompt + one.completion for one in rows]
     prompts = ["" if isinstance(one, Text) else one.prompt for one in rows]
-    first, joint, asked = opening(coder.tokenizer), _pieces(coder, texts), _pieces(coder, prompts)
+    first, joint, asked = opening(coder.tokenizer), pieces(coder, texts), pieces(coder, prompts)
     out: list[Coded | Refused] = []
     for row, ids, before in zip(rows, joint, asked, strict=True):
         if isinstance(row, Completion) and ids[: len(before)] != before:
@@ -393,29 +242,7 @@ def _code_plain(coder: Coder, rows: Sequence[Completion | Text]) -> list[Coded |
     return out
 
 
-def _pieces(coder: Coder, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of texts, without anything around them."""
-    found: list[list[int]] = coder.tokenizer(list(texts), add_special_tokens=False, **QUIET)[
-        "input_ids"
-    ]
-    return [list(one) for one in found]
-
-
 def _continued(coder: Coder, text: str) -> list[int]:
     """The ids of a text that follows another: after a line end no tokenizer puts a space first."""
-    line, both, alone = _pieces(coder, ["\n", f"\n{text}", text])
+    line, both, alone = pieces(coder, ["\n", f"\n{text}", text])
     return both[len(line) :] if line and both[: len(line)] == line else alone
-
-
-def _sound(coder: Coder, one: Coded | Refused) -> Coded | Refused:
-    """Refuses what begins twice, and tokens that the model has no embedding for."""
-    if isinstance(one, Refused):
-        return one
-    bos = coder.tokenizer.bos_token_id
-    if bos is not None and one.ids[:2] == [bos, bos]:
-        return Refused(f"it begins with two {coder.tokenizer.bos_token!r}; one is put there anyway")
-    largest = max(one.ids, default=0)
-    if coder.vocabulary is not None and largest >= coder.vocabulary:
-        token = coder.word([largest])
-        return Refused(f"it holds {token!r}, a token that the model has no embedding for")
-    return one

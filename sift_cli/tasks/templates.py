@@ -22,6 +22,7 @@ SHIPPED = Path(__file__).parent / "chat"
 BUILTIN = tuple(sorted(file.stem for file in SHIPPED.glob("*.jinja")))
 LARGEST = 1 << 20  # bytes of a template
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for them
+TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # which Jinja alone does not know
 CONTROL = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>")  # what can only be meant as one token
 # What transformers' rendering raises: the template's own refusals, and its mistakes.
 UNRENDERABLE = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
@@ -85,7 +86,7 @@ def _read(asked: str) -> str:
         if path.stat().st_size > LARGEST:
             raise SiftError(f"data.template: {path}: larger than {LARGEST:,} bytes")
         text = path.read_text(encoding="utf-8")
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(MARKS.sub("", text))
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(TAGS.sub("", text))
     except UnicodeDecodeError:
         raise SiftError(f"data.template: {path}: not a text file") from None
     except OSError as error:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
+from sift_cli.tasks.coder import Coded, Coder, Refused
 from sift_cli.tasks.conversations import is_conversation, loaded
-from sift_cli.tasks.supervision import Coded, Coder, Refused, code, probe
+from sift_cli.tasks.supervision import code, probe
 from sift_cli.tasks.templates import OWN
 from sift_cli.tasks.tokens import UNSEEN, Encoded, cached
 
