@@ -20,7 +20,8 @@ LEARNT = "bold green"
 def show(
     recipe: RecipeArg,
     row: Annotated[
-        int | None, typer.Option(help="Its number in the source split, from 0; one of the first.")
+        int | None,
+        typer.Option(help="Its number in the source split, from 0; else the first one there."),
     ] = None,
     split: Annotated[str, typer.Option(help="The split.")] = "train",
     tokens: Annotated[
