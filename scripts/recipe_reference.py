@@ -8,8 +8,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sift_cli.recipe import OPTIONS, Recipe
+from sift_cli.recipe import OPTIONS, ROW_OPTIONS, Recipe
 from sift_cli.selection.policies import POLICIES
+from sift_cli.tasks.conversations import FORMATS
 from sift_cli.tasks.table import TASKS
 
 PAGE = Path(__file__).parent.parent / "docs/recipe.md"
@@ -48,6 +49,13 @@ def reference() -> str:
     for key, option in OPTIONS.items():
         default = "" if option.default is None else f"`{option.default}`"
         parts.append(f"| {key} | `{option.needs}` | {default} |\n")
+    parts.append(
+        "\nSo do some of `data`:\n\n| key | belongs to | default there |\n| --- | --- | --- |\n"
+    )
+    for key, defaults in ROW_OPTIONS.items():
+        tasks = " or ".join(defaults)
+        said = ", ".join(dict.fromkeys(f"`{one}`" for one in defaults.values() if one is not None))
+        parts.append(f"| {key} | `task: {tasks}` | {said} |\n")
     parts.append("\n## Policies\n\nA policy fills what `selection` leaves open.\n\n")
     parts.append("| policy | score | scope | structure | schedule | and | source |\n")
     parts.append("| --- | --- | --- | --- | --- | --- | --- |\n")
@@ -61,6 +69,15 @@ def reference() -> str:
         metrics = ", ".join(task.metrics)
         parts.append(f"| {name} | {', '.join(task.text)} | {labels} | {metrics} |\n")
     parts.append("| custom | `data.text` | `data.label` | `data.metrics` |\n")
+    parts.append(
+        "\n## Formats\n\nThose of `task: text` and, the others, of `task: instruct`; a word"
+    )
+    parts.append(" of `data.columns` says what one of these names is called in your rows.\n\n")
+    parts.append("| format | columns | and, if there are any | in each message |\n")
+    parts.append("| --- | --- | --- | --- |\n")
+    for name, form in FORMATS.items():
+        names = (", ".join(some) for some in (form.needs, form.may, form.keys))
+        parts.append(f"| {name} | {' | '.join(names)} |\n")
     return "".join(parts)
 
 
@@ -81,7 +98,7 @@ def _takes(kind: Any) -> str:
     if origin is list:
         return "list"
     if origin is dict:
-        return "patterns"
+        return "names" if get_args(kind)[1] is str else "patterns"
     if hasattr(kind, "__metadata__"):
         return _takes(get_args(kind)[0])
     return {"str": "text", "int": "integer", "float": "number", "bool": "true, false"}[

@@ -42,6 +42,9 @@ def commands(page: Path) -> list[list[str]]:
 
 def in_small(args: list[str], base: Path, data: Path, own: Mapping[str, str]) -> list[str]:
     """The command with a tiny model; and with tiny data, unless its recipe names the page's own."""
+    if args[:2] == ["data", "show"]:
+        changes = [f"model.path={base}", f"data.path={data}", "data.task=sst2"]
+        return [*args, *(part for change in changes for part in ("--set", change))]
     if args[0] not in RECIPE_COMMANDS:
         return [str(base) if arg == "roberta-base" else arg for arg in args]
     changes = [f"model.path={base}", "data.max_length=16", "train.max_steps=6"]

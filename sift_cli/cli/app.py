@@ -9,10 +9,11 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from sift_cli.cli import deltas, recipes, runs, sharing, studies
+from sift_cli.cli import deltas, recipes, rows, runs, sharing, studies
 from sift_cli.cli.options import Json, print_json, print_table
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.system.faults import fault_of
+from sift_cli.system.terminal import visible
 
 app = typer.Typer(
     help="Sparse fine-tuning: adapt a model by changing 1 % of its entries, and ship the change.",
@@ -80,12 +81,15 @@ RECIPES: dict[str, Callable[..., None]] = {
 for panel, commands in COMMANDS.items():
     for name, function in commands.items():
         app.command(name, rich_help_panel=panel)(function)
-recipes_app = typer.Typer(no_args_is_help=True)
-for name, function in RECIPES.items():
-    recipes_app.command(name)(function)
-app.add_typer(
-    recipes_app, name="recipes", help="Shipped recipes and policies.", rich_help_panel="Help"
-)
+GROUPS: dict[str, tuple[str, str, dict[str, Callable[..., None]]]] = {
+    "data": ("Rows as a model sees them.", "Measure and plan", {"show": rows.show}),
+    "recipes": ("Shipped recipes and policies.", "Help", RECIPES),
+}
+for name, (about, panel, commands) in GROUPS.items():
+    group = typer.Typer(no_args_is_help=True)
+    for inner, function in commands.items():
+        group.command(inner)(function)
+    app.add_typer(group, name=name, help=about, rich_help_panel=panel)
 
 
 def main() -> None:
@@ -117,5 +121,5 @@ def main() -> None:
 
 
 def _end(error: SiftError) -> NoReturn:
-    print(error, file=sys.stderr)
+    print(visible(str(error)), file=sys.stderr)
     sys.exit(int(error.code))

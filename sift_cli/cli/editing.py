@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from sift_cli.recipe import OPTIONS, Recipe, parse_recipe
+from sift_cli.recipe import OPTIONS, ROW_OPTIONS, Recipe, parse_recipe
 
 SCHEMA_FILE = "sift-recipe.schema.json"
 COMMENT_COLUMN = 30  # letters before the comment of a key
@@ -40,7 +40,7 @@ def editable(text: str, schema: str = SCHEMA_FILE) -> str:
             if key in own:
                 bare = "#" not in own[key]
                 out.append(_with_comment(own[key], one.description) if bare else own[key])
-            elif name != "selection" or key not in OPTIONS or _applies(key, resolved):
+            elif _applies(name, key, resolved):
                 line = f"  # {key}: {_flow(resolved[name][key])}"
                 out.append(_with_comment(line, one.description))
     return "\n".join(out) + "\n"
@@ -60,8 +60,13 @@ def _sections(text: str) -> tuple[list[str], dict[str, list[str]]]:
     return head, sections
 
 
-def _applies(key: str, resolved: dict[str, Any]) -> bool:
-    return OPTIONS[key].applies(resolved["selection"])
+def _applies(section: str, key: str, resolved: dict[str, Any]) -> bool:
+    """Whether a key does something in a recipe."""
+    if section == "data" and key in ROW_OPTIONS:
+        return resolved["data"]["task"] in ROW_OPTIONS[key]
+    if section == "selection" and key in OPTIONS:
+        return OPTIONS[key].applies(resolved["selection"])
+    return True
 
 
 def _with_comment(line: str, about: str | None) -> str:

@@ -3,6 +3,7 @@
 from sift_cli.recipe.reading import load_recipe, parse_recipe, trace_recipe
 from sift_cli.recipe.schema import (
     AUTO,
+    ROW_OPTIONS,
     CheckpointSection,
     EvalSection,
     ModelSection,
@@ -16,6 +17,7 @@ __all__ = [
     "AUTO",
     "AXES",
     "OPTIONS",
+    "ROW_OPTIONS",
     "CheckpointSection",
     "EvalSection",
     "ModelSection",

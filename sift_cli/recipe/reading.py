@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sift_cli.errors import SiftError
-from sift_cli.recipe.schema import Recipe, TrainSection
+from sift_cli.recipe.schema import ROW_OPTIONS, Recipe, TrainSection
 from sift_cli.recipe.selection import AXES, OPTIONS, policy_row, row_options
 from sift_cli.selection.policies import POLICIES
 
@@ -43,6 +43,7 @@ REPLACES = {
     "selection.budget": ("density",),
     "selection.density": ("budget",),
     "train.learning_rate": ("learning_rate_from",),
+    "data.task": tuple(key for key in ROW_OPTIONS if key != "columns"),
 }
 
 

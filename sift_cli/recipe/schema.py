@@ -17,15 +17,17 @@ from sift_cli.recipe.kinds import (
     as_list,
     checked,
     in_short,
+    nearest,
     one_of,
     or_list,
 )
 from sift_cli.recipe.selection import SelectionSection, policy_row
+from sift_cli.tasks.conversations import FORMATS, NAMES
 from sift_cli.tasks.metrics import METRICS
-from sift_cli.tasks.table import TASKS
+from sift_cli.tasks.table import LANGUAGE, TASKS
 
 AUTO = "auto"  # of train.learning_rate
-TaskName = Annotated[str, one_of([*TASKS, "custom"])]
+TaskName = Annotated[str, one_of([*TASKS, "custom", *LANGUAGE])]
 MetricNames = Annotated[
     list[Annotated[str, one_of(METRICS)]],
     BeforeValidator(as_list),
@@ -46,11 +48,35 @@ class ModelSection(Section):
     )
 
 
+# Keys of rows that only some tasks have, with their defaults there.
+ROW_OPTIONS: dict[str, dict[str, object]] = {
+    "format": dict.fromkeys(LANGUAGE, AUTO),
+    "columns": {task: {} for task in LANGUAGE},
+    "template": {"instruct": "model"},
+    "system": {"instruct": None},
+    "train_on": {"instruct": "all-answers"},
+    "too_long": {"instruct": "drop", "text": "split"},
+}
+LABEL_KEYS = ("text", "label", "labels")  # of the other tasks
+LONGEST = 1024  # tokens of a row for a language model, if unset
+
+
+def _renamed(value: object) -> object:
+    """Your names for those of a format."""
+    given = None if value is None else checked(dict[str, str], value)
+    for name in given or ():
+        if name not in NAMES:
+            raise ValueError(f"no format has the name {name!r}{nearest(name, NAMES)}")
+    return given
+
+
 class DataSection(Section):
     """The dataset and how its rows become inputs."""
 
     path: str = Field(description="hub id, local folder or file, or builtin:NAME")
-    task: TaskName = Field(description="a GLUE task, or custom")
+    task: TaskName = Field(
+        description="a GLUE task, custom, instruct (answers are learnt), or text"
+    )
     config: str | None = Field(
         None, description="configuration of a hub dataset; the task if unset"
     )
@@ -64,7 +90,25 @@ class DataSection(Section):
         min_length=1,
         description="the first decides what is best; loss is the mean loss of the rows",
     )
-    max_length: PositiveInt = Field(128, description="tokens kept of each row")
+    format: Annotated[str, one_of([AUTO, *FORMATS])] | None = Field(
+        None, description="how rows are laid out; auto: as their columns tell"
+    )
+    columns: Annotated[dict[str, str] | None, BeforeValidator(_renamed)] = Field(
+        None, description="your names for those of a format, such as {instruction: question}"
+    )
+    template: str | None = Field(
+        None, description="the chat template: model (its own), alpaca, chatml or FILE.jinja"
+    )
+    system: str | None = Field(None, description="put before rows that have no system turn")
+    train_on: Literal["all-answers", "last-answer", "all-tokens"] | None = Field(
+        None, description="what is learnt of a row"
+    )
+    too_long: Literal["drop", "cut-end", "error", "split"] | None = Field(
+        None, description="what becomes of rows of more than max_length tokens; split: texts only"
+    )
+    max_length: PositiveInt = Field(
+        128, description=f"tokens kept of each row; {LONGEST:,} for instruct and text if unset"
+    )
     max_train_rows: PositiveInt | None = Field(None, description="a seeded sample of the rows")
     holdout: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="share of the training rows to validate on instead of a validation split"
@@ -74,6 +118,41 @@ class DataSection(Section):
         description="share of the rows left to train on to evaluate on instead of eval.split: to "
         "choose settings without a look at it",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_task_has_it(cls, given: Any) -> Any:
+        """Fills what the recipe leaves open of keys that its task has."""
+        task = given.get("task") if isinstance(given, dict) else None
+        if task not in LANGUAGE:
+            return given
+        usual = {key: row[task] for key, row in ROW_OPTIONS.items() if task in row}
+        usual["max_length"] = LONGEST
+        return {**given, **{k: v for k, v in usual.items() if given.get(k) is None}}
+
+    @model_validator(mode="after")
+    def _keys_fit_the_task(self) -> "DataSection":
+        for key, row in ROW_OPTIONS.items():
+            if getattr(self, key) is not None and self.task not in row:
+                raise ValueError(
+                    f"{key}: it belongs to task: {' or '.join(row)}, and would do nothing here"
+                )
+        if self.task not in LANGUAGE:
+            return self
+        for key in LABEL_KEYS:
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key}: rows of task: {self.task} have no labels; what their columns are "
+                    "called is said by data.columns"
+                )
+        if self.format != AUTO and (self.format == "text") != (self.task == "text"):
+            raise ValueError(
+                f"format: rows of {self.format} are for task: "
+                f"{'text' if self.format == 'text' else 'instruct'}, not {self.task}"
+            )
+        if self.too_long == "split" and self.task != "text":
+            raise ValueError("too_long: an answer is not split from its question; only texts are")
+        return self
 
     @model_validator(mode="after")
     def _custom_is_whole(self) -> "DataSection":

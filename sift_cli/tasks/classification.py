@@ -21,7 +21,7 @@ from transformers import (
 from sift_cli.errors import SiftError
 from sift_cli.models.loading import UNLOADABLE, LoadedModel, load_model, quiet
 from sift_cli.tasks.metrics import REGRESSION, Metrics, better, compute_metrics, short
-from sift_cli.tasks.table import TASKS, head_width
+from sift_cli.tasks.table import head_width, labelled_spec
 from sift_cli.tasks.task import Loss, Published
 from sift_cli.tasks.tokens import Encoded, encode
 
@@ -325,5 +325,5 @@ def task_of_tuned(config: PretrainedConfig, source: str) -> Classification:
 
 def expected_task(name: str, labels: Sequence[str] | None) -> Classification:
     """What a recipe's task will be, without rows: labels as given, else the task's, else two."""
-    spec = TASKS.get(name)
+    spec = labelled_spec(name)
     return task_of_labels(labels or (spec.labels if spec else ("0", "1")))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+UNSEEN = -100  # the label of a token that no loss is taken of
 CACHED_FROM = 20_000  # rows; fewer are tokenised in about a second
 
 
@@ -22,12 +23,18 @@ CACHED_FROM = 20_000  # rows; fewer are tokenised in about a second
 class Encoded:
     """Tokenised rows: columns `input_ids` (and what else the tokenizer gives), `label`, `row`.
 
-    `lengths` counts the tokens of each row, `truncated` the rows that were cut.
+    `lengths` counts the tokens of each row, `truncated` the rows that were cut. Rows of a language
+    model have `labels`, a token or UNSEEN for each token, in place of `label`; `targets` counts the
+    tokens of each that are learnt and predicted, `uncut` the tokens of every row of the source, and
+    `dropped` holds the numbers of those that are left out, by why.
     """
 
     rows: Dataset
     lengths: list[int]
     truncated: int
+    targets: list[int] = field(default_factory=list)
+    uncut: list[int] = field(default_factory=list)
+    dropped: Mapping[str, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -76,27 +83,31 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
             new_fingerprint=f"sift-{rows._fingerprint}-{max_length}",
         )
 
-    encoded = _cached(run, rows, tokenizer, max_length)
+    encoded = cached(run, rows, tokenizer, f"{max_length} {tokenizer.truncation_side}")
     lengths, cut = list(encoded["length"]), sum(encoded["cut"])
     if max(lengths, default=0) > max_length:
         raise SiftError(f"data.max_length: {max_length} tokens leave no room for any text")
     return Encoded(encoded.remove_columns(["length", "cut"]), lengths, cut)
 
 
-def _cached(
+def cached(
     run: Callable[[Path | None], Dataset],
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
+    options: str,
 ) -> Dataset:
-    """What `run` makes, kept in a file that it names by all that it depends on."""
+    """What `run` makes of CACHED_FROM rows or more, kept in a file.
+
+    Its name says all that it depends on: rows, tokenizer, `options` and versions. `run` gets the
+    file, or None where nothing is to be kept.
+    """
     from datasets import config
     from pyarrow import ArrowInvalid
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if len(rows) < CACHED_FROM or backend is None:
         return run(None)
-    name = _key(rows, backend.to_str(), f"{max_length} {tokenizer.truncation_side}")
+    name = _key(rows, backend.to_str(), options)
     cache = Path(config.HF_DATASETS_CACHE) / "sift-tokens" / f"{name}.arrow"
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,177 @@
+"""Rows for language models: from a source to checked values, whatever its columns are called.
+
+Importing this module loads no dataset library; functions do when they need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sift_cli.errors import SiftError
+from sift_cli.tasks.conversations import FORMATS, Format, UnusableRow, dumped
+from sift_cli.tasks.sources import NUMBER_COLUMN, read_rows, require_columns, take_split
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+AUTO = "auto"
+TOLD = 5  # rows that one error names
+BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A format, and the source's word for each of its names."""
+
+    name: str
+    names: Mapping[str, str]
+
+    @property
+    def format(self) -> Format:
+        """The row of the table of formats."""
+        return FORMATS[self.name]
+
+
+@dataclass(frozen=True)
+class LanguageRows:
+    """Checked rows to train and to evaluate on, each None where it was not asked for.
+
+    They have the columns `value` (what `conversations.loaded` reads) and `row`, the number in the
+    source split.
+    """
+
+    layout: Layout
+    train: Dataset | None
+    evaluation: Dataset | None
+
+
+def formats_of(task: str) -> tuple[str, ...]:
+    """The formats whose rows a task can learn from: of a text alone, nobody can tell the answer."""
+    return tuple(name for name in FORMATS if (name == "text") == (task == "text"))
+
+
+def recognise(
+    columns: Sequence[str], task: str, asked: str = AUTO, given: Mapping[str, str] | None = None
+) -> Layout:
+    """The format of rows with these columns; `given` are the source's words for some names.
+
+    One that is `asked` for is not looked for. Raises SiftError where no format fits, or several do.
+    """
+    given = given or {}
+    among = formats_of(task) if asked == AUTO else (asked,)
+    known = {name: _layout(name, given) for name in among if set(given) <= set(FORMATS[name].names)}
+    if not known:
+        lacking = " or ".join(f"{name} ({', '.join(FORMATS[name].names)})" for name in among)
+        raise SiftError(f"data.columns: {', '.join(given)} are not all names of {lacking}")
+    for name, one in known.items():
+        used = [
+            one.names[key] for key in one.format.columns if key in given or key in one.format.needs
+        ]
+        if twice := sorted({column for column in used if used.count(column) > 1}):
+            raise SiftError(f"data.columns: {name} has two names for the column {twice[0]!r}")
+    if asked != AUTO:
+        return known[asked]
+    fit = {
+        name: one
+        for name, one in known.items()
+        if all(one.names[needed] in columns for needed in one.format.needs)
+    }
+    if len(fit) == 1:
+        return next(iter(fit.values()))
+    there = ", ".join(one for one in columns if one != NUMBER_COLUMN)
+    if fit:
+        raise SiftError(
+            f"data: the columns {there} fit {' and '.join(fit)}; say which with data.format"
+        )
+    wanted = ", ".join(f"{name} ({_needed(one)})" for name, one in known.items())
+    other = "instruct" if task == "text" else "text"
+    way_out = (
+        f"; task: {other} would take them"
+        if any(set(FORMATS[one].needs) <= set(columns) for one in formats_of(other))
+        else ""
+    )
+    raise SiftError(
+        f"data: the columns {there} fit no format of task {task}: {wanted}; say with data.columns "
+        f"what yours are called{way_out}"
+    )
+
+
+def _layout(name: str, given: Mapping[str, str]) -> Layout:
+    return Layout(name, {one: given.get(one, one) for one in FORMATS[name].names})
+
+
+def _needed(layout: Layout) -> str:
+    return ", ".join(layout.names[name] for name in layout.format.needs)
+
+
+def load_language_rows(
+    path: str,
+    task: str,
+    *,
+    format: str = AUTO,
+    columns: Mapping[str, str] | None = None,
+    config: str | None = None,
+    split: str = "validation",
+    holdout: float | None = None,
+    inner_holdout: float | None = None,
+    max_train_rows: int | None = None,
+    seed: int = 0,
+    train: bool = True,
+    evaluate: bool = True,
+) -> LanguageRows:
+    """Loads and checks the training rows and those of the split `split`, or one of the two.
+
+    Raises SiftError for a source that is not there, a missing or empty split, columns that fit no
+    format or several, and rows that cannot be used, with their numbers.
+    """
+    raw = read_rows(
+        path,
+        task,
+        config,
+        split=split,
+        holdout=holdout,
+        inner_holdout=inner_holdout,
+        max_train_rows=max_train_rows,
+        seed=seed,
+    )
+    names = [name for name, wanted in (("train", train), (split, evaluate)) if wanted]
+    taken = {name: take_split(raw, name, path) for name in names}
+    layout = recognise(next(iter(taken.values())).column_names, task, format, columns)
+    read = {name: read_split(rows, name, layout, columns or {}) for name, rows in taken.items()}
+    return LanguageRows(layout, read["train"] if train else None, read[split] if evaluate else None)
+
+
+def read_split(rows: Dataset, split: str, layout: Layout, given: Mapping[str, str]) -> Dataset:
+    """The rows of a source split as `value` and `row`; raises SiftError naming unusable ones."""
+    from datasets import Dataset
+
+    form = layout.format
+    sure = {n: layout.names[n] for n in form.columns if n in form.needs or n in given}
+    require_columns(rows, split, list(sure.values()))
+    free = set(rows.column_names) - set(sure.values())
+    columns = sure | {name: layout.names[name] for name in form.may if layout.names[name] in free}
+    numbers, values, wrong = list(rows[NUMBER_COLUMN]), [], []
+    for at, row in enumerate(_each(rows.select_columns(list(set(columns.values()))), split)):
+        try:
+            value = form.read({name: row[one] for name, one in columns.items()}, layout.names)
+            values.append(dumped(value))
+        except UnusableRow as error:
+            wrong.append((numbers[at], str(error)))
+    if wrong:
+        shown = "; ".join(f"row {number}: {why}" for number, why in wrong[:TOLD])
+        more = f"; and {len(wrong) - TOLD:,} more" if len(wrong) > TOLD else ""
+        raise SiftError(f"data: the {split} split, {layout.name} rows: {shown}{more}")
+    return Dataset.from_dict({"value": values, "row": numbers})
+
+
+def _each(rows: Dataset, split: str) -> Iterator[dict[str, Any]]:
+    """The rows one by one; raises SiftError for text that is not UTF-8."""
+    try:
+        for batch in rows.iter(BATCH):
+            names = list(batch)
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(names, values, strict=True))
+    except UnicodeDecodeError as error:
+        raise SiftError(f"data: the {split} split is not UTF-8: {error}") from None
