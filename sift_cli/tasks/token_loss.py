@@ -23,7 +23,8 @@ from sift_cli.tasks.task import Loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_BYTES = 1 << 26  # of a chunk's logits in fp32
+CHUNK_BYTES = {"cpu": 1 << 25}  # of a chunk's logits in fp32, by the kind of device
+ELSEWHERE = 1 << 28  # a GPU is fast at large products only
 MOST = 1024  # positions at a time
 
 
@@ -38,7 +39,8 @@ class Chunks:
 def chunks_of(model: PreTrainedModel, asked: int | str) -> tuple[Chunks | None, str | None]:
     """How to chunk the loss of a model, None for not at all; and what to say where that is forced.
 
-    `asked` is a number of positions, `off`, or `auto`: 64 MiB of logits, at most 1,024 positions.
+    `asked` is a number of positions, `off`, or `auto`: 32 MiB of fp32 logits, 256 MiB on a
+    GPU, and at most 1,024 positions.
     """
     if asked == "off":
         return None, None
@@ -48,7 +50,8 @@ def chunks_of(model: PreTrainedModel, asked: int | str) -> tuple[Chunks | None, 
     if isinstance(asked, int):
         return Chunks(asked, readout), None
     width = model.config.get_text_config().vocab_size
-    return Chunks(max(1, min(MOST, CHUNK_BYTES // (4 * width))), readout), None
+    most = CHUNK_BYTES.get(model.device.type, ELSEWHERE) // (4 * width)
+    return Chunks(max(1, min(MOST, most)), readout), None
 
 
 def token_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], chunks: Chunks | None) -> Loss:

@@ -518,3 +518,56 @@ def test_a_rate_left_open_follows_the_density() -> None:
     assert rate("", "selection.policy=sift") == 1e-3
     assert rate("train: {learning_rate: 3e-4}\nselection: {density: 1.0}\n") == 3e-4
     assert rate("train: {learning_rate: auto}\n") == "auto"
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("packing: true", "train.packing: give train.tokens too, which says how many make a step"),
+        (
+            "packing: false\n  tokens: 4096",
+            "train.tokens: it is the size of a step of packed rows; without packing give "
+            "batch_size and accumulate",
+        ),
+        (
+            "tokens: 4096\n  batch_size: 8",
+            "train.batch_size: train.tokens says what makes a step; give one of the two",
+        ),
+        (
+            "tokens: 4096\n  accumulate: 2",
+            "train.accumulate: train.tokens says what makes a step; give one of the two",
+        ),
+        (
+            "tokens: 100",
+            "train.tokens: a step of 100 tokens holds no row of data.max_length 128; give as many "
+            "or more",
+        ),
+        ("chunk_loss: 0", "train.chunk_loss: give auto, off or a number of tokens, got 0"),
+        ("chunk_loss: true", "train.chunk_loss: give auto, off or a number of tokens, got True"),
+        ("chunk_loss: on", "train.chunk_loss: give auto, off or a number of tokens, got True"),
+    ],
+)
+def test_steps_of_tokens_and_of_rows_do_not_mix(train: str, expected: str) -> None:
+    (line,) = errors(f"train:\n  {train}\n")
+    where, _, said = line.partition(" ")
+    assert said == expected
+    key = expected.partition(":")[0].removeprefix("train.")
+    at = train.splitlines().index(next(one for one in train.splitlines() if key in one))
+    assert where == f"r.yaml:{7 + at}:3"
+
+
+@pytest.mark.parametrize(("given", "read"), [("off", "off"), ("auto", "auto"), ("512", 512)])
+def test_chunk_loss_as_yaml_reads_it(given: str, read: object) -> None:
+    """YAML takes `off` for false."""
+    recipe = parse(f"train: {{chunk_loss: {given}}}\n")
+    assert recipe.train.chunk_loss == read
+    assert parse_recipe(recipe.to_yaml(), "again.yaml") == recipe
+
+
+def test_packing_is_on_where_tokens_are_given_and_a_resolved_recipe_reads_the_same() -> None:
+    assert not parse().train.packs
+    assert (parse().train.tokens, parse().train.packing) == (None, None)
+    for given in ("tokens: 4096", "tokens: 4096, packing: true"):
+        recipe = parse(f"train: {{{given}}}\n")
+        assert recipe.train.packs
+        assert parse_recipe(recipe.to_yaml(), "again.yaml") == recipe

@@ -316,7 +316,7 @@ def test_what_a_recipe_asks_for() -> None:
     assert chunks_of(model, 7) == (Chunks(7, Readout()), None)
     assert chunks_of(model, "auto") == (Chunks(1024, Readout()), None)
     large = causal_model("llama", vocab_size=1 << 17)
-    assert chunks_of(large, "auto") == (Chunks(128, Readout()), None)
+    assert chunks_of(large, "auto") == (Chunks(64, Readout()), None)
 
 
 # ---- pads and packs ----
