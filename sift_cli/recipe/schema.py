@@ -131,8 +131,8 @@ class TrainSection(Section):
     )
     packing: bool | None = Field(
         None,
-        description="rows of language tasks end to end, in packs of max_tokens, with no padding; "
-        "unset: where tokens is given",
+        description="rows of language tasks end to end, in packs of max_tokens (1024, or "
+        "the longest row) with no padding; unset: where tokens is given",
     )
     chunk_loss: Annotated[ChunkLoss, BeforeValidator(_chunk_loss)] = Field(
         "auto",

@@ -10,6 +10,7 @@ import torch
 from sift_cli.recipe import TrainSection
 from sift_cli.tasks.tokens import cut
 
+PACK = 1024  # tokens of a pack; attention costs the square, though rows do not see each other
 POOL = 50  # steps among whose rows those are looked for that go together
 
 
@@ -184,7 +185,10 @@ class Packs:
 
     @classmethod
     def of(cls, train: TrainSection, lengths: Sequence[int]) -> "Packs":
-        """Those that a recipe's section asks for, which packs, over rows of so many tokens each."""
+        """Those that a recipe's section asks for, which packs, over rows of so many tokens each.
+
+        Packs are of 1,024 tokens, or of the longest row, where it says nothing of them.
+        """
         assert train.tokens is not None
         return cls.plan(
             lengths,
@@ -192,7 +196,7 @@ class Packs:
             epochs=train.epochs,
             max_steps=train.max_steps,
             seed=train.seed,
-            max_tokens=train.max_tokens,
+            max_tokens=train.max_tokens or max(PACK, *lengths),
         )
 
     def __iter__(self) -> Iterator[list[list[int]]]:

@@ -142,3 +142,7 @@ def test_a_recipe_says_which_steps() -> None:
     packed = steps_of(section, lengths)
     assert packed == Packs.plan(lengths, tokens=300, epochs=2, max_steps=9, seed=7, max_tokens=150)
     assert packed.steps == 9
+    for longest in (100, 3000):
+        some = steps_of(TrainSection(tokens=4096), [*random_lengths(400), longest])
+        assert isinstance(some, Packs)
+        assert some.max_tokens == max(1024, longest)
