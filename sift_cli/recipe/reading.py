@@ -270,7 +270,7 @@ def _describe(error: Any, places: dict[KeyPlace, str], source: str) -> tuple[str
         message = message.removeprefix("Value error, ")
         if _fields(place):  # raised for a whole section: the message begins with the key
             key, _, message = message.partition(": ")
-            place = (*place, key)
+            place = (*place, *key.split("."))
     elif kind == "extra_forbidden":
         message = "unknown key" + _nearest_key(place)
     elif kind == "missing":

@@ -88,7 +88,8 @@ class DataSection(Section):
     metrics: MetricNames | None = Field(
         None,
         min_length=1,
-        description="the first decides what is best; loss is the mean loss of the rows",
+        description="the first decides what is best; loss is the mean over rows, over supervised "
+        "tokens for language tasks",
     )
     format: Annotated[str, one_of([AUTO, *FORMATS])] | None = Field(
         None, description="how rows are laid out; auto: as their columns tell"
@@ -177,6 +178,19 @@ def _rate(value: object) -> object:
         raise
 
 
+OFF = "off"  # of train.chunk_loss
+ChunkLoss = PositiveInt | Literal["auto", "off"]
+
+
+def _chunk_loss(value: object) -> object:
+    """A number of tokens, `auto`, or `off`, which YAML reads as false."""
+    if value is False or value == OFF:
+        return OFF
+    if value == AUTO or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"give auto, off or a number of tokens, got {value!r}")
+
+
 class TrainSection(Section):
     """The optimisation."""
 
@@ -189,6 +203,22 @@ class TrainSection(Section):
         "make the same step",
     )
     accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
+    tokens: PositiveInt | None = Field(
+        None,
+        description="tokens that make one step, at most, in place of batch_size x accumulate rows; "
+        "for packed rows",
+    )
+    packing: bool | None = Field(
+        None,
+        description="rows of language tasks end to end, in packs of max_tokens (1024, or "
+        "the longest row) with no padding; unset: where tokens is given",
+    )
+    chunk_loss: Annotated[ChunkLoss, BeforeValidator(_chunk_loss)] = Field(
+        "auto",
+        description="supervised tokens of language tasks whose logits are computed at once, the "
+        "rest again in the backward pass; auto: 32 MiB of logits, 256 on a GPU, at most 1024 "
+        "tokens; off: all",
+    )
     learning_rate: Annotated[Rate | None, BeforeValidator(_rate)] = Field(
         None,
         description="what was best at such a density, 4e-3 at 1 %, if unset, less where the policy "
@@ -229,6 +259,27 @@ class TrainSection(Section):
         "probe where the model and the task allow it",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+    @model_validator(mode="after")
+    def _one_size_of_a_step(self) -> "TrainSection":
+        if self.tokens is None:
+            if self.packing:
+                raise ValueError("packing: give train.tokens too, which says how many make a step")
+            return self
+        if self.packing is False:
+            raise ValueError(
+                "tokens: it is the size of a step of packed rows; without packing give batch_size "
+                "and accumulate"
+            )
+        for key in ("batch_size", "accumulate"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: train.tokens says what makes a step; give one of the two")
+        return self
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are packed, `tokens` to a step."""
+        return self.tokens is not None
 
     @property
     def rate(self) -> float:
@@ -310,6 +361,16 @@ class Recipe(Section):
         row = policy_row(given.get("selection")).train
         open_keys = {key: value for key, value in row.items() if train.get(key) is None}
         return {**given, "train": {**train, **open_keys}} if open_keys else given
+
+    @model_validator(mode="after")
+    def _rows_fit_in_a_step(self) -> "Recipe":
+        tokens, longest = self.train.tokens, self.data.max_length
+        if tokens is not None and tokens < longest:
+            raise ValueError(
+                f"train.tokens: a step of {tokens:,} tokens holds no row of data.max_length "
+                f"{longest:,}; give as many or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _usual_rate(self) -> "Recipe":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
 from sift_cli.tasks.classification import Classification, task_of_labels
-from sift_cli.tasks.metrics import CLASSIFICATION, REGRESSION
+from sift_cli.tasks.metrics import CLASSIFICATION, METRICS, REGRESSION
 from sift_cli.tasks.sources import (
     NUMBER_COLUMN,
     by_suffix,
@@ -74,7 +74,7 @@ def load_task(
         rows = _check_rows(source, "train", columns, column, names)
         _refuse_one_label(rows, names, path)
     chosen = tuple(metrics or (spec.metrics if spec else task_of_labels(names).metrics))
-    _refuse_class_metrics(chosen, names, column)
+    _refuse_other_metrics(chosen, names, column)
     return Classification(task, names, chosen, rows, checked)
 
 
@@ -98,7 +98,12 @@ def _refuse_one_label(rows: Dataset, names: Sequence[str] | None, path: str) -> 
         )
 
 
-def _refuse_class_metrics(metrics: Sequence[str], names: Sequence[str] | None, column: str) -> None:
+def _refuse_other_metrics(metrics: Sequence[str], names: Sequence[str] | None, column: str) -> None:
+    fitting = REGRESSION if names is None else CLASSIFICATION
+    if wrong := [name for name in metrics if METRICS[name].compute is None]:
+        raise SiftError(
+            f"data.metrics: {', '.join(wrong)} is of language models; use {', '.join(fitting)}"
+        )
     if names is None and (wrong := [name for name in metrics if name in CLASSIFICATION]):
         raise SiftError(
             f"data.metrics: {', '.join(wrong)} needs classes, and {column!r} holds numbers "

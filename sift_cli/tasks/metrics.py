@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,13 +18,16 @@ class Metric:
     """A row of the table: `compute` takes predictions and labels, both of shape [N].
 
     They are class codes where `classes`, else real numbers. `rises` tells that higher is better.
-    One `of_losses` takes each row's loss, and is for either kind of label.
+    One `of_losses` takes each row's loss, and is for either kind of label. `of_tokens` is for
+    language models: it takes the summed loss of all rows, their targets and how many of these come
+    out right.
     """
 
-    compute: Callable[[NDArray[Any], NDArray[Any]], float | None]
+    compute: Callable[[NDArray[Any], NDArray[Any]], float | None] | None
     classes: bool
     rises: bool = True
     of_losses: bool = False
+    of_tokens: Callable[[float, float, float], float | None] | None = None
 
 
 def _same(values: NDArray[Any]) -> bool:
@@ -78,6 +82,21 @@ def _mean(losses: NDArray[Any], _: NDArray[Any]) -> float | None:
     return float(losses.mean())
 
 
+def _token_loss(loss: float, targets: float, _: float) -> float:
+    return loss / targets
+
+
+def _perplexity(loss: float, targets: float, _: float) -> float | None:
+    try:
+        return exp(loss / targets)
+    except OverflowError:
+        return None
+
+
+def _token_accuracy(_: float, targets: float, right: float) -> float:
+    return right / targets
+
+
 LOSS = "loss"
 METRICS = {
     "accuracy": Metric(_accuracy, classes=True),
@@ -86,11 +105,14 @@ METRICS = {
     "matthews": Metric(_matthews, classes=True),
     "pearson": Metric(_pearson, classes=False),
     "spearman": Metric(_spearman, classes=False),
-    LOSS: Metric(_mean, classes=False, rises=False, of_losses=True),
+    LOSS: Metric(_mean, classes=False, rises=False, of_losses=True, of_tokens=_token_loss),
+    "perplexity": Metric(None, classes=False, rises=False, of_tokens=_perplexity),
+    "token_accuracy": Metric(None, classes=False, of_tokens=_token_accuracy),
 }
 CLASSIFICATION = tuple(name for name, metric in METRICS.items() if metric.classes)
+LANGUAGE = tuple(name for name, metric in METRICS.items() if metric.of_tokens)
 REGRESSION = tuple(
-    name for name, metric in METRICS.items() if not metric.classes and not metric.of_losses
+    name for name, metric in METRICS.items() if name not in (*CLASSIFICATION, *LANGUAGE)
 )
 
 
@@ -112,8 +134,24 @@ def compute_metrics(
     for name in names:
         metric = METRICS[name]
         sees = losses if metric.of_losses else predicted
+        assert metric.compute is not None  # a task takes no names of others'
         assert sees is not None  # who asks for the loss gives it
         found[name] = metric.compute(sees, labels)
+    return found
+
+
+def score_tokens(names: Sequence[str], rows: NDArray[Any]) -> dict[str, float | None]:
+    """Each named metric of LANGUAGE, from what `token_outputs` gives of each row, [N, 3].
+
+    Tokens count alike, whatever rows they stand in: `loss` is the mean over all targets, and
+    `perplexity` its exponential, None where no number holds it. All are None without targets.
+    """
+    loss, targets, right = rows.astype("float64").sum(0).tolist()
+    found: dict[str, float | None] = {}
+    for name in names:
+        compute = METRICS[name].of_tokens
+        assert compute is not None  # a task takes no names of others'
+        found[name] = compute(loss, targets, right) if targets else None
     return found
 
 

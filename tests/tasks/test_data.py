@@ -415,6 +415,15 @@ def test_a_regression_is_not_scored_as_classes(tmp_path: Path) -> None:
         custom(path, metrics=["pearson", "accuracy"])
 
 
+@pytest.mark.parametrize(("mark", "fitting"), [(0.5, "pearson, spearman"), ("a", "accuracy, f1")])
+def test_labelled_rows_are_not_scored_as_tokens(tmp_path: Path, mark: Any, fitting: str) -> None:
+    marks = rows(mark, mark * 2, key="words", label="mark")
+    path = folder(tmp_path, train=marks, validation=marks)
+    said = f"data.metrics: perplexity is of language models; use {fitting}"
+    with pytest.raises(SiftError, match=f"^{said}"):
+        custom(path, metrics=["loss", "perplexity"])
+
+
 def test_string_labels_are_mapped_to_the_codes_of_the_task(tmp_path: Path) -> None:
     pairs = [
         {"sentence1": "a", "sentence2": "b", "label": name}

@@ -8,12 +8,14 @@ from numpy.typing import NDArray
 
 from sift_cli.tasks.metrics import (
     CLASSIFICATION,
+    LANGUAGE,
     LOSS,
     METRICS,
     REGRESSION,
     Metric,
     better,
     compute_metrics,
+    score_tokens,
     shown,
 )
 
@@ -109,7 +111,8 @@ def test_metrics_come_by_name_in_the_order_asked_for() -> None:
     found = compute_metrics(["f1", "accuracy"], PREDICTED, LABELS)
     assert list(found) == ["f1", "accuracy"]
     assert all(type(value) is float for value in found.values())
-    assert (*CLASSIFICATION, *REGRESSION, LOSS) == tuple(METRICS)
+    assert (*CLASSIFICATION, *REGRESSION, *LANGUAGE) == tuple(METRICS)
+    assert LANGUAGE == (LOSS, "perplexity", "token_accuracy")
     with pytest.raises(KeyError, match="recall"):
         compute_metrics(["recall"], PREDICTED, LABELS)
 
@@ -131,12 +134,37 @@ def test_the_table_says_which_way_is_better(monkeypatch: pytest.MonkeyPatch, ris
     assert not better("made-up", None, 0.5)
 
 
-def test_every_metric_but_the_loss_rises() -> None:
+def test_every_metric_but_loss_and_perplexity_rises() -> None:
     for name in METRICS:
         higher, lower = better(name, 0.75, 0.5), better(name, 0.5, 0.75)
-        assert (higher, lower) == ((False, True) if name == LOSS else (True, False))
+        falls = name in (LOSS, "perplexity")
+        assert (higher, lower) == ((False, True) if falls else (True, False))
 
 
 def test_the_loss_is_the_mean_of_the_rows() -> None:
     found = compute_metrics([LOSS, "accuracy"], PREDICTED, LABELS, np.array([0.5, 1.0, 3.0]))
     assert found == {LOSS: 1.5, "accuracy": 0.7}
+
+
+def test_metrics_of_tokens_by_hand_weigh_tokens_alike() -> None:
+    """A row of one target and one of nine; the mean over rows would be 5.5 and .61."""
+    rows = np.array([[10.0, 1, 1], [9.0, 9, 2], [0, 0, 0]], dtype=np.float32)
+    found = score_tokens(LANGUAGE, rows)
+    assert found == {
+        LOSS: pytest.approx(1.9),
+        "perplexity": pytest.approx(math.exp(1.9)),
+        "token_accuracy": pytest.approx(0.3),
+    }
+    assert list(score_tokens(["token_accuracy"], rows)) == ["token_accuracy"]
+
+
+def test_metrics_of_no_target_are_undefined_and_so_is_a_perplexity_beyond_numbers() -> None:
+    assert set(score_tokens(LANGUAGE, np.zeros((2, 3))).values()) == {None}
+    found = score_tokens(LANGUAGE, np.array([[1000.0, 1, 0]]))
+    assert found == {LOSS: 1000, "perplexity": None, "token_accuracy": 0}
+
+
+def test_sums_of_many_rows_lose_no_token() -> None:
+    rows = np.full((300_000, 3), (0.25, 100, 33), dtype=np.float32)
+    assert score_tokens(LANGUAGE, rows)["token_accuracy"] == 0.33
+    assert score_tokens([LOSS], rows)[LOSS] == 0.0025
