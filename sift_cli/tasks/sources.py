@@ -120,7 +120,8 @@ def _find_files(path: str, task: str) -> dict[str, list[Path]] | None:
     if path.startswith("builtin:"):
         folder = BUILTIN / path.removeprefix("builtin:")
         if not folder.is_dir():
-            known = ", ".join(f"builtin:{one.name}" for one in BUILTIN.iterdir() if one.is_dir())
+            folders = sorted(one.name for one in BUILTIN.iterdir() if one.is_dir())
+            known = ", ".join(f"builtin:{name}" for name in folders)
             raise SiftError(f"data.path: no such built-in dataset {path}; there is {known}")
     else:
         folder = Path(path).expanduser()

@@ -167,7 +167,8 @@ def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
 
 def test_an_unknown_built_in_set_lists_those_there_are() -> None:
     assert refusal("builtin:revews") == (
-        "data.path: no such built-in dataset builtin:revews; there is builtin:reviews"
+        "data.path: no such built-in dataset builtin:revews; there is builtin:notes, "
+        "builtin:reviews"
     )
 
 
