@@ -26,7 +26,7 @@ from sift_cli.delta.planes import decode_bits, encode_bits
 from sift_cli.models.loading import DTYPES, load_model, model_folder
 from sift_cli.runs.folder import DELTA_FILE
 from sift_cli.runs.tuned import load_tuned
-from sift_cli.tasks.classification import task_of_labels
+from sift_cli.tasks.kinds import task_of
 
 PEFT = {"LoRA": methods.lora, "SHiRA": methods.shira, "Super-Tuning": methods.super_tuning}
 LARGE = (4096, 11008)
@@ -81,7 +81,7 @@ def sizes(run: Path, delta: Delta) -> Iterator[tuple[str, int, int, str]]:
             yield f"int32 + {dtype}", count, Path(folder, "plain").stat().st_size, exact
         base = model_folder(held.path, held.revision)
         for name, method in PEFT.items():
-            task = task_of_labels(delta.header.labels)
+            task = task_of(delta.header)
             config = task.configure(base)
             model = load_model(base, task.auto, config, DTYPES[held.dtype]).model
             ready = method(model, {}, list(delta.dense), density)

@@ -25,7 +25,7 @@ from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.runs.session import Session
 from sift_cli.runs.summary import Summary
 from sift_cli.training import train
-from sift_cli.training.batches import Batches
+from sift_cli.training.batches import Steps
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.dense import Adapted, Dense
 
@@ -44,7 +44,7 @@ def train_adapted(
     )
 
 
-def build(method: str, recipe: Recipe, session: Session, batches: Batches) -> Dense:
+def build(method: str, recipe: Recipe, session: Session, batches: Steps) -> Dense:
     """The method on the session's model, at the size nearest to the recipe's selection."""
     rule, model, seed = rule_of(recipe.selection), session.model, recipe.train.seed
     chooser = Chooser.of(recipe.selection, recipe.train, session, batches, rule=rule)

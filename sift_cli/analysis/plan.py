@@ -27,10 +27,10 @@ from sift_cli.recipe import EvalSection, Recipe, TrainSection
 from sift_cli.runs.session import autocasts, load_rows, open_session
 from sift_cli.runs.timing import Timing
 from sift_cli.selection.scores import find_score
-from sift_cli.tasks.classification import expected_task
+from sift_cli.tasks.kinds import expected_task
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.tokens import Encoded
-from sift_cli.training.batches import Batches
+from sift_cli.training.batches import Steps, steps_of
 from sift_cli.training.choosing import Parts, rule_of, selecting
 from sift_cli.training.head import ROWS, start_of
 from sift_cli.training.rates import at_usual_rate, trial_steps
@@ -93,8 +93,9 @@ class Outline:
             config.pad_token_id = 0
         build = builder(rows.task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
-        start = start_of(recipe.train, model)
-        parts = Parts.of(recipe.selection, model, head_of(model), rule)
+        new = head_of(model) if rows.task.new_head else []
+        start = start_of(recipe.train, model) if new else "random"
+        parts = Parts.of(recipe.selection, model, new, rule)
         return cls(recipe, rows, build, model, parts, parts.planned(model), start)
 
     @property
@@ -172,11 +173,11 @@ class PlannedRows:
             None,
         )
 
-    def batches(self, recipe: Recipe) -> Batches | None:
+    def batches(self, recipe: Recipe) -> Steps | None:
         """The training batches of the run; None without rows."""
         if self.train is None:
             return None
-        return Batches.of(recipe.train, self.train.lengths)
+        return steps_of(recipe.train, self.train.lengths)
 
     def shapes(self, recipe: Recipe) -> list[tuple[int, int]]:
         """Rows and tokens of each batch of the first epoch; without rows, those of a full batch."""
@@ -350,7 +351,7 @@ def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str
     session = open_session(recipe, device=str(device))
     assert session.train is not None
     lengths = session.train.lengths
-    batches = Batches.of(recipe.train, lengths)
+    batches = steps_of(recipe.train, lengths)
     method = selecting(at_usual_rate(recipe), allow_code)(session, batches)
     prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
     optimizer = method.begin()

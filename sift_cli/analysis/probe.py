@@ -32,7 +32,7 @@ from sift_cli.selection.policies import POLICIES
 from sift_cli.selection.structures import Units
 from sift_cli.selection.targets import LinearLayer, linear_layers
 from sift_cli.sparse import SparseAdamW
-from sift_cli.training.batches import Batches
+from sift_cli.training.batches import steps_of
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.randomness import kept_randomness
 from sift_cli.training.rates import at_usual_rate
@@ -86,7 +86,7 @@ def _choosers(
 ) -> dict[str, Chooser]:
     """The selection of each policy that is looked at, by its name; the recipe's own among them."""
     assert session.train is not None
-    batches = Batches.of(recipe.train, session.train.lengths)
+    batches = steps_of(recipe.train, session.train.lengths)
     asked = dict.fromkeys(["sift", "current-batch", "random", *policies])
     recipes = {name: _with_policy(recipe, name) for name in asked}
     recipes.setdefault(recipe.selection.policy, recipe)

@@ -48,7 +48,8 @@ def report(
     plots = folder / PLOTS
     shutil.rmtree(plots, ignore_errors=True)
     plots.mkdir(parents=True)
-    summary, weights, predictions = recorded.summary, recorded.weights, recorded.predictions
+    summary, weights = recorded.summary, recorded.weights
+    predictions = [one for one in recorded.predictions if "label" in one]  # tokens have none
     drawn = charts(
         recorded.metrics,
         weights,

@@ -202,7 +202,7 @@ def predict(
         raise SiftError(f"{len(text)} texts, but {len(pair)} --pair; give one for each")
     from sift_cli.models.devices import pick_device
     from sift_cli.runs.tuned import load_tuned
-    from sift_cli.tasks.classification import task_of_config
+    from sift_cli.tasks.kinds import task_of_config
 
     loaded, recipe = load_tuned(tuned, base)
     if recipe is not None:
@@ -213,11 +213,11 @@ def predict(
     if as_json:
         print_json({"predictions": predictions})
         return
-    answers = [key for key in ("label", "probability", "score") if key in predictions[0]]
+    answers = [key for key in ("label", "probability", "score", "answer") if key in predictions[0]]
     table = Table("text", *answers)
     for one in predictions:
         texts = " / ".join([one["text"], one["pair"]] if "pair" in one else [one["text"]])
-        cells = (one[key] if key == "label" else f"{one[key]:.4f}" for key in answers)
+        cells = (one[key] if isinstance(one[key], str) else f"{one[key]:.4f}" for key in answers)
         table.add_row(escape(texts), *map(escape, cells))
     print_table(table)
 

@@ -20,8 +20,8 @@ from sift_cli.errors import LISTED, ExitCode, SiftError, in_lines
 from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folder
 from sift_cli.runs.folder import CARD_FILE
 from sift_cli.system.files import new_folder
-from sift_cli.tasks.classification import task_of_labels
 from sift_cli.tasks.evaluation import probe
+from sift_cli.tasks.kinds import task_of
 from sift_cli.tasks.task import Task
 
 PREFIX = "base_model.model."
@@ -116,7 +116,7 @@ def export(
     if out.exists():
         raise SiftError(f"{out} exists already; choose another --out or remove it")
     source = base or delta.header.base.path
-    task = task_of_labels(delta.header.labels)
+    task = task_of(delta.header)
     load = _loader(task, delta, base, source)
     model = load().model
     apply_delta(model, delta, source)

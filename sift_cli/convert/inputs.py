@@ -11,7 +11,7 @@ from sift_cli.delta.file import Delta, WeightDelta, load_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.loading import model_folder
 from sift_cli.runs.folder import delta_file
-from sift_cli.tasks.classification import task_of_labels
+from sift_cli.tasks.kinds import task_of
 from sift_cli.tasks.task import Task
 
 
@@ -39,7 +39,7 @@ class Inputs:
     @property
     def task(self) -> Task:
         """What that delta's model is for."""
-        return task_of_labels(self.delta.header.labels)
+        return task_of(self.delta.header)
 
 
 def weight_of_each(weights: Sequence[float], paths: Sequence[Path]) -> tuple[float, ...]:

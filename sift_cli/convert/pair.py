@@ -6,20 +6,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from sift_cli.errors import ExitCode, SiftError, in_lines
 from sift_cli.models.fingerprints import dtype_name
 from sift_cli.models.loading import (
     DTYPES,
-    UNLOADABLE,
     LoadedModel,
     load_model,
     model_folder,
+    read_config,
 )
 from sift_cli.models.names import all_names
 from sift_cli.models.stored import Stored, stored_kinds
-from sift_cli.tasks.classification import task_of_tuned
+from sift_cli.tasks.kinds import task_of_tuned
 from sift_cli.tasks.task import Task
 
 
@@ -71,7 +71,7 @@ def open_pair(base: str, tuned: str, dtype: str | None) -> Pair:
     Raises SiftError where no delta can turn the one into the other.
     """
     folder, tuned_folder = model_folder(base), model_folder(tuned)
-    config = _config(tuned_folder)
+    config = read_config(tuned_folder)
     task = task_of_tuned(config, tuned)
     held_in = dtype or _common_dtype(base, folder, tuned, tuned_folder)
     base_config = _base_config(folder, task, config, tuned)
@@ -83,14 +83,6 @@ def open_pair(base: str, tuned: str, dtype: str | None) -> Pair:
     pair = Pair(loaded, stored, tuned_folder, config, task, held_in)
     _check_tensors(pair, base, tuned)
     return pair
-
-
-def _config(folder: Path) -> PretrainedConfig:
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except UNLOADABLE as error:
-        raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
-    return config
 
 
 def _base_config(

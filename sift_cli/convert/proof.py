@@ -17,8 +17,8 @@ from sift_cli.models.loading import LoadedModel, weight_files
 from sift_cli.models.tensors import list_file
 from sift_cli.recipe import Recipe
 from sift_cli.runs.session import open_session
-from sift_cli.tasks.classification import load_as_it_is, task_of_config
 from sift_cli.tasks.evaluation import probe
+from sift_cli.tasks.kinds import load_as_it_is, task_of_config
 from sift_cli.tasks.metrics import Metrics, shown
 
 # For numbers from another machine or library version. On the same one they are equal, or differ in

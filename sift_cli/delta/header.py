@@ -66,13 +66,15 @@ class Base(_Stated):
 class Header(_Stated):
     """What a delta says of itself beside its tensors.
 
-    `labels` is None for a regression, `recipe` for what no recipe made. `logits` are those of four
-    fixed inputs by the trained model ([4, outputs]). `composed` tells how several deltas, or one
-    scaled, became this one, and `difference` of which two models it is.
+    `labels` is None for a regression and for a language task, which `language` tells of, `recipe`
+    for what no recipe made. `logits` are the marks of the trained model by four fixed inputs
+    ([4, ...]). `composed` tells how several deltas, or one scaled, became this one, and
+    `difference` of which two models it is.
     """
 
     base: Base
     labels: list[str] | None = None
+    language: dict[str, Any] | None = None
     architecture: str | None = None
     recipe: dict[str, Any] | None = None
     versions: dict[str, str] = Field(default_factory=dict)

@@ -126,6 +126,18 @@ def _download(path: str, revision: str | None, weights: bool) -> Path:
         ) from error
 
 
+def read_config(folder: Path, **more: Any) -> PretrainedConfig:
+    """The folder's configuration, with what is given beside it; SiftError where it has none."""
+    try:
+        with quiet():  # about labels that go
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, **more
+            )
+    except UNLOADABLE as error:
+        raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
+    return config
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer; it pads with what the folder's model takes for padding.
 

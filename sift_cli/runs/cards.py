@@ -12,7 +12,7 @@ from sift_cli.delta.header import Header
 from sift_cli.recipe import Recipe
 from sift_cli.runs.folder import DELTA_FILE, REPORT_FILE
 from sift_cli.runs.summary import Summary
-from sift_cli.tasks.classification import task_of_labels
+from sift_cli.tasks.kinds import task_of
 from sift_cli.tasks.metrics import Metrics, shown
 from sift_cli.tasks.table import text_columns
 from sift_cli.tasks.task import Published
@@ -26,7 +26,7 @@ def delta_card(recipe: Recipe, summary: Summary) -> str:
     metrics, before = summary.metrics, summary.metrics_before
     rows = "\n".join(f"| {key} | {shown(before[key])} | {shown(metrics[key])} |" for key in metrics)
     trained, total = summary.trained_entries, summary.total_entries
-    task = task_of_labels(summary.labels)
+    task = task_of(summary)
     return f"""{_front(settings, metrics, "adapter", task.published)}
 # {_title(settings)}
 
@@ -59,7 +59,7 @@ def model_card(header: Header) -> str:
     assert header.recipe is not None
     settings, metrics = header.recipe, header.metrics
     rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in metrics.items())
-    task = task_of_labels(header.labels)
+    task = task_of(header)
     versions = ", ".join(f"{name} {value}" for name, value in header.versions.items())
     return f"""{_front(settings, metrics, "finetune", task.published)}
 # {_title(settings)}

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sift_cli.recipe import Recipe
-from sift_cli.tasks.coder import Coder, open_coder
+from sift_cli.tasks.coder import ALL_TOKENS, Coder, open_coder
 from sift_cli.tasks.instructions import LanguageRows, load_language_rows
-from sift_cli.tasks.token_rows import Limit
+from sift_cli.tasks.language import METRICS, Language, Wording
+from sift_cli.tasks.templates import OWN
+from sift_cli.tasks.token_rows import DROP, Limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +36,21 @@ def language_rows(
         train=train,
         evaluate=evaluate,
     )
+
+
+def language_task(recipe: Recipe, *, train: bool = True, split: str | None = None) -> Language:
+    """The task of a recipe for `instruct` or `text`, with its rows, checked."""
+    data = recipe.data
+    found = language_rows(recipe, train=train, split=split)
+    assert found.evaluation is not None
+    wording = Wording(
+        template=data.template or OWN,
+        system=data.system,
+        train_on=data.train_on or ALL_TOKENS,
+        too_long=data.too_long or DROP,
+    )
+    metrics = tuple(data.metrics or METRICS)
+    return Language(data.task, metrics, found.train, {"": found.evaluation}, wording)
 
 
 def recipe_coder(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Coder:

@@ -30,7 +30,7 @@ def write_predictions(
         (
             {"split": split + suffix, **line}
             for suffix, one in outputs.items()
-            for line in task.lines(one, task.evaluation[suffix])
+            for line in task.lines(one, task.evaluation[suffix], session.evaluation[suffix])
         ),
     )
 

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import DTYPES, LoadedModel, check_length, load_model, model_folder
 from sift_cli.recipe import ModelSection, Recipe, TrainSection
+from sift_cli.runs.language import language_task
 from sift_cli.tasks.evaluation import collect_outputs
 from sift_cli.tasks.labelled import load_task
 from sift_cli.tasks.metrics import Metrics
+from sift_cli.tasks.table import LANGUAGE
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.tokens import Encoded
 
@@ -24,7 +26,7 @@ class Session:
     """What training and evaluation work on; `train` is None where only evaluation was asked for.
 
     `new` names the parameters that the base's checkpoint did not hold, `bf16` tells whether forward
-    passes run under bfloat16 autocast.
+    passes run under bfloat16 autocast. `notes` are what to tell of the task on this model.
     """
 
     task: Task
@@ -37,6 +39,7 @@ class Session:
     bf16: bool
     eval_batch_size: int
     eval_max_tokens: int | None
+    notes: tuple[str, ...] = ()
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
         """One batch of tensors, padded to its longest row."""
@@ -77,17 +80,22 @@ class Session:
         """The task's metrics of the model as it is now."""
         return self.score(self.predict())
 
+    @property
+    def splits(self) -> dict[str, Encoded]:
+        """The rows by what they are for: `train`, `evaluation` and its suffixes."""
+        splits = {"evaluation" + suffix: rows for suffix, rows in self.evaluation.items()}
+        return splits if self.train is None else {"train": self.train, **splits}
+
     def truncated(self) -> dict[str, int]:
         """Rows cut to `data.max_length`, by split."""
-        splits = {"evaluation" + suffix: rows for suffix, rows in self.evaluation.items()}
-        if self.train is not None:
-            splits = {"train": self.train, **splits}
-        return {name: rows.truncated for name, rows in splits.items()}
+        return {name: rows.truncated for name, rows in self.splits.items()}
 
 
 def load_rows(recipe: Recipe, *, train: bool = True, split: str | None = None) -> Task:
     """The recipe's task with its rows, checked."""
     data = recipe.data
+    if data.task in LANGUAGE:
+        return language_task(recipe, train=train, split=split)
     return load_task(
         data.path,
         data.task,
@@ -130,6 +138,8 @@ def open_session(
         task.require_fit(tuned.model.config)
     tuned.model.to(where)  # type: ignore[arg-type]
     check_length(data.max_length, tuned.model, tuned.tokenizer)
+    settings = recipe.train
+    task, said = task.ready(tuned, packs=settings.packs, chunk_loss=settings.chunk_loss)
 
     def encoded(rows: Any) -> Encoded:
         return task.encode(rows, tuned.tokenizer, data.max_length)
@@ -145,6 +155,7 @@ def open_session(
         bf16=autocasts(recipe.model, recipe.train, where),
         eval_batch_size=recipe.eval.batch_size,
         eval_max_tokens=recipe.eval.max_tokens,
+        notes=tuple(said),
     )
 
 

@@ -19,7 +19,12 @@ from sift_cli.system.files import write_text
 from sift_cli.tasks.evaluation import probe
 from sift_cli.tasks.metrics import Metrics
 
-LEFT_OUT = ("rank", "changed_entries", "delta_sha256")  # of the file, where they are None
+LEFT_OUT = (
+    "rank",
+    "language",
+    "changed_entries",
+    "delta_sha256",
+)  # of the file, where they are None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,7 @@ class Summary:
     rank: int | None = None
     seed: int
     labels: list[str] | None = None
+    language: dict[str, Any] | None = None
     metrics: Metrics
     metrics_before: Metrics
     trained_entries: int

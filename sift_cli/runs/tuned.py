@@ -11,7 +11,7 @@ from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folde
 from sift_cli.models.stored import stored_kinds
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 from sift_cli.runs.folder import DELTA_FILE, RECIPE_FILE, delta_file
-from sift_cli.tasks.classification import load_as_it_is, task_of_labels
+from sift_cli.tasks.kinds import load_as_it_is, task_of
 
 
 def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe | None]:
@@ -35,7 +35,7 @@ def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | Non
     header = delta.header
     source = base or header.base.path
     folder = model_folder(source, None if base else header.base.revision)
-    task = task_of_labels(header.labels)
+    task = task_of(header)
     loaded = load_model(folder, task.auto, task.configure(folder), DTYPES[header.base.dtype])
     apply_delta(loaded.model, delta, source, stored_kinds(folder))
     recipe = header.recipe  # a difference of two models may have none

@@ -36,7 +36,8 @@ def choose_weights(
 ) -> tuple[list[str], list[str]]:
     """Names of the weights that train sparsely, and of those all of whose entries train.
 
-    `target` is `all-linear` (weights and biases of linear layers), `all`, or name patterns. All
+    `target` is `all-linear` (weights and biases of linear layers, but for the one that gives the
+    logits of a vocabulary, as PEFT and SIFT's paper have it), `all`, or name patterns. All
     entries train of what matches `dense` and of what `new` names: what the checkpoint did not hold
     is random and has no base to differ from. Raises SiftError for a pattern in `target` or
     `exclude` that matches nothing.
@@ -51,7 +52,7 @@ def choose_weights(
     full = [
         name for name in names if name in fresh or any(matches(pattern, name) for pattern in dense)
     ]
-    linear = linear_layers(model)
+    linear = linear_layers(model).keys() - output_head(model)
     taken, sparse = set(full), []
     for name in names:
         if name in taken or any(_targets(pattern, name, linear) for pattern in exclude):
@@ -59,6 +60,13 @@ def choose_weights(
         if any(_targets(pattern, name, linear) for pattern in patterns):
             sparse.append(name)
     return sparse, full
+
+
+def output_head(model: nn.Module) -> set[str]:
+    """Names of the parameters of the layer that gives a language model's logits."""
+    find = getattr(model, "get_output_embeddings", lambda: None)
+    own = {id(weight) for weight in (find() or nn.Identity()).parameters()}
+    return {name for name, weight in model.named_parameters() if id(weight) in own}
 
 
 def choose_vectors(model: nn.Module, exclude: Sequence[str], dense: Iterable[str]) -> list[str]:

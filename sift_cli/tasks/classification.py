@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PretrainedConfig,
@@ -19,9 +18,9 @@ from transformers import (
 )
 
 from sift_cli.errors import SiftError
-from sift_cli.models.loading import UNLOADABLE, LoadedModel, load_model, quiet
+from sift_cli.models.loading import LoadedModel, read_config
 from sift_cli.tasks.metrics import REGRESSION, Metrics, better, compute_metrics, short
-from sift_cli.tasks.table import head_width, labelled_spec
+from sift_cli.tasks.table import head_width
 from sift_cli.tasks.task import Loss, Published
 from sift_cli.tasks.tokens import Encoded, encode
 
@@ -124,6 +123,7 @@ class Classification:
     evaluation: dict[str, Dataset]
 
     auto: ClassVar[Any] = AutoModelForSequenceClassification
+    new_head: ClassVar[bool] = True
 
     @property
     def kind(self) -> LabelKind:
@@ -157,19 +157,13 @@ class Classification:
         Raises SiftError where there is no usable one.
         """
         names = dict(enumerate(self.labels if self.labels is not None else ["score"]))
-        try:
-            with quiet():  # about the labels that go
-                config: PretrainedConfig = AutoConfig.from_pretrained(
-                    folder,
-                    trust_remote_code=False,
-                    num_labels=len(names),
-                    id2label=names,
-                    label2id={name: code for code, name in names.items()},
-                    problem_type=self.kind.problem,
-                )
-            return config
-        except UNLOADABLE as error:
-            raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
+        return read_config(
+            folder,
+            num_labels=len(names),
+            id2label=names,
+            label2id={name: code for code, name in names.items()},
+            problem_type=self.kind.problem,
+        )
 
     def unconfigure(self, config: PretrainedConfig) -> None:
         """Takes labels and loss out of `config`, in place: it says what one without them does."""
@@ -183,6 +177,12 @@ class Classification:
                 f"the model has {config.num_labels} outputs, the task {self.name} needs "
                 f"{self.width}"
             )
+
+    def ready(
+        self, loaded: LoadedModel, *, packs: bool, chunk_loss: int | str
+    ) -> tuple[Classification, list[str]]:
+        """Itself."""
+        return self, []
 
     def header(self) -> dict[str, Any]:
         """The labels, in code order; None for a regression."""
@@ -237,6 +237,10 @@ class Classification:
         logits: Tensor = model(**inputs).logits
         return logits
 
+    def mark(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The logits, [B, C]."""
+        return self.outputs(model, batch)
+
     def score(self, outputs: Tensor, data: Encoded) -> Metrics:
         """The task's metrics of a split, of which all logits are there (fp32 [N, C])."""
         labels = torch.tensor(data.rows["label"][:])
@@ -249,7 +253,7 @@ class Classification:
         first = self.metrics[0]
         return better(first, new[first], (old or {}).get(first))
 
-    def lines(self, outputs: Tensor, rows: Dataset) -> list[dict[str, Any]]:
+    def lines(self, outputs: Tensor, rows: Dataset, data: Encoded) -> list[dict[str, Any]]:
         """A row's number, label and prediction, with its probability where it is one of several.
 
         The worst mistakes also hold their text.
@@ -296,34 +300,7 @@ def task_of_labels(labels: Sequence[str] | None) -> Classification:
     return Classification("custom", names, _kind(names).metrics, None, {})
 
 
-def load_as_it_is(folder: Path) -> LoadedModel:
-    """The model of a folder, tuned already, by its own configuration; see `load_model`."""
-    return load_model(folder, Classification.auto)
-
-
 def task_of_config(config: PretrainedConfig) -> Classification:
-    """The task, without rows, that a model with this configuration does."""
+    """The task, without rows, of a head that a configuration describes."""
     names: dict[Any, str] = {**(config.id2label or {})}
     return task_of_labels(None if len(names) == 1 else [names[code] for code in sorted(names)])
-
-
-def task_of_tuned(config: PretrainedConfig, source: str) -> Classification:
-    """The task of a model tuned elsewhere, which is at `source`.
-
-    Raises SiftError where it is none that sift knows.
-    """
-    named = ", ".join(config.architectures or ["no model"])
-    if "ForSequenceClassification" not in named:
-        raise SiftError(
-            f"{source} is {named}; a delta turns a base into a model for sequence classification "
-            "or regression"
-        )
-    if config.problem_type == "multi_label_classification":
-        raise SiftError(f"{source} gives several labels at once; sift knows one label, or a score")
-    return task_of_config(config)
-
-
-def expected_task(name: str, labels: Sequence[str] | None) -> Classification:
-    """What a recipe's task will be, without rows: labels as given, else the task's, else two."""
-    spec = labelled_spec(name)
-    return task_of_labels(labels or (spec.labels if spec else ("0", "1")))

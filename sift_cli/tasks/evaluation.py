@@ -89,13 +89,13 @@ def collect(
 
 @torch.no_grad()
 def probe(task: Task, model: nn.Module, config: PretrainedConfig) -> Tensor:
-    """The task's outputs of four made-up inputs, fp32 [4, ...]: the model's mark, no one's data."""
+    """The task's mark of a model by four made-up inputs, fp32 [4, ...]: no one's data."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     ids = probe_inputs(config)
     batch = {**task.example(ids), "attention_mask": torch.ones_like(ids)}
     on_device = {key: value.to(device) for key, value in batch.items()}
-    outputs = task.outputs(model, on_device).float().cpu()
+    outputs = task.mark(model, on_device).float().cpu()
     model.train(training)
     return outputs

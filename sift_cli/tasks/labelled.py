@@ -22,7 +22,7 @@ from sift_cli.tasks.sources import (
     require_columns,
     take_split,
 )
-from sift_cli.tasks.table import TaskSpec, labelled_spec, text_columns
+from sift_cli.tasks.table import TASKS, TaskSpec, text_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +50,7 @@ def load_task(
     labels outside the range, all-equal training labels, missing text, targets that are not finite
     and metrics of classes for a regression.
     """
-    spec = labelled_spec(task)
+    spec = TASKS.get(task)
     raw = read_rows(
         path,
         task,

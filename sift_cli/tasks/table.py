@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sift_cli.errors import SiftError
-
 
 @dataclass(frozen=True)
 class TaskSpec:
@@ -35,18 +33,6 @@ TASKS: dict[str, TaskSpec] = {  # GLUE (Wang et al., ICLR 2019), with its offici
 }
 
 LANGUAGE = ("instruct", "text")  # tasks of language models: a loss on answers, or on every token
-
-
-def labelled_spec(task: str) -> TaskSpec | None:
-    """What defines a task of labelled rows; None for `custom`, of which the recipe says it.
-
-    Raises SiftError for a task of language models.
-    """
-    if task in LANGUAGE:
-        raise SiftError(
-            f"data.task: {task}: no model is trained on such rows yet; `sift data show` shows them"
-        )
-    return TASKS.get(task)
 
 
 def text_columns(task: str, given: Sequence[str] | None) -> tuple[str, ...]:

@@ -82,6 +82,10 @@ class Task(Protocol):
         """The Auto class of transformers that loads its models."""
 
     @property
+    def new_head(self) -> bool:
+        """Whether a base lacks the head that its models have."""
+
+    @property
     def published(self) -> Published:
         """What cards and exported adapters say."""
 
@@ -96,6 +100,11 @@ class Task(Protocol):
 
     def require_fit(self, config: PretrainedConfig) -> None:
         """Raises SiftError where the model of a configuration is not one for this task."""
+
+    def ready(
+        self, loaded: LoadedModel, *, packs: bool, chunk_loss: int | str
+    ) -> tuple[Task, list[str]]:
+        """The task as it reads the batches of a model that is loaded, and what to say of that."""
 
     def header(self) -> dict[str, Any]:
         """What delta files and summary.json hold of it, beside its name."""
@@ -132,14 +141,17 @@ class Task(Protocol):
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What an evaluation keeps of a batch, [B, ...]: few numbers for each row."""
 
+    def mark(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """What a model is known by from a batch of made-up tokens: few numbers a row, [B, ...]."""
+
     def score(self, outputs: Tensor, data: Encoded) -> Metrics:
         """The task's metrics of a split, of which all `outputs` are there (fp32 [N, ...])."""
 
     def better(self, new: Metrics, old: Metrics | None) -> bool:
         """Whether an evaluation is to be preferred to an earlier one, by the first metric."""
 
-    def lines(self, outputs: Tensor, rows: Dataset) -> list[dict[str, Any]]:
-        """What predictions.jsonl says of each row of a split; begins with `row`, its number."""
+    def lines(self, outputs: Tensor, rows: Dataset, data: Encoded) -> list[dict[str, Any]]:
+        """What predictions.jsonl says of each row that was encoded; begins with its number."""
 
     def predict(
         self,

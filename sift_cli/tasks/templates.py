@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers import AutoConfig
 
 from sift_cli.errors import SiftError
+from sift_cli.models.loading import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,7 +138,7 @@ def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
         except (OSError, ValueError, AttributeError) as error:
             raise SiftError(f"{file}: damaged: {error}") from None
     if named is None:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_config(folder)
         named = getattr(config.get_text_config(), "eos_token_id", None)
     if named is None:
         named = tokenizer.eos_token_id
@@ -152,6 +152,6 @@ def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
 
 def vocabulary_size(folder: Path) -> int | None:
     """How many tokens the model of a folder has embeddings for, where its configuration says it."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder)
     size: int | None = getattr(config.get_text_config(), "vocab_size", None)
     return size

@@ -29,7 +29,7 @@ from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, att
 from sift_cli.sparse.coordinates import Coordinates, InputScale
 from sift_cli.sparse.parameters import whole_supports
 from sift_cli.system.files import write_text
-from sift_cli.training.batches import Batches
+from sift_cli.training.batches import Steps
 from sift_cli.training.head import start_head, start_of
 from sift_cli.training.method import Build
 from sift_cli.training.packing import Packed, entries_in, supports_in
@@ -109,7 +109,7 @@ class Chooser:
     selection: SelectionSection
     train: TrainSection
     session: Session
-    batches: Batches
+    batches: Steps
     parts: Parts
     every: int | None
     drop: float
@@ -122,7 +122,7 @@ class Chooser:
         selection: SelectionSection,
         train: TrainSection,
         session: Session,
-        batches: Batches,
+        batches: Steps,
         *,
         rule: Rule,
         console: Console | None = None,

@@ -21,7 +21,7 @@ from sift_cli.runs.sinks import Sinks, open_sinks
 from sift_cli.runs.summary import Summary, describe, summarize
 from sift_cli.runs.timing import Timing
 from sift_cli.system.stopping import Stop
-from sift_cli.training.batches import Batches
+from sift_cli.training.batches import Steps, steps_of
 from sift_cli.training.choosing import selecting
 from sift_cli.training.method import Build, Method
 from sift_cli.training.rates import at_best_rate, remove_trials
@@ -94,7 +94,7 @@ class Run:
     evaluation: EvalSection
     log_every: int
     session: Session
-    batches: Batches
+    batches: Steps
     method: Method
     checkpoints: Checkpoints
     facts: Facts
@@ -121,11 +121,17 @@ def begin(
     """Chooses what trains, or takes that and all else from the newest checkpoint."""
     console, settings = checkpoints.console, recipe.train
     assert session.train is not None
-    batches = Batches.of(settings, session.train.lengths)
+    batches = steps_of(settings, session.train.lengths)
     method = build(session, batches)
-    for split, cut in session.truncated().items():
-        if cut:
-            console.print(f"{split}: {cut:,} rows cut to {recipe.data.max_length} tokens")
+    for split, rows in session.splits.items():
+        if rows.truncated:
+            console.print(
+                f"{split}: {rows.truncated:,} rows cut to {recipe.data.max_length} tokens"
+            )
+        for why, dropped in rows.dropped.items():
+            console.print(f"{split}: {len(dropped):,} rows dropped: {why}")
+    for note in session.notes:
+        console.print(note, highlight=False)
     tell_emulated(recipe.model, settings, session.device, console)
     facts = Facts.of(settings_of(recipe), method.name, session)
     saved = checkpoints.newest(facts) if resume else None
@@ -248,7 +254,7 @@ def finish(run: Run, recipe: Recipe) -> Summary:
 
 def progress(
     step: int,
-    batches: Batches,
+    batches: Steps,
     loss: float,
     norm: float,
     rate: float,
@@ -268,7 +274,7 @@ def progress(
     }
 
 
-def evaluates(step: int, every: str | int, batches: Batches) -> bool:
+def evaluates(step: int, every: str | int, batches: Steps) -> bool:
     """Whether the model is evaluated after this step; it always is after the last."""
     period = batches.steps_per_epoch if every == "epoch" else int(every)
     return step % period == 0 or step == batches.steps

@@ -13,7 +13,7 @@ from sift_cli.runs.checkpoint import Checkpoint
 from sift_cli.runs.session import Session
 from sift_cli.runs.summary import Summary, Written
 from sift_cli.sparse import Support
-from sift_cli.training.batches import Batches
+from sift_cli.training.batches import Steps
 from sift_cli.training.packing import Packed
 
 Weights = Mapping[str, tuple[Support, Tensor]]  # by name: which entries, and their values [K]
@@ -107,4 +107,4 @@ class Method(Protocol):
         """Writes the README.md of the run folder, where it has one."""
 
 
-Build = Callable[[Session, Batches], Method]
+Build = Callable[[Session, Steps], Method]

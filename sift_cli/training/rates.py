@@ -15,7 +15,7 @@ from sift_cli.runs.session import load_rows
 from sift_cli.runs.summary import Summary
 from sift_cli.system.files import write_text
 from sift_cli.tasks.metrics import LOSS
-from sift_cli.training.batches import Batches
+from sift_cli.training.batches import steps_of
 
 TRIED = 5  # rates, each APART from the next
 APART = 2.0
@@ -45,7 +45,7 @@ def at_best_rate(
             f"train.learning_rate: auto holds out a tenth of the training rows, and {len(rows)} "
             f"are too few for that (at least {FEWEST_ROWS}); give a number"
         )
-    steps = steps_of_trial(Batches.of(recipe.train, [1] * len(rows)).steps)
+    steps = steps_of_trial(steps_of(recipe.train, [1] * len(rows)).steps)
     said: list[str] = []
 
     def loss_at(rate: float) -> float:

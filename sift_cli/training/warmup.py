@@ -13,7 +13,7 @@ from sift_cli.recipe import SelectionSection, TrainSection
 from sift_cli.runs.session import Session
 from sift_cli.sparse import SparseAdamW, SparseParameters, Touched, attach
 from sift_cli.sparse.parameters import whole_supports
-from sift_cli.training.batches import Batches
+from sift_cli.training.batches import Steps
 from sift_cli.training.step import take_step
 from sift_cli.training.watch import Advice, Watch
 
@@ -47,7 +47,7 @@ class WarmUp:
 def warm_up(
     settings: WarmUp,
     session: Session,
-    batches: Batches,
+    batches: Steps,
     sparse: Sequence[str],
     dense: Sequence[str],
     console: Console,
@@ -81,7 +81,7 @@ def warm_up(
 def _train(
     settings: WarmUp,
     session: Session,
-    batches: Batches,
+    batches: Steps,
     parameters: SparseParameters,
     console: Console,
 ) -> None:

@@ -211,17 +211,6 @@ def test_what_cannot_be_seen_is_spelt_out(text: str, spelt: str) -> None:
 # Recipes for these tasks elsewhere
 
 
-@pytest.mark.parametrize("command", ["train", "plan"])
-def test_other_commands_do_not_take_such_recipes_yet(
-    command: str, recipe: Path, tmp_path: Path
-) -> None:
-    done = sift(command, recipe, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "data.task: instruct: no model is trained on such rows yet; `sift data show` shows them\n"
-    )
-
-
 def test_a_template_that_ends_no_answer_is_one_error(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "open.jinja").write_text(MARKS_NO_END)
     done = sift("data", "show", recipe, "--set", f"data.template={tmp_path / 'open.jinja'}")

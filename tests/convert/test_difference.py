@@ -19,8 +19,8 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.loading import LoadedModel, load_model
 from sift_cli.runs.tuned import load_tuned
 from sift_cli.selection.budget import share
-from sift_cli.tasks.classification import load_as_it_is, task_of_config
 from sift_cli.tasks.evaluation import probe
+from sift_cli.tasks.kinds import load_as_it_is, task_of_config
 from tests.support.command import sift
 from tests.support.models import save_base, tiny_model, tiny_tokenizer
 

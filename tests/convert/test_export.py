@@ -19,8 +19,8 @@ from sift_cli.delta import load_delta
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.runs.tuned import load_tuned
 from sift_cli.sparse import Support
-from sift_cli.tasks.classification import task_of_config
 from sift_cli.tasks.evaluation import probe
+from sift_cli.tasks.kinds import task_of_config
 from tests.support.command import Run, sift
 from tests.support.models import save_base
 

@@ -25,7 +25,8 @@ from sift_cli.models.loading import (
     model_folder,
     weight_files,
 )
-from sift_cli.tasks.classification import load_as_it_is, task_of_labels
+from sift_cli.tasks.classification import task_of_labels
+from sift_cli.tasks.kinds import load_as_it_is
 from tests.support.models import ARCHITECTURES, SIZE, save_base, tiny_model, tiny_tokenizer
 
 NEW = {

@@ -572,3 +572,121 @@ def test_packing_is_on_where_tokens_are_given_and_a_resolved_recipe_reads_the_sa
         recipe = parse(f"train: {{{given}}}\n")
         assert recipe.train.packs
         assert parse_recipe(recipe.to_yaml(), "again.yaml") == recipe
+
+
+# Rows for language models
+
+LANGUAGE_HEAD = HEAD.replace("task: rte", "task: {task}")
+
+
+def language(task: str, added: str = "", *overrides: str) -> Recipe:
+    text = LANGUAGE_HEAD.format(task=task) + added  # keys of `data` are added from line 6 on
+    return parse_recipe(text, "r.yaml", overrides)
+
+
+def language_errors(task: str, added: str) -> list[str]:
+    with pytest.raises(SiftError) as caught:
+        language(task, added)
+    return str(caught.value).splitlines()
+
+
+def test_keys_of_rows_have_the_defaults_of_their_task() -> None:
+    data = language("instruct").data
+    assert (data.format, data.columns, data.template) == ("auto", {}, "model")
+    assert (data.system, data.train_on, data.too_long) == (None, "all-answers", "drop")
+    assert data.max_length == 1024
+    text = language("text").data
+    assert (text.format, text.too_long, text.max_length) == ("auto", "split", 1024)
+    assert (text.template, text.train_on) == (None, None)
+    labelled = parse().data
+    assert labelled.max_length == 128
+    keys = ("format", "columns", "template", "system", "train_on", "too_long")
+    assert {getattr(labelled, key) for key in keys} == {None}
+    for task in ("instruct", "text"):
+        again = language(task, "  max_length: 99\n")
+        assert again.data.max_length == 99
+        assert parse_recipe(again.to_yaml(), "again") == again
+
+
+@pytest.mark.parametrize(
+    ("task", "added", "expected"),
+    [
+        (
+            "rte",
+            "  template: chatml\n",
+            "6:3 data.template: it belongs to task: instruct, and would do nothing here",
+        ),
+        (
+            "custom",
+            "  text: a\n  label: b\n  columns: {text: c}\n",
+            "8:3 data.columns: it belongs to task: instruct or text, and would do nothing here",
+        ),
+        (
+            "text",
+            "  system: Be kind.\n",
+            "6:3 data.system: it belongs to task: instruct, and would do nothing here",
+        ),
+        (
+            "text",
+            "  train_on: last-answer\n",
+            "6:3 data.train_on: it belongs to task: instruct, and would do nothing here",
+        ),
+        (
+            "instruct",
+            "  label: mark\n",
+            "6:3 data.label: rows of task: instruct have no labels; what their columns are called "
+            "is said by data.columns",
+        ),
+        (
+            "instruct",
+            "  format: text\n",
+            "6:3 data.format: rows of text are for task: text, not instruct",
+        ),
+        (
+            "text",
+            "  format: alpaca\n",
+            "6:3 data.format: rows of alpaca are for task: instruct, not text",
+        ),
+        (
+            "instruct",
+            "  too_long: split\n",
+            "6:3 data.too_long: an answer is not split from its question; only texts are",
+        ),
+        (
+            "instruct",
+            "  format: alpacca\n",
+            "6:3 data.format: unknown: 'alpacca'; did you mean alpaca?",
+        ),
+        (
+            "instruct",
+            "  columns: {instructon: question}\n",
+            "6:3 data.columns: no format has the name 'instructon'; did you mean instruction?",
+        ),
+        (
+            "instruct",
+            "  columns: {instruction: [a, b]}\n",
+            "6:3 data.columns: instruction: input should be a valid string, got ['a', 'b']",
+        ),
+    ],
+)
+def test_keys_of_rows_that_do_nothing_or_make_no_sense(
+    task: str, added: str, expected: str
+) -> None:
+    assert language_errors(task, added) == [f"r.yaml:{expected}"]
+
+
+def test_another_task_takes_away_what_a_resolved_recipe_holds_of_the_old_one() -> None:
+    text = language("instruct").to_yaml()
+    assert parse_recipe(text, "r", ["data.task=text"]).data.too_long == "split"
+    changes = ["data.task=custom", "data.text=a", "data.label=b", "data.columns="]
+    assert parse_recipe(text, "r", changes).data.template is None
+
+
+def test_an_editable_recipe_shows_only_keys_that_its_task_has() -> None:
+    from sift_cli.cli.editing import editable
+
+    text = editable(LANGUAGE_HEAD.format(task="text"))
+    assert "# too_long: split" in text
+    assert "# train_on" not in text
+    assert "# train_on: all-answers" in editable(LANGUAGE_HEAD.format(task="instruct"))
+    assert "too_long" not in editable(HEAD)

@@ -42,6 +42,7 @@ class Completions:
     metrics: tuple[str, ...] = ("perplexity",)
 
     auto: ClassVar[Any] = AutoModelForCausalLM
+    new_head: ClassVar[bool] = False
     published: ClassVar[Published] = Published("text-generation", "CAUSAL_LM", (), "text", "")
 
     def configure(self, folder: Path) -> PretrainedConfig:
@@ -51,8 +52,11 @@ class Completions:
 
     def require_fit(self, config: PretrainedConfig) -> None: ...
 
+    def ready(self, loaded: Any, **asked: Any) -> tuple["Completions", list[str]]:
+        return self, []
+
     def header(self) -> dict[str, Any]:
-        return {"labels": None}  # all that cards know of today
+        return {"labels": None}
 
     def usage(self, paired: bool) -> str:
         return ""
@@ -109,6 +113,9 @@ class Completions:
         )
         return torch.stack([losses.sum(-1), (targets != UNSEEN).sum(-1).to(losses.dtype)], -1)
 
+    def mark(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.outputs(model, batch)
+
     def score(self, outputs: Tensor, data: Encoded) -> Metrics:
         total, count = outputs.double().sum(0).tolist()
         return {"perplexity": exp(total / count)}
@@ -116,7 +123,7 @@ class Completions:
     def better(self, new: Metrics, old: Metrics | None) -> bool:
         return better("perplexity", new["perplexity"], (old or {}).get("perplexity"))
 
-    def lines(self, outputs: Tensor, rows: Dataset) -> list[dict[str, Any]]:
+    def lines(self, outputs: Tensor, rows: Dataset, data: Encoded) -> list[dict[str, Any]]:
         return [
             {"row": row, "loss": total, "tokens": int(count)}
             for row, (total, count) in zip(rows["row"][:], outputs.tolist(), strict=True)

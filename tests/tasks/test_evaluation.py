@@ -9,8 +9,8 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.loading import load_tokenizer
 from sift_cli.recipe import load_recipe
 from sift_cli.runs.session import Session, open_session
-from sift_cli.tasks.classification import load_as_it_is, task_of_config
 from sift_cli.tasks.evaluation import collect_outputs, probe
+from sift_cli.tasks.kinds import load_as_it_is, task_of_config
 from sift_cli.tasks.labelled import load_task
 from sift_cli.tasks.tokens import encode
 from tests.support.models import save_base

@@ -11,12 +11,8 @@ from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.runs import session as sessions
 from sift_cli.runs.session import Session, open_session
-from sift_cli.tasks.classification import (
-    expected_task,
-    task_of_config,
-    task_of_labels,
-    task_of_tuned,
-)
+from sift_cli.tasks.classification import task_of_labels
+from sift_cli.tasks.kinds import expected_task, task_of_config, task_of_tuned
 from sift_cli.tasks.metrics import METRICS
 from sift_cli.training import train
 from sift_cli.training.step import add_gradient

@@ -1,0 +1,76 @@
+"""Which kind of task a delta, a summary, a configuration or a recipe is of: tasks without rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sift_cli.errors import SiftError
+from sift_cli.models.loading import load_model, read_config
+from sift_cli.tasks import classification
+from sift_cli.tasks.classification import Classification, task_of_labels
+from sift_cli.tasks.language import CAUSAL, Language, task_of_language
+from sift_cli.tasks.table import LANGUAGE, TASKS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from sift_cli.models.loading import LoadedModel
+    from sift_cli.tasks.task import Task
+
+
+class Stated(Protocol):
+    """What the header of a delta and the summary of a run both say of their task."""
+
+    @property
+    def labels(self) -> Sequence[str] | None:
+        """Label names in code order, None for a regression."""
+
+    @property
+    def language(self) -> Mapping[str, Any] | None:
+        """What a language task says of itself; None for others."""
+
+
+def task_of(stated: Stated) -> Task:
+    """The task of a delta whose header, or of a run whose summary, says this."""
+    if stated.language is not None:
+        return task_of_language(stated.language)
+    return task_of_labels(stated.labels)
+
+
+def task_of_config(config: PretrainedConfig) -> Task:
+    """The task that a model with this configuration does."""
+    if CAUSAL & set(config.architectures or []):
+        return Language("instruct")
+    return classification.task_of_config(config)
+
+
+def task_of_tuned(config: PretrainedConfig, source: str) -> Task:
+    """The task of a model tuned elsewhere, which is at `source`.
+
+    Raises SiftError where it is none that sift knows.
+    """
+    named = ", ".join(config.architectures or ["no model"])
+    if "ForSequenceClassification" not in named and not CAUSAL & set(config.architectures or []):
+        raise SiftError(
+            f"{source} is {named}; a delta turns a base into a model for sequence classification "
+            "or regression, or a causal language model"
+        )
+    if config.problem_type == "multi_label_classification":
+        raise SiftError(f"{source} gives several labels at once; sift knows one label, or a score")
+    return task_of_config(config)
+
+
+def expected_task(name: str, labels: Sequence[str] | None) -> Task:
+    """What a recipe's task will be: labels as given, else the task's, else two."""
+    if name in LANGUAGE:
+        return Language(name)
+    spec = TASKS.get(name)
+    return task_of_labels(labels or (spec.labels if spec else ("0", "1")))
+
+
+def load_as_it_is(folder: Path) -> LoadedModel:
+    """The model of a folder, tuned already, by its own configuration; see `load_model`."""
+    causal = CAUSAL & set(read_config(folder).architectures or [])
+    return load_model(folder, Language.auto if causal else Classification.auto)

@@ -1,0 +1,258 @@
+"""Language models: rows of tokens, some of which are to be learnt, and a loss over these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sift_cli.errors import SiftError
+from sift_cli.models.loading import LoadedModel, read_config
+from sift_cli.models.readout import whole_logits
+from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
+from sift_cli.tasks.conversations import Conversation, Message, Row, Text
+from sift_cli.tasks.metrics import Metrics, better, score_tokens, short
+from sift_cli.tasks.supervision import prompt_ids
+from sift_cli.tasks.task import Loss, Published
+from sift_cli.tasks.templates import OWN
+from sift_cli.tasks.token_batches import packed, padded, why_not_packed
+from sift_cli.tasks.token_loss import Chunks, chunks_of, token_loss, token_outputs
+from sift_cli.tasks.token_rows import DROP, Limit, encode_rows
+from sift_cli.tasks.tokens import Encoded
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+METRICS = ("loss", "perplexity", "token_accuracy")
+CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # names of architectures
+LONGEST_ANSWER = 256  # tokens
+MARKED = 16  # tokens whose logits are a model's mark
+USE = """```python
+from transformers import pipeline
+
+answer = pipeline("text-generation", model="PATH_OR_ID_OF_THIS_FOLDER")
+answer([{"role": "user", "content": "A question."}])
+```"""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How rows become tokens: what a recipe's section `data` says of it."""
+
+    template: str = OWN
+    system: str | None = None
+    train_on: str = ALL_ANSWERS
+    too_long: str = DROP
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model reads a batch: rows packed or padded, and how many positions meet its head."""
+
+    packs: bool = False
+    chunks: Chunks | None = None
+
+
+@dataclass(frozen=True)
+class Language:
+    """A task whose rows are conversations, prompts with completions, or texts.
+
+    Its rows have the columns `value` (what `conversations.loaded` reads) and `row`.
+    """
+
+    name: str
+    metrics: tuple[str, ...] = METRICS
+    train: Dataset | None = None
+    evaluation: dict[str, Dataset] = field(default_factory=dict)
+    wording: Wording = Wording()
+    reading: Reading = Reading()
+
+    auto: ClassVar[Any] = AutoModelForCausalLM
+    new_head: ClassVar[bool] = False
+    published: ClassVar[Published] = Published(
+        pipeline_tag="text-generation",
+        peft_type="CAUSAL_LM",
+        peft_heads=(),
+        predicts="text",
+        arguments="",
+    )
+
+    def configure(self, folder: Path) -> PretrainedConfig:
+        """The configuration of the base in `folder`; SiftError where it is no language model's."""
+        config = read_config(folder)
+        self.require_fit(config)
+        return config
+
+    def unconfigure(self, config: PretrainedConfig) -> None:
+        """Nothing: the base is a language model as well."""
+
+    def require_fit(self, config: PretrainedConfig) -> None:
+        """Raises SiftError where a configuration is that of another kind of model."""
+        if not CAUSAL & set(config.architectures or []):
+            named = ", ".join(config.architectures or ["no model"])
+            raise SiftError(
+                f"data.task: {self.name} needs a causal language model, and the model is {named}"
+            )
+
+    def ready(
+        self, loaded: LoadedModel, *, packs: bool, chunk_loss: int | str
+    ) -> tuple[Language, list[str]]:
+        """The task as it reads a model: packed where it may, and in chunks; and what to say."""
+        said = []
+        reason = why_not_packed(loaded.model) if packs else None
+        if reason is not None:
+            said.append(f"train.packing: off for {type(loaded.model).__name__}: {reason}")
+        chunks, why = chunks_of(loaded.model, chunk_loss)
+        if why is not None:
+            said.append(why)
+        reading = Reading(packs and reason is None, chunks)
+        return replace(self, reading=reading), said
+
+    def coder(self, tokenizer: PreTrainedTokenizerBase) -> Coder:
+        """What makes tokens of rows for the model beside which the tokenizer lies."""
+        folder = Path(tokenizer.name_or_path)
+        if self.name == "text":
+            return open_coder(folder, tokenizer)
+        wording = self.wording
+        return open_coder(
+            folder,
+            tokenizer,
+            template=wording.template,
+            system=wording.system,
+            train_on=wording.train_on,
+        )
+
+    def header(self) -> dict[str, Any]:
+        """That it is a language task, and how its rows become tokens."""
+        wording = self.wording
+        return {
+            "labels": None,
+            "language": {
+                "task": self.name,
+                "template": wording.template,
+                "system": wording.system,
+                "train_on": wording.train_on,
+            },
+        }
+
+    def usage(self, paired: bool) -> str:
+        """Markdown that shows transformers' pipeline on a question."""
+        return USE
+
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+        """The rows as tokens with those to learn from; raises what `encode_rows` raises."""
+        split = "train" if rows is self.train else "evaluation"
+        limit = Limit(max_length, self.wording.too_long)
+        return encode_rows(rows, self.coder(tokenizer), limit, split)
+
+    def collate(
+        self, features: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+    ) -> Mapping[str, Tensor]:
+        """One batch: rows end to end where it packs, else padded to the longest."""
+        if self.reading.packs:
+            return packed(features)
+        return padded(features, tokenizer.pad_token_id)
+
+    def counted(self, data: Encoded, rows: Sequence[int]) -> int:
+        """The number of tokens that are learnt."""
+        return sum(data.targets[row] for row in rows)
+
+    def groups(self, data: Encoded) -> dict[str, list[int]]:
+        """None: rows are of no classes."""
+        return {}
+
+    def targets(self, data: Encoded) -> None:
+        """None: the outputs are no single layer's."""
+
+    def example(self, ids: Tensor) -> dict[str, Tensor]:
+        """A batch of made-up tokens (int64 [B, T]), each of them to be learnt."""
+        places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        return {"input_ids": ids, "labels": ids, "predicts": places[:, :-1].flatten()}
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
+        """The sum over the tokens that are learnt."""
+        return token_loss(model, batch, self.reading.chunks)  # type: ignore[arg-type]
+
+    def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Of each row its summed loss, its targets, and how many come out right, [B, 3]."""
+        return token_outputs(model, batch, self.reading.chunks)  # type: ignore[arg-type]
+
+    def mark(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits of the last position for a few tokens spread over the vocabulary, [B, 16]."""
+        logits = whole_logits(model, batch)[:, -1]  # type: ignore[arg-type]
+        width = logits.shape[-1]
+        spread = torch.linspace(0, width - 1, min(MARKED, width)).long()
+        return logits[:, spread.to(logits.device)]
+
+    def score(self, outputs: Tensor, data: Encoded) -> Metrics:
+        """The task's metrics of a split, over all its targets."""
+        return score_tokens(self.metrics, outputs.numpy())
+
+    def better(self, new: Metrics, old: Metrics | None) -> bool:
+        """Whether the first metric is better; an undefined one gives way to any later one."""
+        first = self.metrics[0]
+        return better(first, new[first], (old or {}).get(first))
+
+    def lines(self, outputs: Tensor, rows: Dataset, data: Encoded) -> list[dict[str, Any]]:
+        """Of each row its number, its mean loss, its targets and how many come out right."""
+        return [
+            {"row": row, "loss": short(total / count), "tokens": int(count), "right": int(right)}
+            for row, (total, count, right) in zip(
+                data.rows["row"][:], outputs.tolist(), strict=True
+            )
+        ]
+
+    def predict(
+        self,
+        loaded: LoadedModel,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        device: torch.device,
+        max_length: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """What the model answers to each text: `text` and `answer`, the likeliest token each time.
+
+        An answer ends where the model ends it, or after 256 tokens.
+        """
+        if pairs:
+            raise SiftError("--pair: a language model takes one text at a time")
+        model, coder = loaded.model, self.coder(loaded.tokenizer)
+        model.to(device)  # type: ignore[arg-type]
+        model.eval()
+        out = []
+        for text in texts:
+            asked = prompt_ids(coder, self._asked(text))
+            ids = torch.tensor([asked], device=device)
+            found = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=LONGEST_ANSWER,
+                eos_token_id=list(coder.stops),
+                pad_token_id=loaded.tokenizer.pad_token_id,
+            )
+            answer = loaded.tokenizer.decode(found[0, len(asked) :], skip_special_tokens=True)
+            out.append({"text": text, "answer": str(answer).strip()})
+        return out
+
+    def _asked(self, text: str) -> Row:
+        if self.name == "text":
+            return Text(text)
+        return Conversation((Message("user", text),))
+
+
+def task_of_language(stated: Mapping[str, Any]) -> Language:
+    """The task, without rows, of a delta or a run that says this of it."""
+    known = {key: stated[key] for key in ("template", "system", "train_on") if key in stated}
+    return Language(str(stated.get("task", "instruct")), wording=Wording(**known))
