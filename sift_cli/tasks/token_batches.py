@@ -18,18 +18,12 @@ from torch import Tensor
 
 from sift_cli.models.fingerprints import probe_inputs
 from sift_cli.models.readout import apart, evaluating, hidden_states, tolerance
+from sift_cli.tasks.tokens import UNSEEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Row = Mapping[str, Any]
-
-UNSEEN = -100  # the label of a token that no loss is taken of
-
-
-def count_targets(labels: Sequence[int]) -> int:
-    """How many tokens of a row are predicted and supervised."""
-    return sum(label != UNSEEN for label in labels[1:])
 
 
 def padded(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from sift_cli.tasks.token_batches import UNSEEN
+from sift_cli.tasks.tokens import UNSEEN
 
 SIZE = 61  # of the vocabulary: no width of any layer
 EOS = 2

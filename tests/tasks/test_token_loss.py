@@ -26,12 +26,12 @@ from sift_cli.tasks.metrics import score_tokens
 from sift_cli.tasks.task import Loss
 from sift_cli.tasks.token_batches import (
     UNSEEN,
-    count_targets,
     packed,
     padded,
     why_not_packed,
 )
 from sift_cli.tasks.token_loss import Chunks, chunks_of, token_loss, token_outputs
+from sift_cli.tasks.token_rows import count_targets
 from tests.support.causal import (
     CHUNKED,
     EOS,
