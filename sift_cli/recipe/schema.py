@@ -363,6 +363,17 @@ class Recipe(Section):
         return {**given, "train": {**train, **open_keys}} if open_keys else given
 
     @model_validator(mode="after")
+    def _keys_of_tokens_fit_the_task(self) -> "Recipe":
+        for key in ("tokens", "packing", "chunk_loss"):
+            usual = TrainSection.model_fields[key].default
+            if self.data.task not in LANGUAGE and getattr(self.train, key) not in (usual, False):
+                raise ValueError(
+                    f"train.{key}: it belongs to task: {' or '.join(LANGUAGE)}, and would do "
+                    "nothing here"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _rows_fit_in_a_step(self) -> "Recipe":
         tokens, longest = self.train.tokens, self.data.max_length
         if tokens is not None and tokens < longest:

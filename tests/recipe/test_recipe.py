@@ -521,6 +521,9 @@ def test_a_rate_left_open_follows_the_density() -> None:
     assert rate("train: {learning_rate: auto}\n") == "auto"
 
 
+OF_TOKENS = ("data.task=instruct", "data.max_length=128")
+
+
 @pytest.mark.parametrize(
     ("train", "expected"),
     [
@@ -549,7 +552,7 @@ def test_a_rate_left_open_follows_the_density() -> None:
     ],
 )
 def test_steps_of_tokens_and_of_rows_do_not_mix(train: str, expected: str) -> None:
-    (line,) = errors(f"train:\n  {train}\n")
+    (line,) = errors(f"train:\n  {train}\n", *OF_TOKENS)
     where, _, said = line.partition(" ")
     assert said == expected
     key = expected.partition(":")[0].removeprefix("train.")
@@ -560,7 +563,7 @@ def test_steps_of_tokens_and_of_rows_do_not_mix(train: str, expected: str) -> No
 @pytest.mark.parametrize(("given", "read"), [("off", "off"), ("auto", "auto"), ("512", 512)])
 def test_chunk_loss_as_yaml_reads_it(given: str, read: object) -> None:
     """YAML takes `off` for false."""
-    recipe = parse(f"train: {{chunk_loss: {given}}}\n")
+    recipe = parse(f"train: {{chunk_loss: {given}}}\n", *OF_TOKENS)
     assert recipe.train.chunk_loss == read
     assert parse_recipe(recipe.to_yaml(), "again.yaml") == recipe
 
@@ -569,9 +572,18 @@ def test_packing_is_on_where_tokens_are_given_and_a_resolved_recipe_reads_the_sa
     assert not parse().train.packs
     assert (parse().train.tokens, parse().train.packing) == (None, None)
     for given in ("tokens: 4096", "tokens: 4096, packing: true"):
-        recipe = parse(f"train: {{{given}}}\n")
+        recipe = parse(f"train: {{{given}}}\n", *OF_TOKENS)
         assert recipe.train.packs
         assert parse_recipe(recipe.to_yaml(), "again.yaml") == recipe
+
+
+@pytest.mark.parametrize("given", ["tokens: 4096", "chunk_loss: 512", "chunk_loss: off"])
+def test_keys_of_tokens_belong_to_language_tasks(given: str) -> None:
+    key = given.partition(":")[0]
+    assert errors(f"train:\n  {given}\n") == [
+        f"r.yaml:7:3 train.{key}: it belongs to task: instruct or text, and would do nothing here"
+    ]
+    assert parse("train: {packing: false}\n").train.packing is False
 
 
 # Rows for language models
