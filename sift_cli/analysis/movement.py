@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sift_cli.models import devices
 from sift_cli.selection.targets import LinearLayer
 from sift_cli.sparse import Support
 
@@ -76,12 +77,8 @@ def evaluating(model: nn.Module, forward: Callable[[], object]) -> Callable[[], 
     """`forward` without dropout; the model is left in the mode it was in."""
 
     def run() -> None:
-        training = model.training
-        model.eval()
-        try:
+        with devices.evaluating(model):
             forward()
-        finally:
-            model.train(training)
 
     return run
 

@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Any
 from sift_cli.errors import SiftError
 from sift_cli.models.loading import load_tokenizer, model_folder
 from sift_cli.recipe import Recipe
-from sift_cli.runs.language import language_rows, recipe_coder, recipe_limit
+from sift_cli.runs.language import language_of, language_rows
 from sift_cli.runs.session import load_rows
 from sift_cli.tasks.coder import Coded
 from sift_cli.tasks.conversations import is_conversation, loaded
 from sift_cli.tasks.supervision import code
 from sift_cli.tasks.table import LANGUAGE
 from sift_cli.tasks.token_rows import fit, require_enough, spread_of, tokenise
-from sift_cli.tasks.tokens import UNSEEN, Encoded
+from sift_cli.tasks.tokens import UNSEEN, Encoded, decoded
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerBase
 
 TRAIN = "train"
@@ -98,19 +96,19 @@ def show_row(recipe: Recipe, row: int | None = None, split: str = TRAIN) -> Show
     folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
     tokenizer = load_tokenizer(folder)
     kind = _language if recipe.data.task in LANGUAGE else _labelled
-    return kind(recipe, folder, tokenizer, row, split)
+    return kind(recipe, tokenizer, row, split)
 
 
 def _language(
-    recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, row: int | None, split: str
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, row: int | None, split: str
 ) -> ShownRow:
-    train, limit = split == TRAIN, recipe_limit(recipe)
+    train, task = split == TRAIN, language_of(recipe)
     chosen = None if train else split
     found = language_rows(recipe, train=train, evaluate=not train, split=chosen)
     rows = found.train if train else found.evaluation
     assert rows is not None
     at = _place(rows["row"], row, split)
-    coder = recipe_coder(recipe, folder, tokenizer)
+    coder, limit = task.coder(tokenizer), task.limit(recipe.data.max_length)
     data = tokenise(rows, coder, limit, split)
     line = rows["value"][at]
     (coded,) = code(coder, [loaded(line)])
@@ -138,7 +136,7 @@ def _language(
 
 
 def _labelled(
-    recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, row: int | None, split: str
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, row: int | None, split: str
 ) -> ShownRow:
     train = split == TRAIN
     task = load_rows(recipe, train=train, split=None if train else split)
@@ -191,11 +189,11 @@ def _spelt(
 ) -> tuple[list[Token], list[Part]]:
     """Each token, and each run of tokens, with the text that it adds to one before it."""
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
-    before = _decoded(tokenizer, [anchor])
+    before = decoded(tokenizer, [anchor])
 
     def added(some: Sequence[int]) -> str:
-        both = _decoded(tokenizer, [anchor, *some])
-        return both[len(before) :] if both.startswith(before) else _decoded(tokenizer, some)
+        both = decoded(tokenizer, [anchor, *some])
+        return both[len(before) :] if both.startswith(before) else decoded(tokenizer, some)
 
     texts = {one: added([one]) for one in dict.fromkeys(ids)}
     tokens = [Token(one, texts[one], flag) for one, flag in zip(ids, learnt, strict=True)]
@@ -205,11 +203,5 @@ def _spelt(
     ]
     parts = [Part(added(some), flag) for flag, some in runs]
     if runs:  # nothing stands before the first one
-        parts[0] = Part(_decoded(tokenizer, runs[0][1]), runs[0][0])
+        parts[0] = Part(decoded(tokenizer, runs[0][1]), runs[0][0])
     return tokens, parts
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sift_cli.errors import SiftError
 
@@ -58,3 +58,14 @@ def pick_device(name: str | None) -> torch.device:
         usable = ", ".join(kind for kind, ok in there.items() if ok)
         raise SiftError(f"--device {name}: not on this machine; there is {usable}")
     return device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within, and then as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -7,7 +7,6 @@ the model's own forward pass does to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sift_cli.models.devices import evaluating
 from sift_cli.models.fingerprints import probe_inputs
 
 if TYPE_CHECKING:
@@ -143,14 +143,3 @@ def same(found: Tensor, wanted: Tensor) -> bool:
     """Whether two tensors of one shape and dtype hold the same but for rounding."""
     fits = found.shape == wanted.shape and found.dtype == wanted.dtype
     return fits and apart(found.cpu(), wanted.cpu()) < tolerance(found.dtype)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within, and then as it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -84,14 +84,12 @@ def row_options(selection: Mapping[str, Any]) -> dict[str, object]:
     A score of another row that compares batches brings the number of its own.
     """
     row, score = policy_row(selection), selection.get("score")
-    if score in (None, row.score):
-        return dict(row.defaults)
-    own = POLICIES[str(score)].defaults if score in COMPARING else {}
-    return {
-        key: value
-        for key, value in {**row.defaults, **own}.items()
-        if key in own or key != "batches"
-    }
+    options = dict(row.defaults)
+    if score not in (None, row.score):
+        options.pop("batches", None)
+        if score in COMPARING:
+            options |= POLICIES[str(score)].defaults
+    return options
 
 
 AXES = ("score", "scope", "structure", "schedule")

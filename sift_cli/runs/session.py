@@ -13,6 +13,7 @@ from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import DTYPES, LoadedModel, check_length, load_model, model_folder
 from sift_cli.recipe import ModelSection, Recipe, TrainSection
 from sift_cli.runs.language import language_task
+from sift_cli.runs.sources import source_of
 from sift_cli.tasks.evaluation import collect_outputs
 from sift_cli.tasks.labelled import load_task
 from sift_cli.tasks.metrics import Metrics
@@ -97,18 +98,11 @@ def load_rows(recipe: Recipe, *, train: bool = True, split: str | None = None) -
     if data.task in LANGUAGE:
         return language_task(recipe, train=train, split=split)
     return load_task(
-        data.path,
-        data.task,
+        **source_of(recipe, split),
         text=data.text,
         label=data.label,
         labels=data.labels,
         metrics=data.metrics,
-        config=data.config,
-        split=split or recipe.eval.split,
-        holdout=data.holdout,
-        inner_holdout=data.inner_holdout,
-        max_train_rows=data.max_train_rows,
-        seed=recipe.train.seed,
         train=train,
     )
 

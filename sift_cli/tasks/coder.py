@@ -18,7 +18,7 @@ from sift_cli.tasks.templates import (
     stop_tokens,
     vocabulary_size,
 )
-from sift_cli.tasks.tokens import UNSEEN
+from sift_cli.tasks.tokens import UNSEEN, decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,9 +75,7 @@ class Coder:
 
     def word(self, ids: Sequence[int]) -> str:
         """What tokens stand for, the special ones among them."""
-        text = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+        return decoded(self.tokenizer, ids)
 
 
 def open_coder(

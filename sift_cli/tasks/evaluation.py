@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.devices import autocast, place
+from sift_cli.models.devices import autocast, evaluating, place
 from sift_cli.models.fingerprints import probe_inputs
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.tokens import Encoded, cut
@@ -65,15 +65,13 @@ def collect(
     SiftError (exit code 4) where outputs are not finite, naming rows.
     """
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     order = sorted(range(len(rows)), key=lambda at: -data.lengths[rows[at]])
     parts = []
-    for some in cut([rows[at] for at in order], data.lengths, batch_size, max_tokens):
-        batch = place(collate(data.take(some)), device)
-        with autocast(device, bf16):
-            parts.append(outputs(model, batch).float().cpu())
-    model.train(training)
+    with evaluating(model):
+        for some in cut([rows[at] for at in order], data.lengths, batch_size, max_tokens):
+            batch = place(collate(data.take(some)), device)
+            with autocast(device, bf16):
+                parts.append(outputs(model, batch).float().cpu())
     found = torch.cat(parts)
     restored = torch.empty_like(found)
     restored[torch.tensor(order)] = found
@@ -91,11 +89,8 @@ def collect(
 def probe(task: Task, model: nn.Module, config: PretrainedConfig) -> Tensor:
     """The task's mark of a model by four made-up inputs, fp32 [4, ...]: no one's data."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     ids = probe_inputs(config)
     batch = {**task.example(ids), "attention_mask": torch.ones_like(ids)}
     on_device = {key: value.to(device) for key, value in batch.items()}
-    outputs = task.mark(model, on_device).float().cpu()
-    model.train(training)
-    return outputs
+    with evaluating(model):
+        return task.mark(model, on_device).float().cpu()

@@ -10,7 +10,7 @@ from sift_cli.errors import SiftError
 from sift_cli.models.loading import load_model, read_config
 from sift_cli.tasks import classification
 from sift_cli.tasks.classification import Classification, task_of_labels
-from sift_cli.tasks.language import CAUSAL, Language, task_of_language
+from sift_cli.tasks.language import Language, is_causal, task_of_language
 from sift_cli.tasks.table import LANGUAGE, TASKS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def task_of(stated: Stated) -> Task:
 
 def task_of_config(config: PretrainedConfig) -> Task:
     """The task that a model with this configuration does."""
-    if CAUSAL & set(config.architectures or []):
+    if is_causal(config):
         return Language("instruct")
     return classification.task_of_config(config)
 
@@ -52,7 +52,7 @@ def task_of_tuned(config: PretrainedConfig, source: str) -> Task:
     Raises SiftError where it is none that sift knows.
     """
     named = ", ".join(config.architectures or ["no model"])
-    if "ForSequenceClassification" not in named and not CAUSAL & set(config.architectures or []):
+    if "ForSequenceClassification" not in named and not is_causal(config):
         raise SiftError(
             f"{source} is {named}; a delta turns a base into a model for sequence classification "
             "or regression, or a causal language model"
@@ -72,5 +72,6 @@ def expected_task(name: str, labels: Sequence[str] | None) -> Task:
 
 def load_as_it_is(folder: Path) -> LoadedModel:
     """The model of a folder, tuned already, by its own configuration; see `load_model`."""
-    causal = CAUSAL & set(read_config(folder).architectures or [])
-    return load_model(folder, Language.auto if causal else Classification.auto)
+    config = read_config(folder)
+    kind = Language if is_causal(config) else Classification
+    return load_model(folder, kind.auto, config)

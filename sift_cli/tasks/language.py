@@ -21,7 +21,7 @@ from sift_cli.models.loading import LoadedModel, read_config
 from sift_cli.models.readout import whole_logits
 from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
 from sift_cli.tasks.conversations import Conversation, Message, Row, Text
-from sift_cli.tasks.metrics import Metrics, better, score_tokens, short
+from sift_cli.tasks.metrics import LANGUAGE, Metrics, better, score_tokens, short
 from sift_cli.tasks.supervision import prompt_ids
 from sift_cli.tasks.task import Loss, Published
 from sift_cli.tasks.templates import OWN
@@ -33,7 +33,6 @@ from sift_cli.tasks.tokens import Encoded
 if TYPE_CHECKING:
     from datasets import Dataset
 
-METRICS = ("loss", "perplexity", "token_accuracy")
 CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # names of architectures
 LONGEST_ANSWER = 256  # tokens
 MARKED = 16  # tokens whose logits are a model's mark
@@ -71,7 +70,7 @@ class Language:
     """
 
     name: str
-    metrics: tuple[str, ...] = METRICS
+    metrics: tuple[str, ...] = LANGUAGE
     train: Dataset | None = None
     evaluation: dict[str, Dataset] = field(default_factory=dict)
     wording: Wording = Wording()
@@ -98,7 +97,7 @@ class Language:
 
     def require_fit(self, config: PretrainedConfig) -> None:
         """Raises SiftError where a configuration is that of another kind of model."""
-        if not CAUSAL & set(config.architectures or []):
+        if not is_causal(config):
             named = ", ".join(config.architectures or ["no model"])
             raise SiftError(
                 f"data.task: {self.name} needs a causal language model, and the model is {named}"
@@ -120,17 +119,18 @@ class Language:
 
     def coder(self, tokenizer: PreTrainedTokenizerBase) -> Coder:
         """What makes tokens of rows for the model beside which the tokenizer lies."""
-        folder = Path(tokenizer.name_or_path)
-        if self.name == "text":
-            return open_coder(folder, tokenizer)
         wording = self.wording
         return open_coder(
-            folder,
+            Path(tokenizer.name_or_path),
             tokenizer,
             template=wording.template,
             system=wording.system,
             train_on=wording.train_on,
         )
+
+    def limit(self, max_length: int) -> Limit:
+        """The most tokens of a row, and what becomes of a longer one."""
+        return Limit(max_length, self.wording.too_long)
 
     def header(self) -> dict[str, Any]:
         """That it is a language task, and how its rows become tokens."""
@@ -152,8 +152,7 @@ class Language:
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
         """The rows as tokens with those to learn from; raises what `encode_rows` raises."""
         split = "train" if rows is self.train else "evaluation"
-        limit = Limit(max_length, self.wording.too_long)
-        return encode_rows(rows, self.coder(tokenizer), limit, split)
+        return encode_rows(rows, self.coder(tokenizer), self.limit(max_length), split)
 
     def collate(
         self, features: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
@@ -250,6 +249,11 @@ class Language:
         if self.name == "text":
             return Text(text)
         return Conversation((Message("user", text),))
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether a configuration is that of a causal language model."""
+    return not CAUSAL.isdisjoint(config.architectures or [])
 
 
 def task_of_language(stated: Mapping[str, Any]) -> Language:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sift_cli.models.devices import evaluating
 from sift_cli.models.fingerprints import probe_inputs
-from sift_cli.models.readout import apart, evaluating, hidden_states, tolerance
+from sift_cli.models.readout import apart, hidden_states, tolerance
 from sift_cli.tasks.tokens import UNSEEN
 
 if TYPE_CHECKING:

@@ -50,6 +50,13 @@ class Encoded:
         return [int(row) for row in self.rows[list(indices)]["row"]]
 
 
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """What tokens stand for, the special ones among them, with no space taken away."""
+    text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
 def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenises every row, cut to `max_length` tokens, and counts the rows that were cut.
 

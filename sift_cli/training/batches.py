@@ -1,8 +1,7 @@
 """Which rows make which step: shuffled, bucketed by length or packed, seeded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from math import ceil
 
 import torch
@@ -32,6 +31,21 @@ def bucketed(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
 def _seed(seed: int, epoch: int) -> int:
     """The seed of an epoch's order."""
     return seed * 1_000_003 + epoch
+
+
+def _walk(
+    step: int, steps: int, steps_per_epoch: int, order: Callable[[int], list[list[int]]]
+) -> Iterator[list[int]]:
+    """The rows of each step from the given one (1 is the first) to the last of `steps`.
+
+    `order` gives those of each step of an epoch.
+    """
+    epoch, skip = divmod(step - 1, steps_per_epoch)
+    while step <= steps:
+        for rows in order(epoch)[skip : skip + steps - step + 1]:
+            step += 1
+            yield rows
+        epoch, skip = epoch + 1, 0
 
 
 @dataclass(frozen=True)
@@ -93,15 +107,11 @@ class Batches:
 
     def since(self, step: int) -> Iterator[list[list[int]]]:
         """The micro-batches of each step from the given one (1 is the first) to the last."""
-        epoch, skip = divmod(step - 1, self.steps_per_epoch)
-        while step <= self.steps:
-            order = bucketed(
-                self.lengths, self.batch_size * self.accumulate, _seed(self.seed, epoch)
-            )
-            for rows in order[skip : skip + self.steps - step + 1]:
-                step += 1
-                yield cut(rows, self.lengths, self.batch_size, self.max_tokens)
-            epoch, skip = epoch + 1, 0
+        for rows in _walk(step, self.steps, self.steps_per_epoch, self._epoch):
+            yield cut(rows, self.lengths, self.batch_size, self.max_tokens)
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        return bucketed(self.lengths, self.batch_size * self.accumulate, _seed(self.seed, epoch))
 
 
 def first_fit(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -209,14 +219,8 @@ class Packs:
 
     def since(self, step: int) -> Iterator[list[list[int]]]:
         """The micro-batches of each step from the given one (1 is the first) to the last."""
-        first, skip = divmod(step - 1, self.steps_per_epoch)
-        for epoch in count(first):
-            for rows in self._epoch(epoch)[skip:]:
-                if step > self.steps:
-                    return
-                step += 1
-                yield first_fit(rows, self.lengths, self.max_tokens or self.tokens)
-            skip = 0
+        for rows in _walk(step, self.steps, self.steps_per_epoch, self._epoch):
+            yield first_fit(rows, self.lengths, self.max_tokens or self.tokens)
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         packs = packs_of_epoch(self.lengths, self.tokens, _seed(self.seed, epoch % self.epochs))
