@@ -199,11 +199,11 @@ class Study:
         left = [run for run in runs if tuple(getattr(run, key) for key in KEYS) not in done]
         print(f"{len(left)} runs to go", flush=True)
         with self._passing_on(), ThreadPoolExecutor(self.jobs) as pool:
-            waiting = [
-                pool.submit(self._one, run, f"{place}/{len(left)}")
-                for place, run in enumerate(left, start=1)
-            ]
             try:
+                waiting = [
+                    pool.submit(self._one, run, f"{place}/{len(left)}")
+                    for place, run in enumerate(left, start=1)
+                ]
                 return [said for one in waiting if (said := one.result())]
             except KeyboardInterrupt:
                 with self.lock:

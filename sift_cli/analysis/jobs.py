@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,8 +98,10 @@ class Runner:
             self._passing_on(),
             ThreadPoolExecutor(self.workers) as pool,
         ):
-            waiting = {pool.submit(self._finished, job): job for job in unique.values()}
+            waiting: dict[Future[Summary | Diverged], Job] = {}
             try:
+                for job in unique.values():
+                    waiting[pool.submit(self._finished, job)] = job
                 for future in as_completed(waiting):
                     job = waiting[future]
                     done[job.name] = future.result()
