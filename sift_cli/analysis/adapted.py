@@ -38,7 +38,7 @@ def train_adapted(
         recipe,
         out,
         build=lambda resolved: partial(build, method, resolved),
-        middle=usual_rate_of(method, recipe.selection.share),
+        narrow=usual_rate_of(method, recipe.selection.share),
         device=device,
         resume=resume,
     )

@@ -27,6 +27,7 @@ from sift_cli.runs.summary import Summary
 from sift_cli.selection.policies import POLICIES
 from sift_cli.tasks.metrics import better
 from sift_cli.training.choosing import rule_of
+from sift_cli.training.rates import with_rate
 
 UNTUNED = (
     "Learning rates: those of the recipe (full: a twentieth of it) where --lr says nothing "
@@ -65,6 +66,7 @@ def compare(
     """
     console = console or Console(stderr=True, quiet=True)
     rates = rates or {}
+    recipe = with_rate(recipe)
     rule_of(recipe.selection, allow_code)
     check_methods([*methods, *rates])
     if not methods:

@@ -119,6 +119,10 @@ def plan(
         allow_code=allow_code,
         console=stderr,
     )
+    from sift_cli.training.rates import with_rate
+
+    if resolved.train.learning_rate is None:
+        resolved, origins["train.learning_rate"] = with_rate(resolved), "usual rate"
     planned = {"recipe": resolved.model_dump(mode="json"), "origins": origins, **planned}
     if as_json:
         print_json(planned)

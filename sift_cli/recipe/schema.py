@@ -221,9 +221,10 @@ class TrainSection(Section):
     )
     learning_rate: Annotated[Rate | None, BeforeValidator(_rate)] = Field(
         None,
-        description="what was best at such a density, 4e-3 at 1 %, if unset, less where the policy "
-        "bears less; auto: the best of a few, each tried for a tenth of the steps and scored by "
-        "its loss on a tenth of the training rows",
+        description="the usual one if unset: 4e-3 at 1 % of a model 384 wide, less the more "
+        "entries train, the wider the model, and where the policy bears less; auto: the best of a "
+        "few, each tried for a tenth of the steps and scored by its loss on a tenth of the "
+        "training rows",
     )
     learning_rate_from: Literal["auto"] | None = Field(
         None, description="how a run whose recipe says auto notes that its rate was found so"
@@ -381,14 +382,6 @@ class Recipe(Section):
                 f"train.tokens: a step of {tokens:,} tokens holds no row of data.max_length "
                 f"{longest:,}; give as many or more"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _usual_rate(self) -> "Recipe":
-        """Fills a rate that is left open with the usual one of density and policy."""
-        if self.train.learning_rate is None:
-            rate = self.selection.usual_rate
-            object.__setattr__(self, "train", self.train.model_copy(update={"learning_rate": rate}))
         return self
 
     def to_yaml(self) -> str:

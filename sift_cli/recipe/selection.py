@@ -233,7 +233,7 @@ class SelectionSection(Section):
 
     @property
     def usual_rate(self) -> float:
-        """The rate to begin with, of its density and policy."""
+        """The rate to begin with, of its density and policy, on a narrow model."""
         return usual_rate(self.share, POLICIES[self.policy].pace)
 
     @property
@@ -245,7 +245,7 @@ class SelectionSection(Section):
 
 
 def usual_rate(density: float, pace: float = 1.0) -> float:
-    """The rate to begin with where such a share of the entries trains.
+    """The rate to begin with where such a share of a narrow model's entries trains.
 
     Adam moves every entry by about the rate, so that fewer entries bear a larger one. As measured
     (docs/quality.md): 2e-4 for all, 4e-3 for 1 %, 3.2e-2 for .1 %, and for less the same. `pace` is

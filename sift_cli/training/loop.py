@@ -24,7 +24,7 @@ from sift_cli.system.stopping import Stop
 from sift_cli.training.batches import Steps, steps_of
 from sift_cli.training.choosing import selecting
 from sift_cli.training.method import Build, Method
-from sift_cli.training.rates import at_best_rate, remove_trials
+from sift_cli.training.rates import at_best_rate, remove_trials, usual_rate_for, with_rate
 from sift_cli.training.schedule import schedule_of
 from sift_cli.training.state import Kept, State, space_for
 from sift_cli.training.step import Rows, add_gradient, take_step
@@ -36,7 +36,7 @@ def train(
     out: Path,
     *,
     build: Callable[[Recipe], Build] | None = None,
-    middle: float | None = None,
+    narrow: float | None = None,
     device: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -46,7 +46,8 @@ def train(
     """Trains, evaluates and writes the run folder `out`; returns what its summary.json holds.
 
     What trains is what the recipe selects, or what `build` makes of the session. A learning rate
-    that the recipe leaves open is found first, near `middle` or the usual one. `resume` goes on
+    that the recipe leaves open is the usual one (on a narrow model `narrow`, if given, else that of
+    the policy), and one that it asks for is found near that. `resume` goes on
     from the newest checkpoint in `out`, to the same delta as if nothing had come between;
     `overwrite` replaces a run there. `allow_code` lets `selection.score` name a function in a file.
 
@@ -63,7 +64,8 @@ def train(
             checkpoints.require_none()
         if recipe.train.learning_rate == AUTO:
             one = partial(train, build=build, device=device, resume=True, allow_code=allow_code)
-            recipe = at_best_rate(recipe, out, one, middle, console)
+            recipe = at_best_rate(recipe, out, one, usual_rate_for(recipe, narrow), console)
+        recipe = with_rate(recipe, narrow)
         timing = Timing()
         if resume:
             policy = recipe.selection.policy if build is None else None

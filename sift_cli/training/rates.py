@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.loading import model_folder, read_config
 from sift_cli.recipe import AUTO, Recipe
 from sift_cli.runs.folder import DELTA_FILE, RATES, RATES_FILE, TRAINED_FILE
 from sift_cli.runs.session import load_rows
@@ -22,12 +23,13 @@ APART = 2.0
 MORE = 2  # beyond the edge of these, where the best one lies there
 SHARE = 0.1  # of the steps, and of the training rows, which are held out
 FEWEST_STEPS, FEWEST_ROWS = 10, 50
+WIDTH = 384  # of MiniLM, on which the usual rates were measured
 
 Trial = Callable[[Recipe, Path], Summary]  # a whole training into a folder; goes on where it can
 
 
 def at_best_rate(
-    recipe: Recipe, out: Path, trial: Trial, middle: float | None, console: Console
+    recipe: Recipe, out: Path, trial: Trial, middle: float, console: Console
 ) -> Recipe:
     """The recipe with the rate that leaves the lowest loss on training rows held out for this.
 
@@ -63,7 +65,7 @@ def at_best_rate(
         console.print(f"learning rate {rate:g}: {shown} after {steps} steps", highlight=False)
         return loss
 
-    tried = search(middle or recipe.selection.usual_rate, loss_at)
+    tried = search(middle, loss_at)
     best = best_of(tried)
     if not isfinite(tried[best]):
         rates = ", ".join(f"{rate:g}" for rate in sorted(tried))
@@ -134,11 +136,39 @@ def at_rate(recipe: Recipe, rate: float) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=update)})
 
 
-def at_usual_rate(recipe: Recipe) -> Recipe:
-    """The recipe; where it leaves its rate open, with the one that trials would begin with."""
-    if recipe.train.learning_rate != AUTO:
+def model_pace(recipe: Recipe) -> float:
+    """The rate that the recipe's model bears, beside that of the narrow one of the usual rates.
+
+    Adam's rate falls with the width of a model (Yang et al. 2022, arXiv 2203.03466): each output
+    sums over as many more inputs, all of which move by the rate. Of the model, only its
+    configuration is read.
+    """
+    folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
+    width = getattr(read_config(folder).get_text_config(), "hidden_size", None)
+    return WIDTH / max(width or WIDTH, WIDTH)
+
+
+def usual_rate_for(recipe: Recipe, narrow: float | None = None) -> float:
+    """The usual rate on the recipe's model, where that on a narrow one is `narrow`.
+
+    If that is not given, it is that of the recipe's density and policy.
+    """
+    return rounded((narrow or recipe.selection.usual_rate) * model_pace(recipe))
+
+
+def with_rate(recipe: Recipe, narrow: float | None = None) -> Recipe:
+    """The recipe; where it says nothing of the rate, with the usual one."""
+    if recipe.train.learning_rate is not None:
         return recipe
-    return at_rate(recipe, recipe.selection.usual_rate)
+    update = {"learning_rate": usual_rate_for(recipe, narrow)}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=update)})
+
+
+def at_usual_rate(recipe: Recipe) -> Recipe:
+    """The recipe; where it names no rate, with the usual one, near which trials would look."""
+    if recipe.train.learning_rate == AUTO:
+        return at_rate(recipe, usual_rate_for(recipe))
+    return with_rate(recipe)
 
 
 def steps_of_trial(steps: int) -> int:

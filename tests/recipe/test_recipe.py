@@ -507,17 +507,25 @@ def test_another_policy_for_a_resolved_recipe_trains_in_its_own_way() -> None:
     assert own.train.step_scale == "input"  # no policy said so: the recipe did
 
 
-def test_a_rate_left_open_follows_the_density() -> None:
+def test_the_usual_rate_follows_the_density() -> None:
     def rate(text: str, *changes: str) -> object:
-        return parse_recipe(HEAD + text, "r", changes).train.learning_rate
+        return parse_recipe(HEAD + text, "r", changes).selection.usual_rate
 
     assert rate("") == 4e-3
     assert rate("selection: {density: 1.0}\n") == 2e-4
     assert rate("selection: {density: {default: 0.01, '*.query': 0.5}}\n") == 4e-3
     assert rate("selection: {budget: 500}\n") == 4e-3
-    assert rate("train: {learning_rate: null}\n", "selection.density=0.001") == 0.032
+    assert rate("", "selection.density=0.001") == 0.032
     assert rate("", "selection.policy=sift") == 1e-3
-    assert rate("train: {learning_rate: 3e-4}\nselection: {density: 1.0}\n") == 3e-4
+
+
+def test_a_rate_may_be_left_open() -> None:
+    def rate(text: str) -> object:
+        return parse_recipe(HEAD + text, "r").train.learning_rate
+
+    assert rate("") is None
+    assert rate("train: {learning_rate: null}\n") is None
+    assert rate("train: {learning_rate: 3e-4}\n") == 3e-4
     assert rate("train: {learning_rate: auto}\n") == "auto"
 
 

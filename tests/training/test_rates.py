@@ -33,6 +33,7 @@ from sift_cli.training.rates import (
     steps_of_trial,
     trial_of,
     trial_steps,
+    with_rate,
 )
 from tests.support.command import ENV, sift, until
 from tests.support.rows import write_rows
@@ -81,7 +82,10 @@ def test_fewer_entries_take_larger_steps() -> None:
     assert usual_rate(1e-5) == 0.032  # what was not tried is not guessed
     assert usual_rate(0.01, 0.5) == 2e-3
     text = "model: {path: m}\ndata: {path: d, task: rte}\nselection: {policy: %s}"
-    rates = {name: parse_recipe(text % name, "r").train.rate for name in ("sift", "sign-descent")}
+    rates = {
+        name: parse_recipe(text % name, "r").selection.usual_rate
+        for name in ("sift", "sign-descent")
+    }
     assert rates == {"sift": 1e-3, "sign-descent": 4e-3}  # what it bears (docs/quality.md)
     of = {"density: 0.1": 0.1, "density: {default: 0.02, a: 1}": 0.02, "budget: 9": 0.01}
     for text, share in of.items():
@@ -89,6 +93,27 @@ def test_fewer_entries_take_larger_steps() -> None:
             f"model: {{path: m}}\ndata: {{path: d, task: rte}}\nselection: {{{text}}}", "r"
         )
         assert recipe.selection.share == share
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rate"),
+    [
+        ({"hidden_size": 384}, 4e-3),
+        ({"hidden_size": 4096}, 3.75e-4),
+        ({"hidden_size": 32}, 4e-3),  # narrower ones were not tried
+        ({"model_type": "gpt2", "n_embd": 768}, 2e-3),
+        ({"model_type": "t5", "d_model": 1024}, 1.5e-3),
+    ],
+)
+def test_wider_models_take_smaller_steps(
+    tmp_path: Path, sizes: dict[str, Any], rate: float
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **sizes}))
+    text = f"model: {{path: {tmp_path}}}\ndata: {{path: d, task: rte}}\n"
+    assert with_rate(parse_recipe(text, "r")).train.learning_rate == pytest.approx(rate)
+    assert with_rate(parse_recipe(text, "r"), 0.5).train.rate == pytest.approx(125 * rate, rel=0.01)
+    given = parse_recipe(text + "train: {learning_rate: 0.1}", "r")
+    assert with_rate(given) is given
 
 
 @pytest.mark.parametrize(("steps", "trial"), [(1, 1), (9, 9), (50, 10), (100, 10), (1234, 124)])
