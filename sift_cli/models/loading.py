@@ -32,6 +32,7 @@ MODEL_FILES = ["*.json", WEIGHTS, "*.txt", "*.model", "*.jinja", "LICENSE*", "NO
 INDEX_FILE = "model.safetensors.index.json"
 # What transformers raises for bad folders.
 UNLOADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, StrictDataclassError)
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ["tokenizer*", "vocab*", "*.model"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from sift_cli.models.loading import positions_of
 from sift_cli.tasks.coder import Coder
 from sift_cli.tasks.conversations import Row
 from sift_cli.tasks.supervision import prompt_ids
+from sift_cli.tasks.table import LONGEST_ANSWER
 
-LONGEST_ANSWER = 256  # tokens
 BROKEN = "\ufffd"  # what stands for a letter of which some bytes are still to come
 
 Said = Callable[[str], object]  # takes the next piece of a text
@@ -34,6 +35,10 @@ class Answer:
     tokens: int
     ended: bool
 
+    def to_json(self) -> dict[str, Any]:
+        """As commands tell it."""
+        return {"answer": self.text, "tokens": self.tokens, "ended": self.ended}
+
 
 def answer(
     model: PreTrainedModel,
@@ -47,10 +52,10 @@ def answer(
 
     It stops at the coder's stop tokens, after `longest` tokens, or where the model's positions end.
     `said` gets the text piece by piece as it comes. Nothing is drawn at random, and the model is
-    left as it was. Raises SiftError where the prompt leaves no room, and what `prompt_ids` raises.
+    left as it was. Raises what `asked_ids` raises.
     """
-    asked = prompt_ids(coder, row)
-    most = _room(model, asked, longest)
+    asked = asked_ids(model, coder, row)
+    most = _most(model, asked, longest)
     stream = None if said is None else _Stream(coder, said)
     ids = torch.tensor([asked], device=model.device)
     with evaluating(model), _greedy(model, coder, most) as settings:
@@ -64,19 +69,27 @@ def answer(
     return Answer(_text(coder, made), len(made), made[-1] in coder.stops)
 
 
-def _room(model: PreTrainedModel, asked: list[int], longest: int) -> int:
-    """The most tokens that an answer may have."""
+def asked_ids(model: PreTrainedModel, coder: Coder, row: Row) -> list[int]:
+    """The tokens of a prompt that the model has room to answer.
+
+    Raises SiftError where there is none, and what `prompt_ids` raises.
+    """
+    asked = prompt_ids(coder, row)
     if not asked:
         raise SiftError("an empty prompt; a model needs a token to go on from")
     positions = positions_of(model)
-    if positions is None:
-        return longest
-    if len(asked) >= positions:
+    if positions is not None and len(asked) >= positions:
         raise SiftError(
             f"the prompt has {len(asked):,} tokens and the model takes {positions:,}, which leaves "
             "no room for an answer; ask with a shorter one"
         )
-    return min(longest, positions - len(asked))
+    return asked
+
+
+def _most(model: PreTrainedModel, asked: list[int], longest: int) -> int:
+    """The most tokens that an answer may have."""
+    positions = positions_of(model)
+    return longest if positions is None else min(longest, positions - len(asked))
 
 
 @contextmanager
