@@ -103,23 +103,22 @@ def _converse(ask: Ask, read: Callable[[str], str] = input) -> None:
     while True:
         try:
             asked = read("> ").strip()
+            if asked == "/exit":
+                return
+            if asked == "/reset":
+                messages = []
+            elif asked.startswith("/"):
+                stderr.print(HELP, style="dim", highlight=False)
+            elif asked:
+                answer = _turn(ask, [*messages, Message("user", asked)])
+                if answer:
+                    messages += [Message("user", asked), Message("assistant", answer)]
         except EOFError:
             typer.echo()
             return
         except KeyboardInterrupt:
             typer.echo()
             stderr.print(HELP, style="dim", highlight=False)
-            continue
-        if asked == "/exit":
-            return
-        if asked == "/reset":
-            messages = []
-        elif asked.startswith("/"):
-            stderr.print(HELP, style="dim", highlight=False)
-        elif asked:
-            answer = _turn(ask, [*messages, Message("user", asked)])
-            if answer:
-                messages += [Message("user", asked), Message("assistant", answer)]
 
 
 def _turn(ask: Ask, messages: "list[Message]") -> str:
