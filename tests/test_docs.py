@@ -15,6 +15,7 @@ import typer
 from huggingface_hub import constants
 
 from sift_cli.cli import app
+from tests.support.chats import save_talker
 from tests.support.command import sift
 from tests.support.hub import hub
 
@@ -23,6 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 
 
 RECIPE_COMMANDS = ("train", "probe", "compare", "plan")  # they take a recipe first
+CHATS = "runs/words"  # a run of a language model on the pages
 TOKEN = "hf_token"
 
 
@@ -45,6 +47,8 @@ def in_small(args: list[str], base: Path, data: Path, own: Mapping[str, str]) ->
     if args[:2] == ["data", "show"]:
         changes = [f"model.path={base}", f"data.path={data}", "data.task=sst2"]
         return [*args, *(part for change in changes for part in ("--set", change))]
+    if any(arg.startswith(CHATS) for arg in args[1:2]):
+        return [args[0], str(base.parent / "talker"), *args[2:]]
     if args[0] not in RECIPE_COMMANDS:
         return [str(base) if arg == "roberta-base" else arg for arg in args]
     changes = [f"model.path={base}", "data.max_length=16", "train.max_steps=6"]
@@ -68,6 +72,10 @@ def test_the_commands_of_a_page_run(
     own = {title: text for title, text in blocks(page, "yaml") if title}
     for title, text in own.items():
         (tmp_path / title).write_text(text)
+    for title, text in blocks(page, "json"):
+        (tmp_path / (title or "untitled.json")).write_text(text)
+    if CHATS in str(shown):
+        save_talker(base.parent / "talker")
     for table in (ROOT / "docs").glob("*.csv"):
         shutil.copy(table, tmp_path)
     tuned = [at for at, args in enumerate(shown) if "my-tuned-model" in args]

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from sift_cli.cli import deltas, recipes, rows, runs, sharing, studies
+from sift_cli.cli import asking, chatting, deltas, recipes, rows, runs, sharing, studies
 from sift_cli.cli.options import Json, print_json, print_table
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.system.faults import fault_of
@@ -55,7 +55,12 @@ def env(as_json: Json = False) -> None:
 
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
-    "Train and use": {"train": runs.train, "eval": runs.evaluate, "predict": runs.predict},
+    "Train and use": {
+        "train": runs.train,
+        "eval": runs.evaluate,
+        "predict": asking.predict,
+        "chat": chatting.chat,
+    },
     "Deltas": {
         "merge": deltas.merge,
         "inspect": deltas.inspect,

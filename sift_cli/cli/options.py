@@ -31,6 +31,9 @@ Device = Annotated[
 Tuned = Annotated[str, typer.Argument(help="A run folder, a delta file, or a model folder or id.")]
 RecipeArg = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
 ShippedName = Annotated[str, typer.Argument(help="As `sift recipes ls` lists it.")]
+Longest = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="The most tokens of an answer.")
+]
 BaseModelPath = Annotated[
     str | None, typer.Option(help="The base model, if not the one the delta names.")
 ]

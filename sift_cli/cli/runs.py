@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from sift_cli.cli import shipped
@@ -32,7 +31,6 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.tasks.metrics import shown
 
 if TYPE_CHECKING:
-    from sift_cli.recipe import Recipe
     from sift_cli.runs.summary import Summary
 
 SHOWN_METRICS = 4  # metrics in the summary of a training
@@ -182,55 +180,3 @@ def evaluate(
     for name, value in metrics.items():
         table.add_row(name, shown(value))
     print_table(table)
-
-
-def predict(
-    tuned: Tuned,
-    text: Annotated[list[str], typer.Argument(help="Texts, each classified.")],
-    pair: Annotated[
-        list[str] | None, typer.Option(help="The second text of each, for sentence pairs.")
-    ] = None,
-    base: BaseModelPath = None,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Try a tuned model on text.
-
-    Example: sift predict runs/rte "A man sleeps." --pair "A man is awake."
-    """
-    if pair and len(pair) != len(text):
-        raise SiftError(f"{len(text)} texts, but {len(pair)} --pair; give one for each")
-    from sift_cli.models.devices import pick_device
-    from sift_cli.runs.tuned import load_tuned
-    from sift_cli.tasks.kinds import task_of_config
-
-    loaded, recipe = load_tuned(tuned, base)
-    if recipe is not None:
-        require_texts(tuned, recipe, bool(pair))
-    limit = recipe.data.max_length if recipe else None
-    task = task_of_config(loaded.model.config)
-    predictions = task.predict(loaded, text, pair, device=pick_device(device), max_length=limit)
-    if as_json:
-        print_json({"predictions": predictions})
-        return
-    answers = [key for key in ("label", "probability", "score", "answer") if key in predictions[0]]
-    table = Table("text", *answers)
-    for one in predictions:
-        texts = " / ".join([one["text"], one["pair"]] if "pair" in one else [one["text"]])
-        cells = (one[key] if isinstance(one[key], str) else f"{one[key]:.4f}" for key in answers)
-        table.add_row(escape(texts), *map(escape, cells))
-    print_table(table)
-
-
-def require_texts(tuned: str, recipe: "Recipe", paired: bool) -> None:
-    """Raises SiftError where a row of its training had one text and here has two, or otherwise."""
-    from sift_cli.tasks.table import text_columns
-
-    columns = text_columns(recipe.data.task, recipe.data.text)
-    if paired and len(columns) == 1:
-        raise SiftError(f"{tuned} was trained on one text ({columns[0]}); leave --pair out")
-    if not paired and len(columns) == 2:
-        raise SiftError(
-            f"{tuned} was trained on pairs of texts ({', '.join(columns)}); give the second of "
-            "each with --pair"
-        )

@@ -1,7 +1,7 @@
 """A delta from two dense models: every change, or the largest ones within a density."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,14 @@ from sift_cli.models.loading import (
 )
 from sift_cli.recipe import Recipe, parse_recipe
 from sift_cli.runs.folder import RECIPE_FILE
+from sift_cli.runs.language import language_of
 from sift_cli.selection.budget import Global, PerWeight, share
 from sift_cli.sparse import Support
 from sift_cli.tasks.evaluation import probe
+from sift_cli.tasks.language import Language, Wording
+from sift_cli.tasks.table import LANGUAGE
+from sift_cli.tasks.task import Task
+from sift_cli.tasks.templates import OWN, choose_template
 
 DIFFERENCE_SCOPES = ("tensor", "global")
 # Keys of a configuration that change nothing of what the model computes.
@@ -154,11 +159,23 @@ def _header(pair: Pair, base: str) -> Header:
         architecture=type(pair.loaded.model).__name__,
         recipe=recipe.model_dump(mode="json", exclude={"out", "log"}) if recipe else None,
         task=recipe.data.task if recipe else None,
-        **pair.task.header(),
+        **_worded(pair, recipe).header(),
         policy="difference",
         metrics={},
         versions=versions(),
     )
+
+
+def _worded(pair: Pair, recipe: Recipe | None) -> Task:
+    """The tuned model's task; a language model's with its recipe's wording, or its own template."""
+    if recipe is not None and recipe.data.task in LANGUAGE:
+        return language_of(recipe)
+    if not isinstance(pair.task, Language):
+        return pair.task
+    own = choose_template(OWN, load_tokenizer(pair.folder))
+    if own is None or own == choose_template(OWN, pair.loaded.tokenizer):
+        return pair.task
+    return replace(pair.task, wording=Wording(template=own.text))
 
 
 def _recipe(folder: Path) -> Recipe | None:

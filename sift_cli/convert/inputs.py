@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,6 +96,11 @@ def _head_owner(paths: Sequence[Path], deltas: Sequence[Delta], head: Path | Non
     first = deltas[owners[0]]
     for at in owners[1:]:
         other = deltas[at]
+        if _wording(other) != _wording(first):
+            raise SiftError(
+                f"{paths[owners[0]]} and {paths[at]} were trained with different chat templates or "
+                "system prompts; name the delta whose own the merged model gets with --head"
+            )
         same = other.header.labels == first.header.labels
         same = same and other.dense.keys() == first.dense.keys()
         if not same or any(not torch.equal(one, first.dense[n]) for n, one in other.dense.items()):
@@ -104,3 +110,9 @@ def _head_owner(paths: Sequence[Path], deltas: Sequence[Delta], head: Path | Non
                 "name the delta whose head the merged model gets with --head"
             )
     return owners[0]
+
+
+def _wording(delta: Delta) -> tuple[Any, ...]:
+    """What a language model is asked with."""
+    stated = delta.header.language or {}
+    return stated.get("template"), stated.get("system")

@@ -240,6 +240,8 @@ def _write_other_files(
     if inputs.undo:
         return []
     keep_padding(inputs.folder, out)
+    for name, text in inputs.task.side_texts(out).items():
+        (out / name).write_text(text, encoding="utf-8")
     # last of all: the record compares the texts that are in `out` with the base's
     return _write_record(out, layout, inputs)
 

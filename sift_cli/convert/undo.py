@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
-from sift_cli.models.loading import INDEX_FILE, load_tokenizer, quiet
+from sift_cli.models.loading import INDEX_FILE, TOKENIZER_CONFIG, load_tokenizer, quiet
 from sift_cli.models.tensors import Listing, Place, header_text, list_file, listed, write_file
+from sift_cli.tasks.templates import GENERATION_FILE, TEMPLATE_FILE
 
 RECORD_FILE = "sift/merge.json"
 COMPOSED_FILE = "sift/composed.safetensors"  # a composition as one delta
@@ -27,14 +28,13 @@ SIDE_FILES = (
     "*.codes",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
+    GENERATION_FILE,
     "chat_template*",
     "additional_chat_templates/*",
     "LICENSE*",
     "NOTICE*",
 )
-TOKENIZER_CONFIG = "tokenizer_config.json"
-REWRITTEN = ("config.json", TOKENIZER_CONFIG, INDEX_FILE)
+REWRITTEN = ("config.json", TOKENIZER_CONFIG, GENERATION_FILE, TEMPLATE_FILE, INDEX_FILE)
 
 
 @dataclass(frozen=True)

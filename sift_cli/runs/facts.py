@@ -20,6 +20,7 @@ from sift_cli.runs.folder import NO_RESULT
 from sift_cli.runs.session import Session
 
 CHECKPOINT_FORMAT = 1  # of checkpoints
+LONGEST_SHOWN = 200  # letters of a value in an error
 ROWS_AT_ONCE = 10_000  # rows hashed at a time
 
 
@@ -133,10 +134,17 @@ def _with_later_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _changes(there: Mapping[str, Any], here: Mapping[str, Any], of: str = "") -> list[str]:
     names = list(dict.fromkeys([*there, *here]))
     return [
-        f"{name}{of}: it was {there.get(name)}, now it is {here.get(name)}"
+        f"{name}{of}: it was {_shown(there.get(name))}, now it is {_shown(here.get(name))}"
         for name in names
         if there.get(name) != here.get(name)
     ]
+
+
+def _shown(value: Any) -> str:
+    """A value in a line; of a long text, such as a template, what tells it from others."""
+    if not isinstance(value, str) or len(value) <= LONGEST_SHOWN:
+        return str(value)
+    return f"a text of {len(value):,} letters, {_hash(value.encode())}"
 
 
 def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:

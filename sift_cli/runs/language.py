@@ -10,7 +10,7 @@ from sift_cli.tasks.coder import ALL_TOKENS
 from sift_cli.tasks.instructions import LanguageRows, load_language_rows
 from sift_cli.tasks.language import Language, Wording
 from sift_cli.tasks.metrics import LANGUAGE
-from sift_cli.tasks.templates import OWN
+from sift_cli.tasks.templates import BUILTIN, OWN, template_text
 from sift_cli.tasks.token_rows import DROP
 
 
@@ -39,6 +39,18 @@ def language_of(recipe: Recipe) -> Language:
         too_long=data.too_long or DROP,
     )
     return Language(data.task, tuple(data.metrics or LANGUAGE), wording=wording)
+
+
+def with_template(recipe: Recipe) -> Recipe:
+    """The recipe with the text of its template in place of the file: so it travels everywhere.
+
+    Raises what `template_text` raises.
+    """
+    asked = recipe.data.template
+    if asked is None or asked in (OWN, *BUILTIN):
+        return recipe
+    data = recipe.data.model_copy(update={"template": template_text(asked)})
+    return recipe.model_copy(update={"data": data})
 
 
 def language_task(recipe: Recipe, *, train: bool = True, split: str | None = None) -> Language:

@@ -11,7 +11,11 @@ from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folde
 from sift_cli.models.stored import stored_kinds
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 from sift_cli.runs.folder import DELTA_FILE, RECIPE_FILE, delta_file
-from sift_cli.tasks.kinds import load_as_it_is, task_of
+from sift_cli.runs.language import language_of
+from sift_cli.tasks.kinds import load_as_it_is, task_of, task_of_config
+from sift_cli.tasks.table import LANGUAGE
+from sift_cli.tasks.task import Task
+from sift_cli.tasks.templates import TEMPLATE_FILE
 
 
 def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe | None]:
@@ -30,6 +34,13 @@ def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe 
     return load_as_it_is(folder), load_recipe(recipe) if recipe.is_file() else None
 
 
+def task_of_loaded(loaded: LoadedModel, recipe: Recipe | None) -> Task:
+    """The task of what `load_tuned` gives, without rows: worded as in its training, if any says."""
+    if recipe is not None and recipe.data.task in LANGUAGE:
+        return language_of(recipe)
+    return task_of_config(loaded.model.config)
+
+
 def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | None]:
     delta = load_delta(path)
     header = delta.header
@@ -38,5 +49,7 @@ def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | Non
     task = task_of(header)
     loaded = load_model(folder, task.auto, task.configure(folder), DTYPES[header.base.dtype])
     apply_delta(loaded.model, delta, source, stored_kinds(folder))
+    if template := task.side_texts(folder).get(TEMPLATE_FILE):  # as a merged folder has it
+        loaded.tokenizer.chat_template = template
     recipe = header.recipe  # a difference of two models may have none
     return loaded, parse_recipe(yaml.safe_dump(recipe), str(path)) if recipe else None

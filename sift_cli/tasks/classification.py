@@ -188,6 +188,10 @@ class Classification:
         """The labels, in code order; None for a regression."""
         return {"labels": None if self.labels is None else list(self.labels)}
 
+    def side_texts(self, folder: Path) -> dict[str, str]:
+        """Nothing: labels stand in the configuration."""
+        return {}
+
     def usage(self, paired: bool) -> str:
         """Markdown that shows transformers' pipeline on a text, or on two where `paired`."""
         pair = '{"text": "First text.", "text_pair": "Second text."}'

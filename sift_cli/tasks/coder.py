@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 ALL_ANSWERS, LAST_ANSWER, ALL_TOKENS = TRAIN_ON = ("all-answers", "last-answer", "all-tokens")
 QUIET: dict[str, Any] = {"return_attention_mask": False, "verbose": False}  # lengths are ours
+
+# The day that templates are told, always: tokens of a row must not change while a run goes on, nor
+# until it is scored again. It is the one that Llama 3.x templates name where nobody tells them.
+DAY = date(2024, 7, 26)
 
 Span = tuple[int, int]  # of tokens: the first, and the one after the last
 
@@ -158,6 +163,7 @@ def _applied(
         return_dict=True,
         return_assistant_tokens_mask=marked,
         tokenizer_kwargs=QUIET,
+        strftime_now=DAY.strftime,
     )
     ids: list[list[int]] = encoded["input_ids"]  # type: ignore[index,call-overload,assignment]
     masks = encoded["assistant_masks"] if marked else [[] for _ in ids]  # type: ignore[index,call-overload]

@@ -148,10 +148,8 @@ def read_split(rows: Dataset, split: str, layout: Layout, given: Mapping[str, st
     from datasets import Dataset
 
     form = layout.format
-    sure = {n: layout.names[n] for n in form.columns if n in form.needs or n in given}
-    require_columns(rows, split, list(sure.values()))
-    free = set(rows.column_names) - set(sure.values())
-    columns = sure | {name: layout.names[name] for name in form.may if layout.names[name] in free}
+    columns = columns_of(layout, rows.column_names, given)
+    require_columns(rows, split, list(columns.values()))
     numbers, values, wrong = list(rows[NUMBER_COLUMN]), [], []
     for at, row in enumerate(_each(rows.select_columns(list(set(columns.values()))), split)):
         try:
@@ -164,6 +162,15 @@ def read_split(rows: Dataset, split: str, layout: Layout, given: Mapping[str, st
         more = f"; and {len(wrong) - TOLD:,} more" if len(wrong) > TOLD else ""
         raise SiftError(f"data: the {split} split, {layout.name} rows: {shown}{more}")
     return Dataset.from_dict({"value": values, "row": numbers})
+
+
+def columns_of(layout: Layout, there: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
+    """The columns to read by the format's names: those needed or `given`, and others that it may
+    have and that are `there`."""
+    form, names = layout.format, layout.names
+    sure = {name: names[name] for name in form.columns if name in form.needs or name in given}
+    free = set(there) - set(sure.values())
+    return sure | {name: names[name] for name in form.may if names[name] in free}
 
 
 def _each(rows: Dataset, split: str) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,14 +17,15 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sift_cli.errors import SiftError
-from sift_cli.models.loading import LoadedModel, read_config
+from sift_cli.models.loading import LoadedModel, load_tokenizer, read_config
 from sift_cli.models.readout import whole_logits
 from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
-from sift_cli.tasks.conversations import Conversation, Message, Row, Text
+from sift_cli.tasks.generation import Answer, answer, asked_ids
 from sift_cli.tasks.metrics import LANGUAGE, Metrics, better, score_tokens, short
-from sift_cli.tasks.supervision import prompt_ids
+from sift_cli.tasks.prompts import Prompt, prompts_of
+from sift_cli.tasks.table import LONGEST_ANSWER
 from sift_cli.tasks.task import Loss, Published
-from sift_cli.tasks.templates import OWN
+from sift_cli.tasks.templates import OWN, stops_texts, template_texts
 from sift_cli.tasks.token_batches import packed, padded, why_not_packed
 from sift_cli.tasks.token_loss import Chunks, chunks_of, token_loss, token_outputs
 from sift_cli.tasks.token_rows import DROP, Limit, encode_rows
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # names of architectures
-LONGEST_ANSWER = 256  # tokens
 MARKED = 16  # tokens whose logits are a model's mark
 USE = """```python
 from transformers import pipeline
@@ -145,6 +145,15 @@ class Language:
             },
         }
 
+    def side_texts(self, folder: Path) -> dict[str, str]:
+        """Its chat template, if that is not the model's own, and the tokens that end an answer."""
+        texts = stops_texts(folder)
+        if self.wording.template != OWN:
+            template = self.coder(load_tokenizer(folder)).template
+            assert template is not None
+            texts |= template_texts(folder, template)
+        return texts
+
     def usage(self, paired: bool) -> str:
         """Markdown that shows transformers' pipeline on a question."""
         return USE
@@ -220,35 +229,40 @@ class Language:
         device: torch.device,
         max_length: int | None = None,
     ) -> list[dict[str, Any]]:
-        """What the model answers to each text: `text` and `answer`, the likeliest token each time.
-
-        An answer ends where the model ends it, or after 256 tokens.
-        """
+        """What the model answers to each text: `text`, and what an Answer tells."""
         if pairs:
             raise SiftError("--pair: a language model takes one text at a time")
-        model, coder = loaded.model, self.coder(loaded.tokenizer)
-        model.to(device)  # type: ignore[arg-type]
-        model.eval()
-        out = []
-        for text in texts:
-            asked = prompt_ids(coder, self._asked(text))
-            ids = torch.tensor([asked], device=device)
-            found = model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=LONGEST_ANSWER,
-                eos_token_id=list(coder.stops),
-                pad_token_id=loaded.tokenizer.pad_token_id,
-            )
-            answer = loaded.tokenizer.decode(found[0, len(asked) :], skip_special_tokens=True)
-            out.append({"text": text, "answer": str(answer).strip()})
-        return out
+        prompts = prompts_of(texts, self.takes_text(loaded.tokenizer))
+        found = self.answers(loaded, prompts, device=device)
+        return [
+            {"text": text, **one.to_json()} for text, (_, one) in zip(texts, found, strict=True)
+        ]
 
-    def _asked(self, text: str) -> Row:
-        if self.name == "text":
-            return Text(text)
-        return Conversation((Message("user", text),))
+    def takes_text(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether its models go on from a text as it is, since none puts a template around it."""
+        return self.name == "text" or self.coder(tokenizer).template is None
+
+    def answers(
+        self,
+        loaded: LoadedModel,
+        prompts: Sequence[Prompt],
+        *,
+        device: torch.device,
+        longest: int = LONGEST_ANSWER,
+    ) -> Iterator[tuple[Prompt, Answer]]:
+        """Each prompt with what the model answers, as it comes.
+
+        Raises SiftError, before the first one, for a prompt that the model cannot take.
+        """
+        coder, model = self.coder(loaded.tokenizer), loaded.model
+        model.to(device)  # type: ignore[arg-type]
+        for prompt in prompts:
+            try:
+                asked_ids(model, coder, prompt.row)
+            except SiftError as error:
+                raise SiftError(f"{prompt.place}: {error}") from None
+        for prompt in prompts:
+            yield prompt, answer(model, coder, prompt.row, longest=longest)
 
 
 def is_causal(config: PretrainedConfig) -> bool:

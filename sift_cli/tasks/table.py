@@ -34,6 +34,8 @@ TASKS: dict[str, TaskSpec] = {  # GLUE (Wang et al., ICLR 2019), with its offici
 
 LANGUAGE = ("instruct", "text")  # tasks of language models: a loss on answers, or on every token
 
+LONGEST_ANSWER = 256  # tokens that a model may answer with, where nobody says how many
+
 
 def text_columns(task: str, given: Sequence[str] | None) -> tuple[str, ...]:
     """The columns that hold a row's texts: those given, else those of the task."""

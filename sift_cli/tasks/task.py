@@ -109,6 +109,9 @@ class Task(Protocol):
     def header(self) -> dict[str, Any]:
         """What delta files and summary.json hold of it, beside its name."""
 
+    def side_texts(self, folder: Path) -> dict[str, str]:
+        """What files beside the weights of its model must say where those of `folder` do not."""
+
     def usage(self, paired: bool) -> str:
         """Markdown that shows how to call its model, with two texts a row where `paired`."""
 

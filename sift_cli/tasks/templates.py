@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from sift_cli.errors import SiftError
-from sift_cli.models.loading import read_config
+from sift_cli.models.loading import TOKENIZER_CONFIG, load_tokenizer, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TEMPLATE_FILE = "chat_template.jinja"  # where transformers and vLLM look for it
+GENERATION_FILE = "generation_config.json"
 OWN = "model"  # of data.template: the model's own
+IN_FULL = "the one in the recipe"  # what one is called whose text is given
 SHIPPED = Path(__file__).parent / "chat"
 BUILTIN = tuple(sorted(file.stem for file in SHIPPED.glob("*.jinja")))
 LARGEST = 1 << 20  # bytes of a template
@@ -51,6 +54,7 @@ def choose_template(asked: str, tokenizer: PreTrainedTokenizerBase) -> Template 
     Raises SiftError for a name that is none, a file that cannot be read or is no Jinja, and a token
     that the vocabulary lacks.
     """
+    name = IN_FULL if is_text(asked) else asked
     if asked == OWN:
         try:
             return Template(OWN, tokenizer.get_chat_template())
@@ -61,9 +65,14 @@ def choose_template(asked: str, tokenizer: PreTrainedTokenizerBase) -> Template 
         if opening(tokenizer) == [tokenizer.bos_token_id]:
             text = "{{- bos_token -}}\n" + text
     else:
-        text = _read(asked)
-    _require_tokens(asked, text, tokenizer)
-    return Template(asked, text)
+        text = template_text(asked)
+    _require_tokens(name, text, tokenizer)
+    return Template(name, text)
+
+
+def is_text(asked: str) -> bool:
+    """Whether what `data.template` says is the Jinja text itself, and no name of it."""
+    return "{" in asked
 
 
 def require_template(template: Template | None) -> Template:
@@ -76,8 +85,13 @@ def require_template(template: Template | None) -> Template:
     return template
 
 
-def _read(asked: str) -> str:
-    """The text of a template's file."""
+def template_text(asked: str) -> str:
+    """The text of a template that is given as a file, or in full.
+
+    Raises SiftError where no file is there, or it holds no Jinja.
+    """
+    if is_text(asked):
+        return _parsed(asked, "line ")
     path = Path(asked).expanduser()
     if not path.is_file():
         known = f"{OWN}, {', '.join(BUILTIN)}, or a file that is there"
@@ -86,14 +100,22 @@ def _read(asked: str) -> str:
         if path.stat().st_size > LARGEST:
             raise SiftError(f"data.template: {path}: larger than {LARGEST:,} bytes")
         text = path.read_text(encoding="utf-8")
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(TAGS.sub("", text))
     except UnicodeDecodeError:
         raise SiftError(f"data.template: {path}: not a text file") from None
     except OSError as error:
         raise SiftError(f"data.template: {path}: cannot be read: {error.strerror}") from None
+    if not is_text(text):
+        raise SiftError(f"data.template: {path}: no Jinja template: it shows nothing of a row")
+    return _parsed(text, f"{path}:")
+
+
+def _parsed(text: str, place: str) -> str:
+    """The text, if it is Jinja; the number of a wrong line is put behind `place`."""
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(TAGS.sub("", text))
     except jinja2.TemplateSyntaxError as error:
-        place = f"{path}:{error.lineno}"
-        raise SiftError(f"data.template: {place}: no Jinja template: {error.message}") from None
+        at = f"{place}{error.lineno}"
+        raise SiftError(f"data.template: {at}: no Jinja template: {error.message}") from None
     return text
 
 
@@ -130,13 +152,7 @@ def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
     Else those of the model's configuration, else the tokenizer's end-of-text token. Raises
     SiftError where nothing names one.
     """
-    file = folder / "generation_config.json"
-    named: Any = None
-    if file.is_file():
-        try:
-            named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise SiftError(f"{file}: damaged: {error}") from None
+    named: Any = _json(folder / GENERATION_FILE).get("eos_token_id")
     if named is None:
         config = read_config(folder)
         named = getattr(config.get_text_config(), "eos_token_id", None)
@@ -145,9 +161,48 @@ def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
     stops = tuple(named) if isinstance(named, Sequence) else (named,)
     if not stops or not all(isinstance(one, int) for one in stops):
         raise SiftError(
-            f"{folder} names no token that ends a text; set eos_token_id in generation_config.json"
+            f"{folder} names no token that ends a text; set eos_token_id in {GENERATION_FILE}"
         )
     return stops
+
+
+def stops_texts(folder: Path) -> dict[str, str]:
+    """generation_config.json with the tokens that end an answer, where it does not name them."""
+    settings = _json(folder / GENERATION_FILE)
+    if settings.get("eos_token_id") is not None:
+        return {}
+    stops = stop_tokens(folder, load_tokenizer(folder))
+    named = {"eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
+    return {GENERATION_FILE: _dumped(settings | named)}
+
+
+def template_texts(folder: Path, template: Template) -> dict[str, str]:
+    """The files that give a tokenizer the template: its own, and an older one that names another.
+
+    Readers differ in which of the two they look into.
+    """
+    texts = {TEMPLATE_FILE: template.text}
+    settings = _json(folder / TOKENIZER_CONFIG)
+    if settings.get("chat_template") is not None:
+        texts[TOKENIZER_CONFIG] = _dumped(settings | {"chat_template": template.text})
+    return texts
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SiftError(f"{file}: damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise SiftError(f"{file}: damaged: no JSON object")
+    return values
+
+
+def _dumped(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def vocabulary_size(folder: Path) -> int | None:

@@ -15,6 +15,7 @@ from sift_cli.recipe import AUTO, EvalSection, Recipe, TrainSection
 from sift_cli.runs.checkpoint import Checkpoints
 from sift_cli.runs.facts import Facts, settings_of
 from sift_cli.runs.guard import guarded, require_space
+from sift_cli.runs.language import with_template
 from sift_cli.runs.record import write_gradient, write_predictions
 from sift_cli.runs.session import Session, open_session, tell_emulated, tell_undefined
 from sift_cli.runs.sinks import Sinks, open_sinks
@@ -57,6 +58,7 @@ def train(
     """
     console = console or Console(stderr=True, quiet=True)
     with guarded(out):
+        recipe = with_template(recipe)
         checkpoints = Checkpoints(out, recipe.checkpoint, console)
         if overwrite:
             remove_trials(out)

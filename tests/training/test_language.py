@@ -75,7 +75,7 @@ def test_a_run_learns_and_merges_and_answers(chat: Path, tmp_path: Path) -> None
     again = sift("eval", merged, "--recipe", run / "recipe.yaml", "--json")
     assert json.loads(again.stdout)["metrics"] == found.metrics
     asked = json.loads(sift("predict", run, "what is 1 and 2?", "--json").stdout)["predictions"]
-    assert [set(one) for one in asked] == [{"text", "answer"}]
+    assert [set(one) for one in asked] == [{"text", "answer", "tokens", "ended"}]
     changed = {
         name
         for name, tensor in load_file(merged / "model.safetensors").items()
