@@ -12,7 +12,8 @@ from sift_cli.cli.options import Json, Overrides, RecipeArg, print_json, print_t
 from sift_cli.system.terminal import visible
 
 if TYPE_CHECKING:
-    from sift_cli.analysis.rows import ShownRow, SplitCounts
+    from sift_cli.analysis.rows import ShownRow
+    from sift_cli.tasks.token_rows import SplitCounts
 
 LEARNT = "bold green"
 

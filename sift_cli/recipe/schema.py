@@ -288,6 +288,12 @@ class TrainSection(Section):
         return self.learning_rate
 
 
+class GenerateSection(Section):
+    """How prompts are answered: with the likeliest token each time."""
+
+    max_new_tokens: PositiveInt = Field(256, description="tokens of an answer, at most")
+
+
 class EvalSection(Section):
     """When to evaluate and which weights to keep."""
 
@@ -300,6 +306,12 @@ class EvalSection(Section):
     max_tokens: PositiveInt | None = Field(
         8192, description="tokens at once, padding included, at most"
     )
+    samples: Annotated[int, Field(ge=0, strict=True)] = Field(
+        0,
+        description="held-out prompts that language tasks answer at each evaluation and before "
+        "training, into samples.jsonl",
+    )
+    generate: GenerateSection = Field(GenerateSection(), description="how they are answered")
 
 
 UNITS = {"s": 1, "min": 60, "h": 3600}
@@ -339,6 +351,10 @@ class LogSection(Section):
     report: bool = Field(True, description="write report.html and plots after training")
 
 
+# Keys outside `data` that language tasks alone have.
+TOKEN_KEYS = {"train": ("tokens", "packing", "chunk_loss"), "eval": ("samples", "generate")}
+
+
 class Recipe(Section):
     """A whole run, every value resolved."""
 
@@ -364,13 +380,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _keys_of_tokens_fit_the_task(self) -> "Recipe":
-        for key in ("tokens", "packing", "chunk_loss"):
-            usual = TrainSection.model_fields[key].default
-            if self.data.task not in LANGUAGE and getattr(self.train, key) not in (usual, False):
-                raise ValueError(
-                    f"train.{key}: it belongs to task: {' or '.join(LANGUAGE)}, and would do "
-                    "nothing here"
-                )
+        if self.data.task in LANGUAGE:
+            return self
+        for section, keys in TOKEN_KEYS.items():
+            part = getattr(self, section)
+            for key in keys:
+                usual = type(part).model_fields[key].default
+                if getattr(part, key) not in (usual, False):
+                    raise ValueError(
+                        f"{section}.{key}: it belongs to task: {' or '.join(LANGUAGE)}, and would "
+                        "do nothing here"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -20,27 +20,36 @@ from sift_cli.errors import SiftError
 from sift_cli.models.loading import LoadedModel, read_config
 from sift_cli.models.readout import whole_logits
 from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
-from sift_cli.tasks.conversations import Conversation, Message, Row, Text
+from sift_cli.tasks.conversations import (
+    Conversation,
+    Message,
+    Row,
+    Text,
+    asked_and_expected,
+    loaded,
+)
 from sift_cli.tasks.generation import answer
 from sift_cli.tasks.metrics import LANGUAGE, Metrics, better, score_tokens, short
 from sift_cli.tasks.task import Loss, Published
-from sift_cli.tasks.templates import OWN
+from sift_cli.tasks.templates import OWN, stop_tokens
 from sift_cli.tasks.token_batches import packed, padded, why_not_packed
 from sift_cli.tasks.token_loss import Chunks, chunks_of, token_loss, token_outputs
 from sift_cli.tasks.token_rows import DROP, Limit, encode_rows
-from sift_cli.tasks.tokens import Encoded
+from sift_cli.tasks.tokens import Encoded, decoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # names of architectures
 MARKED = 16  # tokens whose logits are a model's mark
+EXTREMES = 10  # rows with the highest loss, and with the lowest, whose text a run keeps
 USE = """```python
 from transformers import pipeline
 
 answer = pipeline("text-generation", model="PATH_OR_ID_OF_THIS_FOLDER")
-answer([{"role": "user", "content": "A question."}])
+answer({})
 ```"""
+QUESTION, BEGINNING = '[{"role": "user", "content": "A question."}]', '"A text begins"'
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,8 @@ class Reading:
 class Language:
     """A task whose rows are conversations, prompts with completions, or texts.
 
-    Its rows have the columns `value` (what `conversations.loaded` reads) and `row`.
+    Its rows have the columns `value` (what `conversations.loaded` reads) and `row`. `stops` are the
+    tokens at which generation stops, once it is `ready` for a model.
     """
 
     name: str
@@ -74,6 +84,7 @@ class Language:
     evaluation: dict[str, Dataset] = field(default_factory=dict)
     wording: Wording = Wording()
     reading: Reading = Reading()
+    stops: Mapping[str, int] = field(default_factory=dict)
 
     auto: ClassVar[Any] = AutoModelForCausalLM
     new_head: ClassVar[bool] = False
@@ -114,7 +125,10 @@ class Language:
         if why is not None:
             said.append(why)
         reading = Reading(packs and reason is None, chunks)
-        return replace(self, reading=reading), said
+        tokenizer = loaded.tokenizer
+        ends = stop_tokens(Path(tokenizer.name_or_path), tokenizer)
+        stops = {decoded(tokenizer, [one]): one for one in ends}
+        return replace(self, reading=reading, stops=stops), said
 
     def coder(self, tokenizer: PreTrainedTokenizerBase) -> Coder:
         """What makes tokens of rows for the model beside which the tokenizer lies."""
@@ -141,12 +155,13 @@ class Language:
                 "template": wording.template,
                 "system": wording.system,
                 "train_on": wording.train_on,
+                **({"stops": dict(self.stops)} if self.stops else {}),
             },
         }
 
     def usage(self, paired: bool) -> str:
-        """Markdown that shows transformers' pipeline on a question."""
-        return USE
+        """Markdown that shows transformers' pipeline on a question, or the beginning of a text."""
+        return USE.format(BEGINNING if self.name == "text" else QUESTION)
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
         """The rows as tokens with those to learn from; raises what `encode_rows` raises."""
@@ -202,13 +217,27 @@ class Language:
         return better(first, new[first], (old or {}).get(first))
 
     def lines(self, outputs: Tensor, rows: Dataset, data: Encoded) -> list[dict[str, Any]]:
-        """Of each row its number, its mean loss, its targets and how many come out right."""
-        return [
-            {"row": row, "loss": short(total / count), "tokens": int(count), "right": int(right)}
-            for row, (total, count, right) in zip(
-                data.rows["row"][:], outputs.tolist(), strict=True
-            )
-        ]
+        """Of each row its number, its mean loss, its targets and how many come out right.
+
+        Those that were split are one again. The rows with the highest and the lowest loss also have
+        what they ask and the answer expected.
+        """
+        sums: dict[int, list[float]] = {}
+        for row, one in zip(data.rows["row"][:], outputs.tolist(), strict=True):
+            sums[row] = [a + b for a, b in zip(sums.get(row, [0.0] * 3), one, strict=True)]
+        ranked = sorted(sums, key=lambda row: sums[row][0] / sums[row][1])
+        told = {*ranked[:EXTREMES], *ranked[-EXTREMES:]}
+        places = {row: at for at, row in enumerate(rows["row"]) if row in told}
+
+        def line(row: int) -> dict[str, Any]:
+            total, count, right = sums[row]
+            said = {"loss": short(total / count), "tokens": int(count), "right": int(right)}
+            if row not in told:
+                return {"row": row, **said}
+            asked, expected = asked_and_expected(loaded(rows[places[row]]["value"]))
+            return {"row": row, **said, "prompt": asked, "expected": expected}
+
+        return [line(row) for row in sums]
 
     def predict(
         self,

@@ -38,6 +38,37 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class SplitCounts:
+    """What a split comes to: rows, those `dropped` by why, and tokens of those that are left.
+
+    `lengths` are of all rows, before any was cut or dropped; `refused` says why the split would
+    not be trained or scored on.
+    """
+
+    rows: int
+    dropped: Mapping[str, int]
+    cut: int
+    tokens: int
+    learnt: int
+    lengths: Mapping[str, int]
+    refused: str | None = None
+
+    @classmethod
+    def of(cls, data: Encoded, refused: str | None = None) -> SplitCounts:
+        """Those of encoded rows, of any task."""
+        lengths = data.uncut or data.lengths
+        return cls(
+            rows=len(lengths),
+            dropped={why: len(rows) for why, rows in data.dropped.items()},
+            cut=data.truncated,
+            tokens=sum(data.lengths),
+            learnt=sum(data.targets),
+            lengths=spread_of(lengths),
+            refused=refused,
+        )
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What becomes of a row: `parts` as ids and labels of one length, or `dropped`, and why."""
 
