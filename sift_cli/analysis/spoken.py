@@ -8,6 +8,7 @@ from typing import Any
 
 from sift_cli.runs.summary import Summary
 from sift_cli.tasks.language import EXTREMES
+from sift_cli.tasks.token_rows import SplitCounts
 
 Line = Mapping[str, Any]
 
@@ -33,21 +34,12 @@ class Spoken:
         before = {one["row"]: one for one in samples if one["step"] == 0}
         after = [one for one in samples if one["step"] == summary.kept_step]
         return cls(
-            splits=[_sentence(name, one) for name, one in (summary.splits or {}).items()],
+            splits=[
+                " ".join([f"{name.capitalize()}:", *SplitCounts(**one).sentences()])
+                for name, one in (summary.splits or {}).items()
+            ],
             samples=[(before[one["row"]], one) for one in after if one["row"] in before],
             step=summary.kept_step,
             hardest=told[::-1][:half],
             easiest=told[: len(told) - half][:EXTREMES],
         )
-
-
-def _sentence(split: str, counts: Line) -> str:
-    """What a split comes to."""
-    dropped = sum(counts["dropped"].values())
-    spread = ", ".join(f"{name} {value:,}" for name, value in counts["lengths"].items())
-    whys = "".join(f", {why}: {count:,}" for why, count in counts["dropped"].items())
-    return (
-        f"{split}: {counts['learnt']:,} of {counts['tokens']:,} tokens are learnt "
-        f"({counts['learnt'] / max(1, counts['tokens']):.1%}); of {counts['rows']:,} rows "
-        f"{dropped:,} were dropped{whys}, and {counts['cut']:,} cut; tokens of a row: {spread}."
-    )

@@ -1,7 +1,7 @@
 """A recipe made real: its task, model, tokenised rows and device."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,10 +101,7 @@ class Session:
         """Rows, tokens, and what was dropped and cut, by split; None where none is learnt from."""
         if not self.learns_tokens:
             return None
-        counts = {name: asdict(SplitCounts.of(rows)) for name, rows in self.splits.items()}
-        for one in counts.values():
-            del one["refused"]  # it was not
-        return counts
+        return {name: SplitCounts.of(rows).to_json() for name, rows in self.splits.items()}
 
 
 def load_rows(recipe: Recipe, *, train: bool = True, split: str | None = None) -> Task:

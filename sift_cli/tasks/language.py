@@ -75,7 +75,8 @@ class Language:
     """A task whose rows are conversations, prompts with completions, or texts.
 
     Its rows have the columns `value` (what `conversations.loaded` reads) and `row`. `stops` are the
-    tokens at which generation stops, once it is `ready` for a model.
+    tokens at which generation stops, once it is `ready` for a model; `format` is what its rows were
+    read as.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Language:
     wording: Wording = Wording()
     reading: Reading = Reading()
     stops: Mapping[str, int] = field(default_factory=dict)
+    format: str | None = None
 
     auto: ClassVar[Any] = AutoModelForCausalLM
     new_head: ClassVar[bool] = False
