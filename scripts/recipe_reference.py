@@ -39,7 +39,7 @@ def reference() -> str:
         if isinstance(section, type) and issubclass(section, BaseModel):
             parts.append(f"\n## {name}\n\n{section.__doc__}\n\n| key | takes | default | |\n")
             parts.append("| --- | --- | --- | --- |\n")
-            parts += [_row(key, one) for key, one in section.model_fields.items()]
+            parts += _rows(section)
         else:
             parts.append(f"\n## {name}\n\n{field.description}\n")
     parts.append(
@@ -79,6 +79,18 @@ def reference() -> str:
         names = (", ".join(some) for some in (form.needs, form.may, form.keys))
         parts.append(f"| {name} | {' | '.join(names)} |\n")
     return "".join(parts)
+
+
+def _rows(section: type[BaseModel], before: str = "") -> list[str]:
+    """A line for each key, those of sections inside it among them."""
+    rows = []
+    for key, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            rows += _rows(kind, f"{before}{key}.")
+        else:
+            rows.append(_row(before + key, field))
+    return rows
 
 
 def _row(key: str, field: FieldInfo) -> str:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from sift_cli.tasks.metrics import Metrics
+from sift_cli.tasks.metrics import LOSS, Metrics
 
 Line = Mapping[str, Any]  # of metrics.jsonl, weights.jsonl, gradient.jsonl or predictions.jsonl
 Cell = Mapping[str, Any]  # the weights of one layer and module, added up
@@ -54,18 +54,21 @@ def charts(
     before: Metrics,
     probe: Mapping[str, Any] | None,
     out: Path,
+    *,
+    language: bool = False,
 ) -> dict[str, str]:
     """Draws what there is data for; writes `out`/NAME.png and returns NAME -> SVG.
 
     `lines` are those of metrics.jsonl, `weights` and `predictions` what the run recorded, `probe`
-    what probe.json holds; `before` are the metrics before training.
+    what probe.json holds; `before` are the metrics before training, of a language task or another.
     """
     steps = [line for line in lines if "loss" in line]
     scores = [line for line in lines if "metrics" in line]
     layered = by_layer(weights)
     drawn: dict[str, Callable[[], Figure]] = {}
     if steps:
-        drawn["progress"] = lambda: _progress(steps, scores, before)
+        progress = _language_progress if language else _progress
+        drawn["progress"] = lambda: progress(steps, scores, before)
         drawn["rate"] = lambda: _rate(steps)
     if layered:
         drawn["entries"] = lambda: _entries(layered)
@@ -140,18 +143,58 @@ def _progress(steps: Sequence[Line], scores: Sequence[Line], before: Metrics) ->
     axes[0].set_ylabel("loss")
     if scores:
         for at, name in enumerate(scores[0]["metrics"]):
-            line = [(0, before.get(name))] + [(one["step"], one["metrics"][name]) for one in scores]
-            defined = [(step, value) for step, value in line if value is not None]
-            axes[1].plot(*zip(*defined, strict=True), marker=".", label=name, color=_colour(at))
-        best = [one["step"] for one in scores if one.get("best")]
-        if best:
-            axes[1].axvline(best[-1], color=INK, lw=0.8, ls=":", label="best")
+            points = _defined(name, scores, before)
+            axes[1].plot(*points, marker=".", label=name, color=_colour(at))
+        _mark_best(axes[1], scores)
         axes[1].legend(fontsize=8.5)
+    _count_steps(axes)
+    return figure
+
+
+def _language_progress(steps: Sequence[Line], scores: Sequence[Line], before: Metrics) -> Figure:
+    """Losses over tokens, trained on and held out, on one axis; each other metric on its own."""
+    names = list(scores[0]["metrics"]) if scores else []
+    others = [name for name in names if name != LOSS]
+    heights = [2.3, *[1.4] * len(others)]
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    axes = figure.subplots(
+        len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )[:, 0]
+    axes[0].plot(*_series(steps, LOSS), color=BLUE, lw=1.2, marker=_marker(steps), label="training")
+    axes[0].set_ylabel("loss per token")
+    if LOSS in names:
+        points = _defined(LOSS, scores, before)
+        axes[0].plot(*points, color=ORANGE, marker=".", label="held out")
+    for axis, name in zip(axes[1:], others, strict=True):
+        axis.plot(*_defined(name, scores, before), color=ORANGE, marker=".")
+        axis.set_ylabel(name.replace("_", " "))
+    for axis in axes:
+        _mark_best(axis, scores)
+    axes[0].legend(fontsize=8.5)
+    _count_steps(axes)
+    return figure
+
+
+def _defined(
+    name: str, scores: Sequence[Line], before: Metrics
+) -> tuple[Sequence[int], Sequence[float]]:
+    """The steps at which a metric is defined, 0 before training, and its values there."""
+    line = [(0, before.get(name))] + [(one["step"], one["metrics"][name]) for one in scores]
+    defined = [(step, value) for step, value in line if value is not None]
+    return [step for step, _ in defined], [value for _, value in defined]
+
+
+def _mark_best(axis: Axes, scores: Sequence[Line]) -> None:
+    best = [one["step"] for one in scores if one.get("best")]
+    if best:
+        axis.axvline(best[-1], color=INK, lw=0.8, ls=":", label="best")
+
+
+def _count_steps(axes: Any) -> None:
     for axis in axes:
         axis.grid(alpha=0.2)
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
 
 
 def _rate(steps: Sequence[Line]) -> Figure:

@@ -13,10 +13,18 @@ from sift_cli.recipe import Rate, load_recipe
 from sift_cli.runs.facts import flat, settings_of
 from sift_cli.runs.folder import RECIPE_FILE, SUMMARY_FILE
 from sift_cli.runs.summary import Summary
+from sift_cli.tasks.table import LANGUAGE
 
 # what the table has columns for
 SHOWN = ("train.seed", "train.learning_rate", "selection.policy", "selection.density")
-CUSTOM = "custom"  # the task that is what its data are
+# what tells, beside the name of a task, which rows and which of their tokens are scored
+ROWS_OF = {
+    "custom": ("path", "config", "label"),
+    **dict.fromkeys(
+        LANGUAGE,
+        ("path", "config", "columns", "max_length", "template", "system", "train_on", "too_long"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Finished:
             raise SiftError(f"{folder}: no finished run; it holds no {SUMMARY_FILE}")
         recipe = folder / RECIPE_FILE
         settings = settings_of(load_recipe(recipe)) if recipe.is_file() else {}
+        if settings and summary.language is not None:
+            del settings["train"]["head_start"]  # policies differ in it, and there is no new head
         return cls(folder, summary, settings)
 
     @property
@@ -67,8 +77,8 @@ class Finished:
         found: dict[str, Any] = {"task": self.summary.task}
         if self.settings:
             data = self.settings["data"]
-            if self.summary.task == CUSTOM:
-                found |= {f"data.{key}": data[key] for key in ("path", "config", "label")}
+            keys = ROWS_OF.get(self.summary.task, ())
+            found |= {f"data.{key}": data[key] for key in keys}
             found["data.holdout"] = data["holdout"]
             found["eval.split"] = self.settings["eval"]["split"]
         return found | {"metrics": ", ".join(self.summary.metrics)}

@@ -28,7 +28,9 @@ from sift_cli.runs.session import autocasts, load_rows, open_session
 from sift_cli.runs.timing import Timing
 from sift_cli.selection.scores import find_score
 from sift_cli.tasks.kinds import expected_task
+from sift_cli.tasks.language import Language
 from sift_cli.tasks.task import Task
+from sift_cli.tasks.token_rows import SplitCounts
 from sift_cli.tasks.tokens import Encoded
 from sift_cli.training.batches import Steps, steps_of
 from sift_cli.training.choosing import Parts, rule_of, selecting
@@ -196,14 +198,25 @@ class PlannedRows:
         return {"kind": start, "rows": rows}
 
     def about(self, recipe: Recipe) -> dict[str, Any]:
-        """Counts of rows, of rows cut to `data.max_length`, and of steps."""
+        """Counts of rows, of rows cut to `data.max_length`, and of steps; of a language task more.
+
+        That is the format of its rows, how they become tokens, and how many these are.
+        """
         batches = self.batches(recipe)
         if batches is None or self.train is None:
             return {"missing": self.missing}
         splits = {"train": self.train} | {
             "evaluation" + suffix: rows for suffix, rows in self.evaluation.items()
         }
-        return {
+        language: dict[str, Any] = {}
+        if isinstance(self.task, Language):
+            language = {
+                "format": self.task.format,
+                "language": self.task.header()["language"],
+                "tokens_per_step": sum(self.train.lengths) / batches.steps_per_epoch,
+                "splits": {name: SplitCounts.of(rows).to_json() for name, rows in splits.items()},
+            }
+        return language | {
             "rows": {name: len(rows) for name, rows in splits.items()},
             "truncated": {name: rows.truncated for name, rows in splits.items()},
             "max_length": recipe.data.max_length,

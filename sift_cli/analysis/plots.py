@@ -138,7 +138,8 @@ def plot_compare(comparison: Comparison, path: Path) -> None:
             continue
         marker = MARKERS[number % len(MARKERS)]
         axis.errorbar(entries, means, yerr=spreads, label=method, marker=marker, capsize=3, lw=1.3)
-    axis.set(xscale="log", xlabel="trained entries, without the head", ylabel=metric)
+    better = " (lower is better)" if comparison.falls else ""
+    axis.set(xscale="log", xlabel="trained entries, without the head", ylabel=metric + better)
     axis.set_title(comparison.task)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))

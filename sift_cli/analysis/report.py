@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from sift_cli import __version__
 from sift_cli.analysis.charts import by_layer, charts, gradient_share
 from sift_cli.analysis.probe import PROBE_FILE
+from sift_cli.analysis.spoken import Spoken
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, parse_recipe
 from sift_cli.runs.folder import (
@@ -23,6 +24,7 @@ from sift_cli.runs.folder import (
     PREDICTIONS_FILE,
     RECIPE_FILE,
     REPORT_FILE,
+    SAMPLES_FILE,
     SUMMARY_FILE,
     WEIGHTS_FILE,
 )
@@ -49,7 +51,8 @@ def report(
     shutil.rmtree(plots, ignore_errors=True)
     plots.mkdir(parents=True)
     summary, weights = recorded.summary, recorded.weights
-    predictions = [one for one in recorded.predictions if "label" in one]  # tokens have none
+    language = summary.language is not None
+    predictions = [] if language else recorded.predictions
     drawn = charts(
         recorded.metrics,
         weights,
@@ -58,6 +61,7 @@ def report(
         summary.metrics_before,
         probed,
         plots,
+        language=language,
     )
     layered = by_layer(weights)
     page = _template().render(
@@ -73,6 +77,7 @@ def report(
         says=probed["says"] if probed else [],
         splits=Counter(line["split"] for line in predictions),
         mistakes=_worst(predictions, bool(summary.labels)) if texts else [],
+        spoken=Spoken.of(summary, recorded.predictions, recorded.samples) if language else None,
         texts=texts,
         recipe=recorded.text,
         numbers=_numbers(recorded.numbers),
@@ -87,9 +92,9 @@ def report(
 class Recorded:
     """What a run folder holds of its run.
 
-    `numbers` is summary.json as it stands there, `text` the recipe's. `metrics`, `weights` and
-    `predictions` are the lines of the files of these names; a weight's line also holds its
-    `gradient`, which maps a weight's name to its line of gradient.jsonl.
+    `numbers` is summary.json as it stands there, `text` the recipe's. `metrics`, `weights`,
+    `predictions` and `samples` are the lines of the files of these names; a weight's line also
+    holds its `gradient`, which maps a weight's name to its line of gradient.jsonl.
     """
 
     summary: Summary
@@ -99,6 +104,7 @@ class Recorded:
     metrics: list[dict[str, Any]]
     weights: list[dict[str, Any]]
     predictions: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
     gradient: dict[str, dict[str, Any]]
 
     @classmethod
@@ -108,15 +114,13 @@ class Recorded:
         summary, numbers = _read(run / SUMMARY_FILE, what, _parse_summary)
         text = _read(run / RECIPE_FILE, what, str)
         recipe = parse_recipe(text, str(run / RECIPE_FILE))
-        metrics, weights, predictions, gradients = (
-            _lines(run / name)
-            for name in (METRICS_FILE, WEIGHTS_FILE, PREDICTIONS_FILE, GRADIENT_FILE)
-        )
+        files = (METRICS_FILE, WEIGHTS_FILE, PREDICTIONS_FILE, SAMPLES_FILE, GRADIENT_FILE)
+        metrics, weights, predictions, samples, gradients = (_lines(run / one) for one in files)
         gradient = {line["name"]: line for line in gradients}
         for weight in weights:
             if weight["name"] in gradient:
                 weight["gradient"] = gradient[weight["name"]]
-        return cls(summary, numbers, recipe, text, metrics, weights, predictions, gradient)
+        return cls(summary, numbers, recipe, text, metrics, weights, predictions, samples, gradient)
 
 
 def _parse_summary(text: str) -> tuple[Summary, dict[str, Any]]:
@@ -178,8 +182,9 @@ def _by_chance(
 
 def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     """Name, number and remark of what is told at the top."""
+    head = "with the head" if summary.dense_entries else "bit for bit, and back"
     return [
-        ("delta file", f"{summary.delta_bytes / 1e3:,.0f} kB", "with the head"),
+        ("delta file", f"{summary.delta_bytes / 1e3:,.0f} kB", head),
         ("one step", f"{summary.step_time_ms:,.0f} ms", f"median of {summary.steps:,}"),
         ("whole run", f"{summary.wall_time_s:,.0f} s", f"on {summary.device}"),
         ("peak memory", f"{summary.peak_memory_bytes / 1e6:,.0f} MB", "of the process"),
@@ -187,7 +192,10 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
 
 
 def _numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every key of summary.json, those of other versions included, and its value as text."""
+    """Every key of summary.json, those of other versions included, and its value as text.
+
+    Of a language run without those that its page tells of, or that it has no use for.
+    """
 
     def text(value: Any) -> str:
         if isinstance(value, dict):
@@ -198,4 +206,6 @@ def _numbers(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             return f"{value:,.4g}" if abs(value) < 1e3 else f"{value:,.1f}"
         return f"{value:,}" if type(value) is int else str(value)
 
-    return [(name.replace("_", " "), text(value)) for name, value in summary.items()]
+    elsewhere = ("labels", "truncated", "splits") if "language" in summary else ()
+    told = {name: value for name, value in summary.items() if name not in elsewhere}
+    return [(name.replace("_", " "), text(value)) for name, value in told.items()]

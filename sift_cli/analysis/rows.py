@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ from sift_cli.tasks.coder import Coded
 from sift_cli.tasks.conversations import is_conversation, loaded
 from sift_cli.tasks.supervision import code
 from sift_cli.tasks.table import LANGUAGE
-from sift_cli.tasks.token_rows import fit, require_enough, spread_of, tokenise
-from sift_cli.tasks.tokens import UNSEEN, Encoded, decoded
+from sift_cli.tasks.token_rows import SplitCounts, fit, require_enough, tokenise
+from sift_cli.tasks.tokens import UNSEEN, decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,23 +41,6 @@ class Part:
 
     text: str
     learnt: bool
-
-
-@dataclass(frozen=True)
-class SplitCounts:
-    """What a split comes to: rows, those `dropped` by why, and tokens of those that are left.
-
-    `lengths` are of all rows, before any was cut or dropped; `refused` says why the split would
-    not be trained or scored on.
-    """
-
-    rows: int
-    dropped: Mapping[str, int]
-    cut: int
-    tokens: int
-    learnt: int
-    lengths: Mapping[str, int]
-    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +113,7 @@ def _language(
         require_enough(data, limit, split)
     except SiftError as error:
         refused = str(error)
-    counts = _counts(data, refused)
+    counts = SplitCounts.of(data, refused)
     shown = _spelt(tokenizer, ids, learnt)
     return ShownRow(split, rows["row"][at], layout, len(coded.ids), fate, *shown, counts)
 
@@ -153,7 +136,7 @@ def _labelled(
     shown = _spelt(tokenizer, ids, [False] * len(ids))
     label = str(value) if names is None else names[value]
     return ShownRow(
-        split, rows["row"][at], task.name, whole, fate, *shown, _counts(data, None), label
+        split, rows["row"][at], task.name, whole, fate, *shown, SplitCounts.of(data), label
     )
 
 
@@ -168,20 +151,6 @@ def _place(numbers: Sequence[int], row: int | None, split: str) -> int:
             f"from {min(found)} to {max(found)}; rows may be held out or left out"
         )
     return found.index(row)
-
-
-def _counts(data: Encoded, refused: str | None) -> SplitCounts:
-    dropped = {why: len(rows) for why, rows in data.dropped.items()}
-    lengths = data.uncut or data.lengths
-    return SplitCounts(
-        rows=len(lengths),
-        dropped=dropped,
-        cut=data.truncated,
-        tokens=sum(data.lengths),
-        learnt=sum(data.targets),
-        lengths=spread_of(lengths),
-        refused=refused,
-    )
 
 
 def _spelt(

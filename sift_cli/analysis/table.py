@@ -7,7 +7,7 @@ from typing import Any
 
 from sift_cli.recipe import AUTO, Rate
 from sift_cli.runs.summary import Summary
-from sift_cli.tasks.metrics import shown
+from sift_cli.tasks.metrics import METRICS, shown
 
 REFERENCE = "sift"
 SELECTION = "selection."  # keys of what belongs to a method
@@ -146,6 +146,20 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """As compare.json holds it."""
         return asdict(self)
+
+    @property
+    def falls(self) -> bool:
+        """Whether a lower metric is better."""
+        return self.metric in METRICS and not METRICS[self.metric].rises
+
+    @property
+    def best(self) -> TableRow | None:
+        """The row with the best mean of the metric; None where no two can be held apart by it."""
+        means = {at: row.metrics[self.metric].mean for at, row in enumerate(self.rows)}
+        defined = {at: mean for at, mean in means.items() if mean is not None}
+        if len(set(defined.values())) < 2:
+            return None
+        return self.rows[(min if self.falls else max)(defined, key=lambda at: defined[at])]
 
 
 def tabulated(
@@ -287,10 +301,19 @@ def headings(comparison: Comparison) -> list[str]:
     return [metric if one == "metric" else one for one in HEADINGS]
 
 
+def legend(comparison: Comparison) -> str:
+    """What the columns are, and which way is better where that is down."""
+    return LEGEND + (f" A lower {comparison.metric} is better." if comparison.falls else "")
+
+
 def markdown(comparison: Comparison) -> str:
     """The table and its notes."""
     lines = [f"# {comparison.task}", "", "| " + " | ".join(headings(comparison)) + " |"]
     lines.append("|" + " --- |" * len(HEADINGS))
     for row in comparison.rows:
-        lines.append("| " + " | ".join(cells(row, comparison.metric)) + " |")
-    return "\n".join([*lines, "", LEGEND, "", *(f"- {note}" for note in comparison.notes)]) + "\n"
+        found = cells(row, comparison.metric)
+        if row is comparison.best:
+            found[HEADINGS.index("metric")] = f"**{found[HEADINGS.index('metric')]}**"
+        lines.append("| " + " | ".join(found) + " |")
+    notes = [f"- {note}" for note in comparison.notes]
+    return "\n".join([*lines, "", legend(comparison), "", *notes]) + "\n"

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from sift_cli.cli.options import BaseModelPath, Json, print_json, print_table, size, stdout
 from sift_cli.errors import SiftError
 from sift_cli.tasks.metrics import shown
+from sift_cli.tasks.table import language_facts
 
 if TYPE_CHECKING:
     from sift_cli.convert.changes import Composition
@@ -272,14 +273,13 @@ def _provenance(found: dict[str, Any]) -> dict[str, str]:
     base, made = found["base"], found.get("difference")
     revision = f" at {base['revision']}" if base.get("revision") else ""
     task = f", task {found['task']}" if found.get("task") else ""
-    labels = found.get("labels")
     versions = found.get("versions", {})
     lines = {
         "file": f"{found['file']}, {size(found['bytes'])}; {found['integrity']}",
         "sha256": found["sha256"],
         "base": f"{base['path']}{revision}, {base['dtype']}",
         "model": (found.get("architecture") or "not told") + task,
-        "labels": "a score" if labels is None else ", ".join(labels),
+        **_task_lines(found),
         "made by": f"policy {found.get('policy') or 'not told'}"
         + "".join(f", {name} {number}" for name, number in versions.items()),
     }
@@ -297,6 +297,14 @@ def _provenance(found: dict[str, Any]) -> dict[str, str]:
     if found["base_checked"]:
         lines["size"] = f"{found['norm']:.4g}, {found['relative']:.3%} of the weights' norm"
     return lines
+
+
+def _task_lines(found: dict[str, Any]) -> dict[str, str]:
+    """The labels, or how the rows of a language task become tokens."""
+    labels = found.get("labels")
+    if found.get("language") is not None:
+        return language_facts(found["language"])
+    return {"labels": "a score" if labels is None else ", ".join(labels)}
 
 
 def _density_table(

@@ -12,7 +12,7 @@ from sift_cli.cli.options import Json, Overrides, RecipeArg, print_json, print_t
 from sift_cli.system.terminal import visible
 
 if TYPE_CHECKING:
-    from sift_cli.analysis.rows import ShownRow, SplitCounts
+    from sift_cli.analysis.rows import ShownRow
 
 LEARNT = "bold green"
 
@@ -46,7 +46,10 @@ def show(
         _show_tokens(shown)
     else:
         _show_text(shown)
-    for sentence in _sentences(shown.counts):
+    sentences = shown.counts.sentences()
+    if shown.counts.refused:
+        sentences.append(f"Training would stop: {visible(shown.counts.refused)}")
+    for sentence in sentences:
         stdout.print(sentence, highlight=False, markup=False)
 
 
@@ -81,19 +84,3 @@ def _show_tokens(shown: "ShownRow") -> None:
         style = LEARNT if token.learnt else None
         table.add_row(f"{at}", f"{token.id}", said, "yes" if token.learnt else "", style=style)
     print_table(table)
-
-
-def _sentences(counts: "SplitCounts") -> list[str]:
-    dropped = sum(counts.dropped.values())
-    whys = "".join(f" ({why}: {count:,})" for why, count in counts.dropped.items())
-    spread = ", ".join(f"{name} {value:,}" for name, value in counts.lengths.items())
-    lines = [
-        f"Of {counts.rows:,} rows, {dropped:,} are dropped{whys} and {counts.cut:,} cut; tokens of "
-        f"a row: {spread}."
-    ]
-    if counts.learnt:
-        share = counts.learnt / counts.tokens
-        lines.append(f"{counts.learnt:,} of {counts.tokens:,} tokens are learnt ({share:.1%}).")
-    if counts.refused:
-        lines.append(f"Training would stop: {visible(counts.refused)}")
-    return lines

@@ -102,10 +102,10 @@ def _show_numbers(summary: "Summary", folder: Path, page: Path | None) -> None:
     if len(summary.metrics) > SHOWN_METRICS:
         stdout.print(f"and {len(summary.metrics) - SHOWN_METRICS} more in {folder}/{SUMMARY_FILE}")
     trained, total = summary.trained_entries, summary.total_entries
-    stdout.print(
-        f"{trained:,} of {total:,} entries trained ({trained / total:.2%}), and a head of "
-        f"{summary.dense_entries:,}"
-    )
+    head = f", and a head of {summary.dense_entries:,}"
+    if summary.language and not summary.dense_entries:
+        head = ""
+    stdout.print(f"{trained:,} of {total:,} entries trained ({trained / total:.2%}){head}")
     stdout.print(
         f"step {summary.step_time_ms:.0f} ms, peak memory {size(summary.peak_memory_bytes)}, "
         f"delta {size(summary.delta_bytes)}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from sift_cli.cli.options import print_table, size, stdout
+from sift_cli.tasks.table import language_facts
 
 if TYPE_CHECKING:
     from sift_cli.analysis.table import Comparison
@@ -91,9 +92,13 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
     trained, total = plan["trained_entries"], plan["total_entries"]
     vectors = plan["vector_entries"]
     among = f", {vectors:,} of them biases and norms that train whole," if vectors else ","
+    data = plan["data"]
+    head = f" and a head of {plan['dense_entries']:,}"
+    if "format" in data and not plan["dense_entries"]:
+        among, head = among.rstrip(","), ""
     lines = [
-        f"{trained:,} of {total:,} entries train ({trained / total:.2%}){among} and a head of "
-        f"{plan['dense_entries']:,}; the delta will take about {size(plan['delta_bytes'])}."
+        f"{trained:,} of {total:,} entries train ({trained / total:.2%}){among}{head}; the delta "
+        f"will take about {size(plan['delta_bytes'])}."
     ]
     if plan["only_in_sum"]:
         lines.append("All weights compete for one budget: entries per layer are in proportion.")
@@ -101,16 +106,18 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
     if head["kind"] != "random":
         rows = f" of {head['rows']:,} rows" if head["rows"] else ""
         lines.append(f"A new head starts from a {head['kind']}{rows}.")
-    data = plan["data"]
     if "missing" in data:
         lines.append(f"Rows were not counted: {data['missing']}")
     else:
-        rows = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())
-        cut = sum(data["truncated"].values())
-        lines.append(
-            f"{rows} rows, {cut:,} of them cut to {data['max_length']} tokens; "
-            f"{data['steps']:,} steps, {data['steps_per_epoch']:,} to an epoch."
-        )
+        steps = f"{data['steps']:,} steps, {data['steps_per_epoch']:,} to an epoch"
+        if "format" in data:
+            lines += _language_sentences(data)
+            lines.append(f"{steps}; a step has about {data['tokens_per_step']:,.0f} tokens.")
+        else:
+            rows = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())
+            cut = sum(data["truncated"].values())
+            most = data["max_length"]
+            lines.append(f"{rows} rows, {cut:,} of them cut to {most} tokens; {steps}.")
         if data["trial_steps"]:
             lines.append(
                 f"The learning rate is left open: {data['trial_steps']:,} more steps try rates "
@@ -138,6 +145,20 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
             f"Measured: {timed['step_time_ms']:.0f} ms a step (median of {timed['steps']}), about "
             f"{timed['epoch_s']:.0f} s an epoch."
         )
+    return lines
+
+
+def _language_sentences(data: Mapping[str, Any]) -> list[str]:
+    """The format of the rows of a language task, how they become tokens, and what splits come to.
+
+    `data` are those of a plan.
+    """
+    from sift_cli.tasks.token_rows import SplitCounts
+
+    facts = "; ".join(f"{key}: {said}" for key, said in language_facts(data["language"]).items())
+    lines = [f"Rows are {data['format']}; {facts}."]
+    for name, counts in data["splits"].items():
+        lines.append(" ".join([f"{name.capitalize()}:", *SplitCounts(**counts).sentences()]))
     return lines
 
 
@@ -173,12 +194,13 @@ def show_probe(probe: Mapping[str, Any]) -> None:
 
 def show_compare(comparison: "Comparison") -> None:
     """Prints the table of `sift compare` and its notes."""
-    from sift_cli.analysis.table import LEGEND, cells, headings
+    from sift_cli.analysis.table import cells, headings, legend
 
-    table = Table(*headings(comparison), title=comparison.task, caption=LEGEND)
+    table = Table(*headings(comparison), title=comparison.task, caption=legend(comparison))
     table.columns[0].no_wrap = table.columns[3].no_wrap = True
     for row in comparison.rows:
-        table.add_row(*cells(row, comparison.metric))
+        style = "bold" if row is comparison.best else None
+        table.add_row(*cells(row, comparison.metric), style=style)
     _right(table)
     print_table(table)
     for note in comparison.notes:

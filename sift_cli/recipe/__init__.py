@@ -1,11 +1,11 @@
 """The recipe: what it may hold, and how it is read. Imports no torch."""
 
+from sift_cli.recipe.evaluation import EvalSection
 from sift_cli.recipe.reading import load_recipe, parse_recipe, trace_recipe
 from sift_cli.recipe.schema import (
     AUTO,
     ROW_OPTIONS,
     CheckpointSection,
-    EvalSection,
     ModelSection,
     Rate,
     Recipe,

@@ -10,13 +10,13 @@ from pydantic import (
     model_validator,
 )
 
+from sift_cli.recipe.evaluation import EvalSection
 from sift_cli.recipe.kinds import (
     Names,
     PositiveInt,
     Section,
     as_list,
     checked,
-    in_short,
     nearest,
     one_of,
     or_list,
@@ -289,20 +289,6 @@ class TrainSection(Section):
         return self.learning_rate
 
 
-class EvalSection(Section):
-    """When to evaluate and which weights to keep."""
-
-    every: Annotated[Literal["epoch"] | PositiveInt, in_short("epoch or a number of steps")] = (
-        Field("epoch", description="epoch, or steps")
-    )
-    split: str = "validation"
-    keep: Literal["best", "last"] = "best"
-    batch_size: PositiveInt = Field(256, description="rows at once, at most")
-    max_tokens: PositiveInt | None = Field(
-        8192, description="tokens at once, padding included, at most"
-    )
-
-
 UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
@@ -340,6 +326,10 @@ class LogSection(Section):
     report: bool = Field(True, description="write report.html and plots after training")
 
 
+# Keys outside `data` that language tasks alone have.
+TOKEN_KEYS = {"train": ("tokens", "packing", "chunk_loss"), "eval": ("samples", "generate")}
+
+
 class Recipe(Section):
     """A whole run, every value resolved."""
 
@@ -365,13 +355,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _keys_of_tokens_fit_the_task(self) -> "Recipe":
-        for key in ("tokens", "packing", "chunk_loss"):
-            usual = TrainSection.model_fields[key].default
-            if self.data.task not in LANGUAGE and getattr(self.train, key) not in (usual, False):
-                raise ValueError(
-                    f"train.{key}: it belongs to task: {' or '.join(LANGUAGE)}, and would do "
-                    "nothing here"
-                )
+        if self.data.task in LANGUAGE:
+            return self
+        for section, keys in TOKEN_KEYS.items():
+            part = getattr(self, section)
+            for key in keys:
+                usual = type(part).model_fields[key].default
+                if getattr(part, key) not in (usual, False):
+                    raise ValueError(
+                        f"{section}.{key}: it belongs to task: {' or '.join(LANGUAGE)}, and would "
+                        "do nothing here"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -14,10 +14,14 @@ from sift_cli.runs.folder import DELTA_FILE, REPORT_FILE
 from sift_cli.runs.summary import Summary
 from sift_cli.tasks.kinds import task_of
 from sift_cli.tasks.metrics import Metrics, shown
-from sift_cli.tasks.table import text_columns
+from sift_cli.tasks.table import LANGUAGE, language_facts, text_columns
 from sift_cli.tasks.task import Published
 
 PAPER = "[SIFT, Song et al., ICML 2024](https://arxiv.org/abs/2312.11875)"
+BACK = """
+`sift merge DELTA --base THIS_FOLDER --undo --out base`, with the delta that made it, gives the
+base back, bit for bit.
+"""
 
 
 def delta_card(recipe: Recipe, summary: Summary) -> str:
@@ -31,8 +35,7 @@ def delta_card(recipe: Recipe, summary: Summary) -> str:
 # {_title(settings)}
 
 A sparse delta: {trained:,} entries of the {total:,} of `{_base(settings)}` trained
-({trained / total:.2%}; policy `{summary.policy}`, {PAPER}), and
-{summary.dense_entries:,} in modules that train whole.
+({trained / total:.2%}; policy `{summary.policy}`, {PAPER}){_whole(summary)}.
 `{DELTA_FILE}` ({summary.delta_bytes:,} bytes) turns the base into the trained model bit for
 bit, and back.
 
@@ -42,13 +45,11 @@ bit, and back.
 
 {summary.steps:,} steps of {summary.step_time_ms:.0f} ms (median); the weights are those of
 step {summary.kept_step:,}. `{REPORT_FILE}` shows the run.
-
+{_tokens(summary.language)}
 ## How to use
 
 ```sh
-sift merge {DELTA_FILE} --out merged    # an ordinary Hugging Face folder
-sift predict {DELTA_FILE} {_shell_example(settings)}
-sift eval .                                  # the metrics again
+{_commands(settings)}
 ```
 
 {_ending(settings, task.published)}"""
@@ -70,14 +71,46 @@ def model_card(header: Header) -> str:
 | metric ({settings["eval"]["split"]}) | value |
 | --- | --- |
 {rows}
-
+{_tokens(header.language)}
 ## How to use
 
 {task.usage(_paired(settings))}
-
+{BACK if header.language else ""}
 {_ending(settings, task.published)}
 Versions: {versions}.
 """
+
+
+def _whole(summary: Summary) -> str:
+    """The entries beside the budget; nothing where a language model has none."""
+    if summary.language and not summary.dense_entries:
+        return ""
+    return f", and\n{summary.dense_entries:,} in modules that train whole"
+
+
+def _tokens(language: Mapping[str, Any] | None) -> str:
+    """How rows of a language task became tokens, as a paragraph with its own blank line."""
+    if language is None:
+        return ""
+    facts = language_facts(language)
+    facts = {key: f"`{said}`" if key == "stops at" else said for key, said in facts.items()}
+    return "\n" + "".join(f"- {key}: {said}\n" for key, said in facts.items())
+
+
+def _commands(settings: Mapping[str, Any]) -> str:
+    """What to type beside the delta."""
+    lines = {
+        f"sift merge {DELTA_FILE} --out merged": "an ordinary Hugging Face folder",
+        f"sift predict {DELTA_FILE} {_shell_example(settings)}": "",
+        "sift eval .": "the metrics again",
+    }
+    task = settings["data"]["task"]
+    if task in LANGUAGE:
+        lines[f"sift merge {DELTA_FILE} --base merged --undo --out base"] = "and back"
+    if task == "instruct":
+        lines = {f"sift chat {DELTA_FILE}": "ask it", **lines}
+    wide = max(44, *(len(line) for line, why in lines.items() if why))
+    return "\n".join(f"{line:<{wide}} # {why}" if why else line for line, why in lines.items())
 
 
 def _front(settings: Mapping[str, Any], metrics: Metrics, relation: str, said: Published) -> str:
@@ -136,7 +169,8 @@ def _title(settings: Mapping[str, Any]) -> str:
 
 
 def _dataset(data: Mapping[str, Any]) -> str:
-    return _name(data["path"]) if data["task"] == "custom" else str(data["task"])
+    named = data["task"] in ("custom", *LANGUAGE)  # after its rows, not after a benchmark
+    return _name(data["path"]) if named else str(data["task"])
 
 
 def _base(settings: Mapping[str, Any]) -> str:
@@ -161,4 +195,6 @@ def _paired(settings: Mapping[str, Any]) -> bool:
 
 
 def _shell_example(settings: Mapping[str, Any]) -> str:
+    if settings["data"]["task"] == "instruct":
+        return '"A question."'
     return '"First text." --pair "Second text."' if _paired(settings) else '"A text."'

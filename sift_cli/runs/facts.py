@@ -126,7 +126,12 @@ def _with_later_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for section, values in recipe.items():
         kind = Recipe.model_fields[section].annotation if section in Recipe.model_fields else None
         if isinstance(values, Mapping) and isinstance(kind, type) and issubclass(kind, BaseModel):
-            usual = {key: one.get_default() for key, one in kind.model_fields.items()}
+            without = NO_RESULT.get(section, {})
+            usual = {
+                key: one.get_default()
+                for key, one in kind.model_fields.items()
+                if key not in without
+            }
             filled[section] = {**usual, **values}
     return filled
 

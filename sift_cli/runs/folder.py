@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from sift_cli.errors import SiftError
 
@@ -11,6 +12,7 @@ RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 GRADIENT_FILE = "gradient.jsonl"
 PREDICTIONS_FILE = "predictions.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 TENSORBOARD = "tensorboard"
 WANDB_FILE = "wandb.id"
 # of one that runs, or was interrupted
@@ -30,7 +32,13 @@ SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 PLOTS = "plots"
 
-NO_RESULT = {"out", "log", "checkpoint"}  # parts of a recipe that change no result
+# Parts of a recipe that change no result.
+NO_RESULT: dict[str, Any] = {
+    "out": True,
+    "log": True,
+    "checkpoint": True,
+    "eval": {"samples": True, "generate": True},
+}
 
 
 def delta_file(path: str) -> Path:

@@ -57,4 +57,9 @@ def language_task(recipe: Recipe, *, train: bool = True, split: str | None = Non
     """The task of a recipe for `instruct` or `text`, with its rows, checked."""
     found = language_rows(recipe, train=train, split=split)
     assert found.evaluation is not None
-    return replace(language_of(recipe), train=found.train, evaluation={"": found.evaluation})
+    return replace(
+        language_of(recipe),
+        train=found.train,
+        evaluation={"": found.evaluation},
+        format=found.layout.name,
+    )

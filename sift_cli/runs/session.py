@@ -19,6 +19,7 @@ from sift_cli.tasks.labelled import load_task
 from sift_cli.tasks.metrics import Metrics
 from sift_cli.tasks.table import LANGUAGE
 from sift_cli.tasks.task import Task
+from sift_cli.tasks.token_rows import SplitCounts
 from sift_cli.tasks.tokens import Encoded
 
 
@@ -82,6 +83,11 @@ class Session:
         return self.score(self.predict())
 
     @property
+    def learns_tokens(self) -> bool:
+        """Whether tokens are what is learnt, as language tasks do."""
+        return any(rows.targets for rows in self.splits.values())
+
+    @property
     def splits(self) -> dict[str, Encoded]:
         """The rows by what they are for: `train`, `evaluation` and its suffixes."""
         splits = {"evaluation" + suffix: rows for suffix, rows in self.evaluation.items()}
@@ -90,6 +96,12 @@ class Session:
     def truncated(self) -> dict[str, int]:
         """Rows cut to `data.max_length`, by split."""
         return {name: rows.truncated for name, rows in self.splits.items()}
+
+    def counts(self) -> dict[str, dict[str, Any]] | None:
+        """Rows, tokens, and what was dropped and cut, by split; None where none is learnt from."""
+        if not self.learns_tokens:
+            return None
+        return {name: SplitCounts.of(rows).to_json() for name, rows in self.splits.items()}
 
 
 def load_rows(recipe: Recipe, *, train: bool = True, split: str | None = None) -> Task:

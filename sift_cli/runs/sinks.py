@@ -21,14 +21,16 @@ from sift_cli.runs.folder import (
     PLOTS,
     RECIPE_FILE,
     REPORT_FILE,
+    SAMPLES_FILE,
     SUMMARY_FILE,
     TENSORBOARD,
     TRAINED_FILE,
     WANDB_FILE,
 )
 from sift_cli.system.files import write_text
-from sift_cli.tasks.metrics import shown
+from sift_cli.tasks.metrics import LOSS, shown
 
+HELD_OUT = {LOSS: "held-out loss"}  # of the metrics, what else reads like a step's number
 StepRecord = Mapping[str, Any]  # the numbers of a logged step by name, or its `metrics`
 
 
@@ -49,7 +51,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, after: int = 0) -> None:
-        write_text(path, "".join(_lines_until(path, after)) if after else "")
+        write_text(path, "".join(lines_until(path, after)) if after else "")
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, record: StepRecord) -> None:
@@ -134,12 +136,15 @@ class Bar:
     def log(self, record: StepRecord) -> None:
         """Moves the bar; an evaluation also stays on the screen as a line."""
         if "metrics" in record:
-            self._metric = "  ".join(f"{name} {shown(x)}" for name, x in record["metrics"].items())
+            self._metric = "  ".join(
+                f"{HELD_OUT.get(name, name)} {shown(x)}" for name, x in record["metrics"].items()
+            )
             best = "  (best)" if record.get("best") else ""
             self._console.print(f"step {record['step']}: {self._metric}{best}", highlight=False)
         else:
             step, steps = record["step"], record["steps"]
-            speed = f"{record['rows_per_second']:.0f} rows/s"
+            of = "tokens" if "tokens_per_second" in record else "rows"
+            speed = f"{record[f'{of}_per_second']:,.0f} {of}/s"
             numbers = "  ".join(filter(None, [f"loss {record['loss']:.4f}", self._metric, speed]))
             self._progress.update(self._task, completed=step, total=steps, numbers=numbers)
             if not self._console.is_terminal and 10 * step // steps > self._tenths:
@@ -185,7 +190,8 @@ def open_sinks(recipe: Recipe, out: Path, console: Console, after: int = 0) -> S
     for name in (SUMMARY_FILE, DELTA_FILE, TRAINED_FILE, REPORT_FILE):
         (out / name).unlink(missing_ok=True)
     if not after:
-        (out / GRADIENT_FILE).unlink(missing_ok=True)
+        for name in (GRADIENT_FILE, SAMPLES_FILE):
+            (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / PLOTS, ignore_errors=True)
     write_text(out / RECIPE_FILE, recipe.to_yaml())
     return Sinks(JsonLines(out / METRICS_FILE, after), [*sinks, Bar(console)])
@@ -204,7 +210,7 @@ def logged(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _lines_until(path: Path, step: int) -> Iterator[str]:
+def lines_until(path: Path, step: int) -> Iterator[str]:
     """The lines of steps up to `step`."""
     for line, record in _records(path):
         if record["step"] <= step:

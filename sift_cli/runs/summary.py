@@ -22,6 +22,7 @@ from sift_cli.tasks.metrics import Metrics
 LEFT_OUT = (
     "rank",
     "language",
+    "splits",
     "changed_entries",
     "delta_sha256",
 )  # of the file, where they are None
@@ -35,7 +36,8 @@ class Summary:
     None for a regression. Of the entries, `trained` are those of the supports at the end, `changed`
     those that are not equal to the base, `dense` those of the modules that train whole, which the
     other two leave out. `truncated` counts the rows cut to `data.max_length` by split, `resumed_at`
-    lists the steps after which the run was resumed, `step_time_ms` is the median.
+    lists the steps after which the run was resumed, `step_time_ms` is the median. `splits` are what
+    the rows of a language task come to.
 
     Fields with a default are those that baselines or the runs of older versions lack.
     """
@@ -57,6 +59,7 @@ class Summary:
     kept_step: int
     train_rows: int
     truncated: Mapping[str, int] = field(default_factory=dict)
+    splits: Mapping[str, Mapping[str, Any]] | None = None
     step_time_ms: float
     train_time_s: float
     wall_time_s: float
@@ -170,6 +173,7 @@ def summarize(
         kept_step=kept_step,
         train_rows=len(session.train),
         truncated=session.truncated(),
+        splits=session.counts(),
         step_time_ms=median(timing.step_ms),
         train_time_s=sum(timing.step_ms) / 1e3,
         wall_time_s=used.wall_time_s,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn, TypeAlias
 
 SHOWN = 40  # letters of a value in an error
@@ -87,6 +87,31 @@ def loaded(line: str) -> Row:
 def is_conversation(line: str) -> bool:
     """Whether the line that `dumped` made is of messages."""
     return line.startswith('{"messages"')
+
+
+def until_answer(row: Conversation) -> Conversation:
+    """The conversation up to its last answer; every row that a format reads has one."""
+    last = max(at for at, one in enumerate(row.messages) if one.role == "assistant")
+    return replace(row, messages=row.messages[: last + 1])
+
+
+def asked_and_expected(row: Row) -> tuple[str, str]:
+    """What a row asks and the last answer to it, as a person reads them; a text asks all of it."""
+    if isinstance(row, Text):
+        return row.text, ""
+    if isinstance(row, Completion):
+        return row.prompt, row.completion
+    *before, last = until_answer(row).messages
+    if len(before) == 1:
+        asked = before[0].content
+    else:
+        asked = "\n".join(f"{one.role}: {_spoken(one)}" for one in before)
+    return asked, _spoken(last)
+
+
+def _spoken(message: Message) -> str:
+    """What a message says; the calls of tools of one that says nothing."""
+    return message.content or str(message.more.get("tool_calls", ""))
 
 
 # Formats

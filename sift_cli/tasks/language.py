@@ -20,28 +20,31 @@ from sift_cli.errors import SiftError
 from sift_cli.models.loading import LoadedModel, load_tokenizer, read_config
 from sift_cli.models.readout import whole_logits
 from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
+from sift_cli.tasks.conversations import asked_and_expected, loaded
 from sift_cli.tasks.generation import Answer, answer, asked_ids
 from sift_cli.tasks.metrics import LANGUAGE, Metrics, better, score_tokens, short
 from sift_cli.tasks.prompts import Prompt, prompts_of
 from sift_cli.tasks.table import LONGEST_ANSWER
 from sift_cli.tasks.task import Loss, Published
-from sift_cli.tasks.templates import OWN, stops_texts, template_texts
+from sift_cli.tasks.templates import OWN, stop_tokens, stops_texts, template_texts
 from sift_cli.tasks.token_batches import packed, padded, why_not_packed
 from sift_cli.tasks.token_loss import Chunks, chunks_of, token_loss, token_outputs
 from sift_cli.tasks.token_rows import DROP, Limit, encode_rows
-from sift_cli.tasks.tokens import Encoded
+from sift_cli.tasks.tokens import Encoded, decoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # names of architectures
 MARKED = 16  # tokens whose logits are a model's mark
+EXTREMES = 10  # rows with the highest loss, and with the lowest, whose text a run keeps
 USE = """```python
 from transformers import pipeline
 
 answer = pipeline("text-generation", model="PATH_OR_ID_OF_THIS_FOLDER")
-answer([{"role": "user", "content": "A question."}])
+answer({})
 ```"""
+QUESTION, BEGINNING = '[{"role": "user", "content": "A question."}]', '"A text begins"'
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class Reading:
 class Language:
     """A task whose rows are conversations, prompts with completions, or texts.
 
-    Its rows have the columns `value` (what `conversations.loaded` reads) and `row`.
+    Its rows have the columns `value` (what `conversations.loaded` reads) and `row`. `stops` are the
+    tokens at which generation stops, once it is `ready` for a model; `format` is what its rows were
+    read as.
     """
 
     name: str
@@ -75,6 +80,8 @@ class Language:
     evaluation: dict[str, Dataset] = field(default_factory=dict)
     wording: Wording = Wording()
     reading: Reading = Reading()
+    stops: Mapping[str, int] = field(default_factory=dict)
+    format: str | None = None
 
     auto: ClassVar[Any] = AutoModelForCausalLM
     new_head: ClassVar[bool] = False
@@ -115,7 +122,10 @@ class Language:
         if why is not None:
             said.append(why)
         reading = Reading(packs and reason is None, chunks)
-        return replace(self, reading=reading), said
+        tokenizer = loaded.tokenizer
+        ends = stop_tokens(Path(tokenizer.name_or_path), tokenizer)
+        stops = {decoded(tokenizer, [one]): one for one in ends}
+        return replace(self, reading=reading, stops=stops), said
 
     def coder(self, tokenizer: PreTrainedTokenizerBase) -> Coder:
         """What makes tokens of rows for the model beside which the tokenizer lies."""
@@ -142,6 +152,7 @@ class Language:
                 "template": wording.template,
                 "system": wording.system,
                 "train_on": wording.train_on,
+                **({"stops": dict(self.stops)} if self.stops else {}),
             },
         }
 
@@ -155,8 +166,8 @@ class Language:
         return texts
 
     def usage(self, paired: bool) -> str:
-        """Markdown that shows transformers' pipeline on a question."""
-        return USE
+        """Markdown that shows transformers' pipeline on a question, or the beginning of a text."""
+        return USE.format(BEGINNING if self.name == "text" else QUESTION)
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
         """The rows as tokens with those to learn from; raises what `encode_rows` raises."""
@@ -212,13 +223,27 @@ class Language:
         return better(first, new[first], (old or {}).get(first))
 
     def lines(self, outputs: Tensor, rows: Dataset, data: Encoded) -> list[dict[str, Any]]:
-        """Of each row its number, its mean loss, its targets and how many come out right."""
-        return [
-            {"row": row, "loss": short(total / count), "tokens": int(count), "right": int(right)}
-            for row, (total, count, right) in zip(
-                data.rows["row"][:], outputs.tolist(), strict=True
-            )
-        ]
+        """Of each row its number, its mean loss, its targets and how many come out right.
+
+        Those that were split are one again. The rows with the highest and the lowest loss also have
+        what they ask and the answer expected.
+        """
+        sums: dict[int, list[float]] = {}
+        for row, one in zip(data.rows["row"][:], outputs.tolist(), strict=True):
+            sums[row] = [a + b for a, b in zip(sums.get(row, [0.0] * 3), one, strict=True)]
+        ranked = sorted(sums, key=lambda row: sums[row][0] / sums[row][1])
+        told = {*ranked[:EXTREMES], *ranked[-EXTREMES:]}
+        places = {row: at for at, row in enumerate(rows["row"]) if row in told}
+
+        def line(row: int) -> dict[str, Any]:
+            total, count, right = sums[row]
+            said = {"loss": short(total / count), "tokens": int(count), "right": int(right)}
+            if row not in told:
+                return {"row": row, **said}
+            asked, expected = asked_and_expected(loaded(rows[places[row]]["value"]))
+            return {"row": row, **said, "prompt": asked, "expected": expected}
+
+        return [line(row) for row in sums]
 
     def predict(
         self,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,24 @@ def text_columns(task: str, given: Sequence[str] | None) -> tuple[str, ...]:
     """The columns that hold a row's texts: those given, else those of the task."""
     spec = TASKS.get(task)
     return tuple(given or (spec.text if spec else ()))
+
+
+def language_facts(stated: Mapping[str, Any]) -> dict[str, str]:
+    """How rows of a language task become tokens, in words, from what a header or summary says."""
+    facts = {"learnt": str(stated.get("train_on", "")).replace("-", " ")}
+    template, system, stops = (stated.get(key) for key in ("template", "system", "stops"))
+    if stated.get("task") != "text":
+        facts["template"] = "the model's own" if template == "model" else _named(str(template))
+    if system:
+        facts["system"] = str(system)
+    if isinstance(stops, Mapping) and stops:
+        facts["stops at"] = ", ".join(map(str, stops))
+    return facts
+
+
+def _named(template: str) -> str:
+    """A template by its name, or by its size where its text is given."""
+    return f"a text of {len(template):,} letters" if "{" in template else template
 
 
 def head_width(labels: Sequence[str] | None) -> int:

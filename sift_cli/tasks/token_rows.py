@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,55 @@ class Limit:
 
     length: int
     too_long: str = DROP
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """What a split comes to: rows, those `dropped` by why, and tokens of those that are left.
+
+    `lengths` are of all rows, before any was cut or dropped; `refused` says why the split would
+    not be trained or scored on.
+    """
+
+    rows: int
+    dropped: Mapping[str, int]
+    cut: int
+    tokens: int
+    learnt: int
+    lengths: Mapping[str, int]
+    refused: str | None = None
+
+    @classmethod
+    def of(cls, data: Encoded, refused: str | None = None) -> SplitCounts:
+        """Those of encoded rows, of any task."""
+        lengths = data.uncut or data.lengths
+        return cls(
+            rows=len(lengths),
+            dropped={why: len(rows) for why, rows in data.dropped.items()},
+            cut=data.truncated,
+            tokens=sum(data.lengths),
+            learnt=sum(data.targets),
+            lengths=spread_of(lengths),
+            refused=refused,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As summary.json holds them, of a split that was not refused."""
+        return {key: value for key, value in asdict(self).items() if key != "refused"}
+
+    def sentences(self) -> list[str]:
+        """What became of the rows, and how many of their tokens are learnt, if any are."""
+        dropped = sum(self.dropped.values())
+        whys = "".join(f" ({why}: {count:,})" for why, count in self.dropped.items())
+        spread = ", ".join(f"{name} {value:,}" for name, value in self.lengths.items())
+        lines = [
+            f"Of {self.rows:,} rows, {dropped:,} are dropped{whys} and {self.cut:,} cut; tokens of "
+            f"a row: {spread}."
+        ]
+        if self.learnt:
+            share = self.learnt / self.tokens
+            lines.append(f"{self.learnt:,} of {self.tokens:,} tokens are learnt ({share:.1%}).")
+        return lines
 
 
 @dataclass(frozen=True)

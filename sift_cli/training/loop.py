@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor
@@ -17,6 +18,7 @@ from sift_cli.runs.facts import Facts, settings_of
 from sift_cli.runs.guard import guarded, require_space
 from sift_cli.runs.language import with_template
 from sift_cli.runs.record import write_gradient, write_predictions
+from sift_cli.runs.samples import Prompt, answered, prompts_of, write_samples
 from sift_cli.runs.session import Session, open_session, tell_emulated, tell_undefined
 from sift_cli.runs.sinks import Sinks, open_sinks
 from sift_cli.runs.summary import Summary, describe, summarize
@@ -103,6 +105,7 @@ class Run:
     checkpoints: Checkpoints
     facts: Facts
     state: State
+    prompts: Sequence[Prompt]
     metrics_before: dict[str, float | None]
     saved: int | None
     undo: Callable[[], None]
@@ -111,6 +114,10 @@ class Run:
     def done(self) -> int:
         """The steps that are behind it."""
         return self.saved or 0
+
+    def answers(self) -> list[dict[str, Any]]:
+        """What the model answers to the prompts now."""
+        return answered(self.session, self.prompts, self.evaluation.generate.max_new_tokens)
 
 
 def begin(
@@ -160,6 +167,7 @@ def begin(
         checkpoints=checkpoints,
         facts=facts,
         state=state,
+        prompts=prompts_of(session, recipe.eval.samples),
         metrics_before=metrics_before,
         saved=saved.step if saved else None,
         undo=undo,
@@ -169,6 +177,8 @@ def begin(
 def take_steps(run: Run, log: Sinks, stop: Stop) -> None:
     """Takes every step that is left, and logs, evaluates and saves on the way."""
     session, state, batches = run.session, run.state, run.batches
+    if not run.done and (answers := stop.interruptible(run.answers)):
+        write_samples(run.checkpoints.out, 0, answers)
     settle(run, run.done, log, stop)
     for step, rows in enumerate(batches.since(run.done + 1), start=run.done + 1):
         with state.timing.step(session.device):
@@ -187,7 +197,11 @@ def take_steps(run: Run, log: Sinks, stop: Stop) -> None:
             )
         if step % run.log_every == 0 or step == batches.steps:
             step_ms = state.timing.step_ms[-1]
-            log.log(progress(step, batches, *state.watch.read(), rate, rows, step_ms))
+            record = progress(step, batches, *state.watch.read(), rate, rows, step_ms)
+            if session.learns_tokens:
+                tokens = sum(batches.lengths[row] for part in rows for row in part)
+                record["tokens_per_second"] = tokens / step_ms * 1e3
+            log.log(record)
         settle(run, step, log, stop)
 
 
@@ -209,12 +223,15 @@ def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
     state, batches, evaluation = run.state, run.batches, run.evaluation
     if evaluates(step, evaluation.every, batches) and state.kept.seen < step:
         state.watch.read()
-        outputs = stop.interruptible(run.session.predict)
-        if outputs is not None:
+        found = stop.interruptible(lambda: (run.session.predict(), run.answers()))
+        if found is not None:
+            outputs, answers = found
             metrics = run.session.score(outputs)
             log.log({"step": step, "metrics": metrics, "best": state.kept.offer(step, metrics)})
             if state.kept.step == step:
                 write_predictions(run.checkpoints.out, run.session, outputs, evaluation.split)
+            if answers:
+                write_samples(run.checkpoints.out, step, answers)
     asked = stop.asked  # read once: what comes later is heard after the next step
     if step != run.saved and (asked or run.checkpoints.due(step)):
         state.watch.read()

@@ -122,7 +122,7 @@ def trial_of(recipe: Recipe, rate: float, steps: int) -> Recipe:
         update={
             "data": recipe.data.model_copy(update={"metrics": [LOSS], "inner_holdout": SHARE}),
             "train": recipe.train.model_copy(update=train),
-            "eval": recipe.eval.model_copy(update={"every": steps, "keep": "last"}),
+            "eval": recipe.eval.model_copy(update={"every": steps, "keep": "last", "samples": 0}),
             "log": recipe.log.model_copy(
                 update={"tensorboard": False, "wandb": False, "report": False}
             ),

@@ -1,12 +1,15 @@
 """Cards as the hub reads them: front matter, numbers, commands."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from sift_cli.convert.merge import merge
 from sift_cli.delta import load_delta
@@ -14,6 +17,8 @@ from sift_cli.recipe import load_recipe
 from sift_cli.runs.cards import delta_card, model_card
 from sift_cli.runs.summary import Summary
 from sift_cli.training import train
+from tests.support.chats import save_chat_recipe
+from tests.support.command import sift
 
 
 @pytest.fixture
@@ -89,3 +94,55 @@ def test_a_regression_and_a_recipe_with_fences(run: Path, recipe_file: Path) -> 
     card = delta_card(recipe, replace(summary, labels=None))
     assert "It predicts a number." in card
     assert "\n````yaml\n" in card
+
+
+@pytest.mark.parametrize("task", ["instruct", "text"])
+def test_cards_of_a_language_run_say_how_to_use_it_and_go_back(task: str, tmp_path: Path) -> None:
+    recipe = load_recipe(save_chat_recipe(tmp_path), ["data.system=be brief"])
+    if task == "text":
+        for split in ("train", "validation"):
+            lines = [json.dumps({"text": f"once upon a time {at}"}) + "\n" for at in range(8)]
+            (tmp_path / f"chats/{split}.jsonl").write_text("".join(lines))
+        recipe = load_recipe(tmp_path / "chat.yaml", ["data.task=text"])
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    summary = train(recipe, run)
+    merge(run / "delta.safetensors", merged, verify=False)
+    for folder in (run, merged):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.pipeline_tag == "text-generation"
+        results = card.data.eval_results or []
+        assert {one.metric_type: one.metric_value for one in results} == summary.metrics
+        assert {one.dataset_name for one in results} == {"chats"}
+        assert card.text.lstrip().startswith("# chats on base\n")
+        prose = card.text.partition("## The recipe")[0]
+        assert f"| perplexity | {summary.metrics_before['perplexity']:.4f} |" in prose or (
+            folder == merged
+        )
+        assert "- stops at: `<|im_end|>`\n" in prose
+        assert ("- template: the model's own\n" in prose) == (task == "instruct")
+        assert ("- system: be brief\n" in prose) == (task == "instruct")
+        assert "--undo --out base" in prose
+        assert not re.search(r"label|class|modules that train whole", prose)
+    card = (run / "README.md").read_text()
+    assert ("sift chat delta.safetensors" in card) == (task == "instruct")
+    asked = '[{"role": "user"' if task == "instruct" else 'answer("A text begins")'
+    assert asked in (merged / "README.md").read_text()
+    header = load_delta(run / "delta.safetensors").header
+    assert header.language is not None
+    assert list(header.language["stops"]) == ["<|im_end|>"]
+    again = tmp_path / "back"
+    merge(run / "delta.safetensors", again, base=str(merged), undo=True)
+    weights = "model.safetensors"
+    assert load_file(again / weights).keys() == load_file(tmp_path / "base" / weights).keys()
+    for name, value in load_file(tmp_path / "base" / weights).items():
+        assert torch.equal(value, load_file(again / weights)[name])
+    found = inspected(run)
+    assert "stops at:   <|im_end|>" in found
+    assert "labels" not in found
+
+
+def inspected(run: Path) -> str:
+    """What `sift inspect` prints of a run."""
+    done = sift("inspect", run)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

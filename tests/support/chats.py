@@ -1,5 +1,6 @@
-"""Tiny chat models: tokenizers of bytes, and templates with every trait."""
+"""Tiny chat models: tokenizers of bytes, templates with every trait, and a recipe to train one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,12 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from tests.support.causal import causal_model
 
@@ -128,3 +134,39 @@ def save_talker(folder: Path, template: str | None = CHATML, *, begins: bool = F
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+CHATS = [
+    [("user", f"what is {at} and {at + 1}?"), ("assistant", f"{2 * at + 1}, of course")]
+    for at in range(24)
+]
+
+
+def write_chats(path: Path, rows: list[list[tuple[str, str]]]) -> None:
+    """Rows of the format `messages`."""
+    lines = [
+        json.dumps({"messages": [{"role": role, "content": text} for role, text in row]})
+        for row in rows
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def save_chat_recipe(folder: Path) -> Path:
+    """The file of a recipe of a tiny Llama with an untied head, and chats to learn from."""
+    torch.manual_seed(0)
+    base = save_chat_model(folder / "base")
+    config = LlamaConfig.from_pretrained(base)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    data = folder / "chats"
+    data.mkdir()
+    write_chats(data / "train.jsonl", CHATS)
+    write_chats(data / "validation.jsonl", CHATS[::3])
+    path = folder / "chat.yaml"
+    path.write_text(
+        f"model: {{path: {base}}}\n"
+        f"data: {{path: {data}, task: instruct, max_length: 128}}\n"
+        "selection: {density: 0.2, batches: 4}\n"
+        "train: {max_steps: 6, batch_size: 4, learning_rate: 1.0e-2, seed: 3}\n"
+        "log: {report: false}\n"
+    )
+    return path

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from sift_cli.analysis.plan import plan
 from sift_cli.convert.merge import merge
@@ -16,45 +15,15 @@ from sift_cli.runs.session import open_session
 from sift_cli.selection.targets import choose_weights
 from sift_cli.training import train
 from sift_cli.training.step import add_gradient
-from tests.support.chats import save_chat_model
+from tests.support.chats import CHATS, save_chat_recipe, write_chats
 from tests.support.command import sift
 from tests.support.models import save_base
-
-ROWS = [
-    [("user", f"what is {at} and {at + 1}?"), ("assistant", f"{2 * at + 1}, of course")]
-    for at in range(24)
-]
-
-
-def write_chats(path: Path, rows: list[list[tuple[str, str]]]) -> None:
-    """Rows of the format `messages`."""
-    lines = [
-        json.dumps({"messages": [{"role": role, "content": text} for role, text in row]})
-        for row in rows
-    ]
-    path.write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
 def chat(tmp_path: Path) -> Path:
     """A recipe of a tiny Llama with an untied head, and chats to learn from."""
-    torch.manual_seed(0)
-    folder = save_chat_model(tmp_path / "base")
-    config = AutoConfig.from_pretrained(folder)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    data = tmp_path / "chats"
-    data.mkdir()
-    write_chats(data / "train.jsonl", ROWS)
-    write_chats(data / "validation.jsonl", ROWS[::3])
-    path = tmp_path / "chat.yaml"
-    path.write_text(
-        f"model: {{path: {folder}}}\n"
-        f"data: {{path: {data}, task: instruct, max_length: 128}}\n"
-        "selection: {density: 0.2, batches: 4}\n"
-        "train: {max_steps: 6, batch_size: 4, learning_rate: 1.0e-2, seed: 3}\n"
-        "log: {report: false}\n"
-    )
-    return path
+    return save_chat_recipe(tmp_path)
 
 
 def packed(path: Path) -> Recipe:
@@ -119,7 +88,7 @@ def test_the_head_is_no_target_and_nothing_of_it_is_new(chat: Path) -> None:
 
 def test_rows_that_are_dropped_are_told(chat: Path, tmp_path: Path) -> None:
     long = [[("user", "why? " * 60), ("assistant", "so")]]
-    write_chats(tmp_path / "chats/train.jsonl", ROWS + long)
+    write_chats(tmp_path / "chats/train.jsonl", CHATS + long)
     done = sift("train", chat, "--out", tmp_path / "run")
     assert done.returncode == 0
     assert "train: 1 rows dropped: too long\n" in done.stderr
