@@ -153,7 +153,7 @@ def read_split(rows: Dataset, split: str, layout: Layout, given: Mapping[str, st
     free = set(rows.column_names) - set(sure.values())
     columns = sure | {name: layout.names[name] for name in form.may if layout.names[name] in free}
     numbers, values, wrong = list(rows[NUMBER_COLUMN]), [], []
-    for at, row in enumerate(_each(rows.select_columns(list(set(columns.values()))), split)):
+    for at, row in enumerate(_each(rows.select_columns(list(set(columns.values()))), split, numbers)):
         try:
             value = form.read({name: row[one] for name, one in columns.items()}, layout.names)
             values.append(dumped(value))
@@ -166,12 +166,19 @@ def read_split(rows: Dataset, split: str, layout: Layout, given: Mapping[str, st
     return Dataset.from_dict({"value": values, "row": numbers})
 
 
-def _each(rows: Dataset, split: str) -> Iterator[dict[str, Any]]:
+def _each(rows: Dataset, split: str, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The rows one by one; raises SiftError for text that is not UTF-8."""
-    try:
-        for batch in rows.iter(BATCH):
-            names = list(batch)
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(names, values, strict=True))
-    except UnicodeDecodeError as error:
-        raise SiftError(f"data: the {split} split is not UTF-8: {error}") from None
+    at, size = 0, BATCH
+    while at < len(rows):
+        try:
+            batch = rows[at : at + size]
+        except UnicodeDecodeError as error:
+            if size == 1:
+                where = f"the {split} split, row {numbers[at]}"
+                raise SiftError(f"data: {where}: not UTF-8: {error}") from None
+            size = 1
+            continue
+        names = list(batch)
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(names, values, strict=True))
+        at += size

@@ -26,7 +26,7 @@ DROP, CUT_END, ERROR, SPLIT = TOO_LONG = ("drop", "cut-end", "error", "split")
 LONG, CUT_AWAY, NOTHING = "too long", "answer cut away", "nothing to learn"  # why rows are dropped
 MOST_DROPPED = 0.2  # of the rows of a split
 TOLD = 5  # rows that one error names
-VERSION = 1  # of what is cached
+VERSION = 2  # of what is cached
 
 
 @dataclass(frozen=True)
