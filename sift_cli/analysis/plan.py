@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from statistics import median
 from typing import Any
 
@@ -30,7 +30,7 @@ from sift_cli.selection.scores import find_score
 from sift_cli.tasks.kinds import expected_task
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.tokens import Encoded
-from sift_cli.training.batches import Steps, steps_of
+from sift_cli.training.batches import PACK, Steps, steps_of
 from sift_cli.training.choosing import Parts, rule_of, selecting
 from sift_cli.training.head import ROWS, start_of
 from sift_cli.training.rates import at_usual_rate, trial_steps
@@ -180,14 +180,35 @@ class PlannedRows:
             return None
         return steps_of(recipe.train, self.train.lengths)
 
-    def shapes(self, recipe: Recipe) -> list[tuple[int, int]]:
-        """Rows and tokens of each batch of the first epoch; without rows, those of a full batch."""
-        batches = self.batches(recipe)
+    def largest(self, recipe: Recipe, task: Task) -> Batch:
+        """The largest batch of the first epoch; without rows, a full one."""
+        batches, packs = self.batches(recipe), task.packs
         if batches is None or self.train is None:
-            return [full(recipe.train, recipe.data.max_length)]
-        lengths = self.train.lengths
+            rows, tokens = full(recipe.train, recipe.data.max_length)
+            if packs:
+                assert recipe.train.tokens is not None
+                most = recipe.train.max_tokens or max(PACK, tokens)
+                rows, tokens = 1, min(recipe.train.tokens, most)
+            return Batch(rows, tokens, task=task, packed=packs)
+        lengths, targets = self.train.lengths, self.train.targets
+
+        def batch(part: Sequence[int]) -> Batch:
+            each = [lengths[row] for row in part]
+            learnt = sum(targets[row] for row in part) if targets else None
+            shape = (1, sum(each)) if packs else (len(part), max(each))
+            return Batch(*shape, task=task, learnt=learnt, packed=packs)
+
         steps = islice(batches.endless(), batches.steps_per_epoch)
-        return [(len(part), max(lengths[row] for row in part)) for rows in steps for part in rows]
+        every = (batch(part) for rows in steps for part in rows)
+        return max(every, key=lambda one: (one.rows * one.tokens, one.tokens, one.learnt or 0))
+
+    def widest(self, recipe: Recipe, task: Task, also: Sequence[Encoded]) -> Batch:
+        """The largest batch that an evaluation may have, of its rows and those that are read so."""
+        read = [*self.evaluation.values(), *also]
+        longest = max(chain.from_iterable(rows.lengths for rows in read), default=None)
+        rows, tokens = full(recipe.eval, longest or recipe.data.max_length)
+        learnt = max(chain.from_iterable(some.targets for some in read), default=None)
+        return Batch(rows, tokens, task=task, learnt=learnt and rows * learnt)
 
     def head(self, start: str) -> dict[str, Any]:
         """What the head starts from; for a probe the rows that it is fitted to, where known."""
@@ -225,13 +246,18 @@ def full(settings: TrainSection | EvalSection, tokens: int) -> tuple[int, int]:
 def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[str, Any]:
     """Bytes at the peak by part: of a step with the largest batch, and of the passes before and
     after training."""
-    shapes = outline.rows.shapes(outline.recipe)
-    tallest, longest = max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
-    batch = Batch(tallest, longest, padded=True, task=outline.rows.task)
+    recipe = outline.recipe
+    task = outline.rows.task.expected(
+        outline.model.config,
+        device.type,
+        packs=recipe.train.packs,
+        chunk_loss=recipe.train.chunk_loss,
+    )
+    batch = outline.rows.largest(recipe, task)
     methods = memory_of_methods(outline, batch, device, console)
-    checkpointing = outline.recipe.train.gradient_checkpointing
+    checkpointing = recipe.train.gradient_checkpointing
     return {
-        "batch": {"rows": tallest, "tokens": longest},
+        "batch": {"rows": batch.rows, "tokens": batch.tokens},
         "memory_bytes": methods["sift, checkpointing" if checkpointing else "sift"],
         "memory_of_methods": methods,
         "memory_of_passes": memory_of_passes(outline, batch, device, console),
@@ -256,7 +282,7 @@ def memory_of_methods(
     def lora() -> Any:
         layers = adapted_layers(outline.model, list(outline.counts))
         rank, _ = rank_for(outline.model, layers, outline.entries)
-        return adapt(build(), "lora", layers, dense, rank)
+        return adapt(build(), "lora", layers, dense, rank).get_base_model()
 
     prepare = {
         "sift": (build, sparse(outline.counts, dense, structure, block, gpu, beside)),
@@ -297,11 +323,9 @@ def memory_of_passes(
                 descends=score.descends,
             )
             passes["selection"] = with_peak(parts, device)
-        read = list(outline.rows.evaluation.values())
-        if outline.head_start == "probe" and outline.rows.train is not None:
-            read.append(outline.rows.train)  # in batches like those of evaluation
-        lengths = [length for rows in read for length in rows.lengths]
-        shape = Batch(*full(recipe.eval, max(lengths, default=recipe.data.max_length)))
+        probed = outline.rows.train if outline.head_start == "probe" else None
+        also = [] if probed is None else [probed]  # in batches like those of evaluation
+        shape = outline.rows.widest(recipe, batch.task, also)
         parts = PeakMemory(build, shape, bf16=bf16, gpu=gpu).evaluation()
         passes["evaluation"] = with_peak(parts, device)
     return passes
@@ -352,7 +376,7 @@ def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str
     session = open_session(recipe, device=str(device))
     assert session.train is not None
     lengths = session.train.lengths
-    batches = steps_of(recipe.train, lengths)
+    batches = steps_of(recipe.train, lengths, session.task.packs)
     method = selecting(at_usual_rate(recipe), allow_code)(session, batches)
     prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
     optimizer = method.begin()
@@ -363,11 +387,11 @@ def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str
             if method.due(step):
                 method.change(step, optimizer)
             take_step(session, optimizer, step, rows, watch.broken, max_grad_norm=limit)
-        tokens.append(padded_tokens(rows, lengths))
+        tokens.append(computed(rows, lengths, session.task.packs))
     times = timing.step_ms[1:]
     per_token = sum(times) / sum(tokens[1:])
     epoch = islice(batches.endless(), batches.steps_per_epoch)
-    all_tokens = sum(padded_tokens(rows, lengths) for rows in epoch)
+    all_tokens = sum(computed(rows, lengths, session.task.packs) for rows in epoch)
     return {
         "steps": len(times),
         "step_time_ms": median(times),
@@ -376,6 +400,8 @@ def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str
     }
 
 
-def padded_tokens(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    """Tokens of a step's batches, each padded to its longest row."""
+def computed(rows: Sequence[Sequence[int]], lengths: Sequence[int], packs: bool) -> int:
+    """Tokens of a step's batches, each padded to its longest row unless they are packs."""
+    if packs:
+        return sum(lengths[row] for part in rows for row in part)
     return sum(len(part) * max(lengths[row] for row in part) for part in rows)

@@ -161,7 +161,7 @@ def _labelled(
 
 def _place(numbers: Sequence[int], row: int | None, split: str) -> int:
     """Where the row of that number stands; the first where none is asked for."""
-    found = list(numbers)
+    found = numbers[:]
     if row is None:
         return 0
     if row not in found:

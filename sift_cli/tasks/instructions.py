@@ -152,8 +152,9 @@ def read_split(rows: Dataset, split: str, layout: Layout, given: Mapping[str, st
     require_columns(rows, split, list(sure.values()))
     free = set(rows.column_names) - set(sure.values())
     columns = sure | {name: layout.names[name] for name in form.may if layout.names[name] in free}
-    numbers, values, wrong = list(rows[NUMBER_COLUMN]), [], []
-    for at, row in enumerate(_each(rows.select_columns(list(set(columns.values()))), split, numbers)):
+    numbers, values, wrong = rows[NUMBER_COLUMN][:], [], []
+    held = rows.select_columns(list(set(columns.values())))
+    for at, row in enumerate(_each(held, split, numbers)):
         try:
             value = form.read({name: row[one] for name, one in columns.items()}, layout.names)
             values.append(dumped(value))
