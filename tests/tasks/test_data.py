@@ -201,13 +201,17 @@ def test_a_folder_of_several_formats(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("train.jsonl", b'{"sentence": \n'), ("train.parquet", b"PAR1"), ("train.csv", b'a,b\n1,"\n')],
+    ("name", "content", "told"),
+    [
+        ("train.jsonl", b'{"sentence": \n', "/train.jsonl:1: not JSON: "),
+        ("train.parquet", b"PAR1", " cannot be read: "),
+        ("train.csv", b'a,b\n1,"\n', " cannot be read: "),
+    ],
 )
-def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, told: str) -> None:
     (tmp_path / name).write_bytes(content)
     said = refusal(str(tmp_path))
-    assert said.startswith(f"data.path: {tmp_path} cannot be read: ")
+    assert said.startswith(f"data.path: {tmp_path}{told}")
     assert "\n" not in said
 
 
