@@ -45,17 +45,27 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """The shape of a batch: rows x tokens, with a mask if `padded`, and the task it is of."""
+    """The shape of a batch: rows x tokens, with a mask if `padded`, and the task it is of.
+
+    Of a task that learns tokens, `learnt` of these are (None: all). A batch that is `packed` holds
+    rows end to end, told apart by positions.
+    """
 
     rows: int
     tokens: int
     padded: bool = True
     task: Task = TWO_CLASSES
+    learnt: int | None = None
+    packed: bool = False
 
     def make(self) -> dict[str, Tensor]:
         """The tensors that the model is called with."""
         ids = torch.ones(self.rows, self.tokens, dtype=torch.long)
         made = self.task.example(ids)
+        if "predicts" in made:
+            made["predicts"] = made["predicts"][: self.learnt].clone()
+        if self.packed:
+            return made | {"position_ids": torch.zeros_like(ids)}
         return made | ({"attention_mask": torch.ones_like(ids)} if self.padded else {})
 
 

@@ -17,25 +17,22 @@ from rich.console import Console
 
 from sift_cli.analysis.memory import Batch, PeakMemory, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, rank_for
+from sift_cli.analysis.planned import PlannedRows
 from sift_cli.analysis.sizes import accounting, delta_bytes, grouped
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.models.loading import DTYPES, load_tokenizer, model_folder, quiet
+from sift_cli.models.loading import DTYPES, model_folder, quiet
 from sift_cli.models.names import head_of
 from sift_cli.models.prepare import prepare_model
-from sift_cli.recipe import EvalSection, Recipe, TrainSection
-from sift_cli.runs.session import autocasts, load_rows, open_session
+from sift_cli.recipe import Recipe
+from sift_cli.runs.session import autocasts, open_session
 from sift_cli.runs.timing import Timing
 from sift_cli.selection.scores import find_score
 from sift_cli.tasks.kinds import expected_task
-from sift_cli.tasks.language import Language
-from sift_cli.tasks.task import Task
-from sift_cli.tasks.token_rows import SplitCounts
-from sift_cli.tasks.tokens import Encoded
-from sift_cli.training.batches import Steps, steps_of
+from sift_cli.training.batches import steps_of
 from sift_cli.training.choosing import Parts, rule_of, selecting
-from sift_cli.training.head import ROWS, start_of
-from sift_cli.training.rates import at_usual_rate, trial_steps
+from sift_cli.training.head import start_of
+from sift_cli.training.rates import at_usual_rate
 from sift_cli.training.step import take_step
 from sift_cli.training.watch import Watch
 
@@ -89,6 +86,7 @@ class Outline:
         """Reads the configuration of the model, and the rows where they are on this machine."""
         rule = rule_of(recipe.selection, allow_code)
         folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
+        expected_task(recipe.data.task, recipe.data.labels).configure(folder)  # or it raises
         rows = PlannedRows.of(recipe, folder)
         config = rows.task.configure(folder)
         if getattr(config, "pad_token_id", None) is None:
@@ -146,104 +144,21 @@ def builder(auto: Any, config: Any, dtype: torch.dtype) -> Callable[[], Any]:
     return build
 
 
-@dataclass(frozen=True)
-class PlannedRows:
-    """The tokenised rows of a recipe; where they cannot be read, `missing` says why."""
-
-    task: Task
-    train: Encoded | None
-    evaluation: dict[str, Encoded]
-    missing: str | None
-
-    @classmethod
-    def of(cls, recipe: Recipe, folder: Any) -> PlannedRows:
-        """Reads and tokenises; without rows, the task is what the recipe says of it."""
-        data = recipe.data
-        try:
-            task = load_rows(recipe)
-            tokenizer = load_tokenizer(folder)
-        except SiftError as error:
-            return cls(expected_task(data.task, data.labels), None, {}, str(error).splitlines()[0])
-        assert task.train is not None
-        return cls(
-            task,
-            task.encode(task.train, tokenizer, data.max_length),
-            {
-                key: task.encode(rows, tokenizer, data.max_length)
-                for key, rows in task.evaluation.items()
-            },
-            None,
-        )
-
-    def batches(self, recipe: Recipe) -> Steps | None:
-        """The training batches of the run; None without rows."""
-        if self.train is None:
-            return None
-        return steps_of(recipe.train, self.train.lengths)
-
-    def shapes(self, recipe: Recipe) -> list[tuple[int, int]]:
-        """Rows and tokens of each batch of the first epoch; without rows, those of a full batch."""
-        batches = self.batches(recipe)
-        if batches is None or self.train is None:
-            return [full(recipe.train, recipe.data.max_length)]
-        lengths = self.train.lengths
-        steps = islice(batches.endless(), batches.steps_per_epoch)
-        return [(len(part), max(lengths[row] for row in part)) for rows in steps for part in rows]
-
-    def head(self, start: str) -> dict[str, Any]:
-        """What the head starts from; for a probe the rows that it is fitted to, where known."""
-        rows = None
-        if start == "probe" and self.train is not None:
-            rows = min(ROWS, len(self.train))
-        return {"kind": start, "rows": rows}
-
-    def about(self, recipe: Recipe) -> dict[str, Any]:
-        """Counts of rows, of rows cut to `data.max_length`, and of steps; of a language task more.
-
-        That is the format of its rows, how they become tokens, and how many these are.
-        """
-        batches = self.batches(recipe)
-        if batches is None or self.train is None:
-            return {"missing": self.missing}
-        splits = {"train": self.train} | {
-            "evaluation" + suffix: rows for suffix, rows in self.evaluation.items()
-        }
-        language: dict[str, Any] = {}
-        if isinstance(self.task, Language):
-            language = {
-                "format": self.task.format,
-                "language": self.task.header()["language"],
-                "tokens_per_step": sum(self.train.lengths) / batches.steps_per_epoch,
-                "splits": {name: SplitCounts.of(rows).to_json() for name, rows in splits.items()},
-            }
-        return language | {
-            "rows": {name: len(rows) for name, rows in splits.items()},
-            "truncated": {name: rows.truncated for name, rows in splits.items()},
-            "max_length": recipe.data.max_length,
-            "steps": batches.steps,
-            "trial_steps": trial_steps(recipe, batches.steps),
-            "steps_per_epoch": batches.steps_per_epoch,
-        }
-
-
-def full(settings: TrainSection | EvalSection, tokens: int) -> tuple[int, int]:
-    """Rows and tokens of the largest batch, where each row has so many tokens."""
-    fit = settings.batch_size
-    if settings.max_tokens is not None:
-        fit = min(fit, max(1, settings.max_tokens // tokens))
-    return fit, tokens
-
-
 def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[str, Any]:
     """Bytes at the peak by part: of a step with the largest batch, and of the passes before and
     after training."""
-    shapes = outline.rows.shapes(outline.recipe)
-    tallest, longest = max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
-    batch = Batch(tallest, longest, padded=True, task=outline.rows.task)
+    recipe = outline.recipe
+    task = outline.rows.task.expected(
+        outline.model.config,
+        device.type,
+        packs=recipe.train.packs,
+        chunk_loss=recipe.train.chunk_loss,
+    )
+    batch = outline.rows.largest(recipe, task)
     methods = memory_of_methods(outline, batch, device, console)
-    checkpointing = outline.recipe.train.gradient_checkpointing
+    checkpointing = recipe.train.gradient_checkpointing
     return {
-        "batch": {"rows": tallest, "tokens": longest},
+        "batch": {"rows": batch.rows, "tokens": batch.tokens},
         "memory_bytes": methods["sift, checkpointing" if checkpointing else "sift"],
         "memory_of_methods": methods,
         "memory_of_passes": memory_of_passes(outline, batch, device, console),
@@ -268,7 +183,7 @@ def memory_of_methods(
     def lora() -> Any:
         layers = adapted_layers(outline.model, list(outline.counts))
         rank, _ = rank_for(outline.model, layers, outline.entries)
-        return adapt(build(), "lora", layers, dense, rank)
+        return adapt(build(), "lora", layers, dense, rank).get_base_model()
 
     prepare = {
         "sift": (build, sparse(outline.counts, dense, structure, block, gpu, beside)),
@@ -309,11 +224,9 @@ def memory_of_passes(
                 descends=score.descends,
             )
             passes["selection"] = with_peak(parts, device)
-        read = list(outline.rows.evaluation.values())
-        if outline.head_start == "probe" and outline.rows.train is not None:
-            read.append(outline.rows.train)  # in batches like those of evaluation
-        lengths = [length for rows in read for length in rows.lengths]
-        shape = Batch(*full(recipe.eval, max(lengths, default=recipe.data.max_length)))
+        probed = outline.rows.train if outline.head_start == "probe" else None
+        also = [] if probed is None else [probed]  # in batches like those of evaluation
+        shape = outline.rows.widest(recipe, batch.task, also)
         parts = PeakMemory(build, shape, bf16=bf16, gpu=gpu).evaluation()
         passes["evaluation"] = with_peak(parts, device)
     return passes
@@ -364,7 +277,7 @@ def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str
     session = open_session(recipe, device=str(device))
     assert session.train is not None
     lengths = session.train.lengths
-    batches = steps_of(recipe.train, lengths)
+    batches = steps_of(recipe.train, lengths, session.task.packs)
     method = selecting(at_usual_rate(recipe), allow_code)(session, batches)
     prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
     optimizer = method.begin()
@@ -375,11 +288,11 @@ def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str
             if method.due(step):
                 method.change(step, optimizer)
             take_step(session, optimizer, step, rows, watch.broken, max_grad_norm=limit)
-        tokens.append(padded_tokens(rows, lengths))
+        tokens.append(computed(rows, lengths, session.task.packs))
     times = timing.step_ms[1:]
     per_token = sum(times) / sum(tokens[1:])
     epoch = islice(batches.endless(), batches.steps_per_epoch)
-    all_tokens = sum(padded_tokens(rows, lengths) for rows in epoch)
+    all_tokens = sum(computed(rows, lengths, session.task.packs) for rows in epoch)
     return {
         "steps": len(times),
         "step_time_ms": median(times),
@@ -388,6 +301,8 @@ def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str
     }
 
 
-def padded_tokens(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    """Tokens of a step's batches, each padded to its longest row."""
+def computed(rows: Sequence[Sequence[int]], lengths: Sequence[int], packs: bool) -> int:
+    """Tokens of a step's batches, each padded to its longest row unless they are packs."""
+    if packs:
+        return sum(lengths[row] for part in rows for row in part)
     return sum(len(part) * max(lengths[row] for row in part) for part in rows)

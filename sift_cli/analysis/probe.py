@@ -86,7 +86,7 @@ def _choosers(
 ) -> dict[str, Chooser]:
     """The selection of each policy that is looked at, by its name; the recipe's own among them."""
     assert session.train is not None
-    batches = steps_of(recipe.train, session.train.lengths)
+    batches = steps_of(recipe.train, session.train.lengths, session.task.packs)
     asked = dict.fromkeys(["sift", "current-batch", "random", *policies])
     recipes = {name: _with_policy(recipe, name) for name in asked}
     recipes.setdefault(recipe.selection.policy, recipe)

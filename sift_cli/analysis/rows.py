@@ -14,6 +14,7 @@ from sift_cli.runs.language import language_of, language_rows
 from sift_cli.runs.session import load_rows
 from sift_cli.tasks.coder import Coded
 from sift_cli.tasks.conversations import is_conversation, loaded
+from sift_cli.tasks.kinds import expected_task
 from sift_cli.tasks.supervision import code
 from sift_cli.tasks.table import LANGUAGE
 from sift_cli.tasks.token_rows import SplitCounts, fit, require_enough, tokenise
@@ -77,6 +78,7 @@ def show_row(recipe: Recipe, row: int | None = None, split: str = TRAIN) -> Show
     Raises SiftError where the split has no such row, and for rows that cannot be used.
     """
     folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
+    expected_task(recipe.data.task, recipe.data.labels).configure(folder)  # or it raises
     tokenizer = load_tokenizer(folder)
     kind = _language if recipe.data.task in LANGUAGE else _labelled
     return kind(recipe, tokenizer, row, split)
@@ -142,7 +144,7 @@ def _labelled(
 
 def _place(numbers: Sequence[int], row: int | None, split: str) -> int:
     """Where the row of that number stands; the first where none is asked for."""
-    found = list(numbers)
+    found = numbers[:]
     if row is None:
         return 0
     if row not in found:

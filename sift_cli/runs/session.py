@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import DTYPES, LoadedModel, check_length, load_model, model_folder
 from sift_cli.recipe import ModelSection, Recipe, TrainSection
@@ -16,6 +18,7 @@ from sift_cli.runs.language import language_task
 from sift_cli.runs.sources import source_of
 from sift_cli.tasks.evaluation import collect_outputs
 from sift_cli.tasks.labelled import load_task
+from sift_cli.tasks.language import CAUSAL
 from sift_cli.tasks.metrics import Metrics
 from sift_cli.tasks.table import LANGUAGE
 from sift_cli.tasks.task import Task
@@ -44,8 +47,8 @@ class Session:
     notes: tuple[str, ...] = ()
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
-        """One batch of tensors, padded to its longest row."""
-        return self.task.collate(features, self.tokenizer)
+        """One batch of rows to train on, as the task lays them out."""
+        return self.task.collate(features, self.tokenizer, packs=self.task.packs)
 
     def counted(self, rows: Sequence[Sequence[int]]) -> int:
         """What the mean loss of a step is the mean of; `rows` are its micro-batches."""
@@ -55,6 +58,7 @@ class Session:
     def predict(self) -> dict[str, Tensor]:
         """The outputs of every row to evaluate on, fp32 [N, ...], by the split's suffix.
 
+        Rows of like length are padded: end to end, attention would cost the square of a batch.
         Raises SiftError (exit code 4) where they are not finite.
         """
         return {
@@ -62,7 +66,7 @@ class Session:
                 self.task,
                 self.model,
                 data,
-                self.collate,
+                partial(self.task.collate, tokenizer=self.tokenizer),
                 batch_size=self.eval_batch_size,
                 max_tokens=self.eval_max_tokens,
                 bf16=self.bf16,
@@ -141,6 +145,11 @@ def open_session(
         config = task.configure(folder)
         tuned = load_model(folder, task.auto, config, DTYPES[recipe.model.dtype])
     else:
+        kind = type(tuned.model).__name__
+        if kind in CAUSAL and data.task not in LANGUAGE:
+            raise SiftError(
+                f"data.task: {task.name} needs a model with a head for it, and the model is {kind}"
+            )
         task.require_fit(tuned.model.config)
     tuned.model.to(where)  # type: ignore[arg-type]
     check_length(data.max_length, tuned.model, tuned.tokenizer)

@@ -44,13 +44,15 @@ def observed_gradients(
 def observed_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """In this context, sums the squares of each layer's inputs over tokens: name -> [inputs], fp32.
 
-    Padding counts like any token.
+    Padding counts like any token; activations that a backward pass computes again do not count.
     """
     squares: dict[str, Tensor] = {}
 
     def add(name: str, arguments: tuple[object, ...]) -> None:
         inputs = arguments[0]
         assert isinstance(inputs, Tensor)
+        if torch._C._current_graph_task_id() != -1:  # within a backward pass
+            return
         batch = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
         squares[name] = squares[name] + batch if name in squares else batch
 

@@ -123,6 +123,7 @@ class Classification:
     evaluation: dict[str, Dataset]
 
     auto: ClassVar[Any] = AutoModelForSequenceClassification
+    packs: ClassVar[bool] = False
     new_head: ClassVar[bool] = True
 
     @property
@@ -184,6 +185,12 @@ class Classification:
         """Itself."""
         return self, []
 
+    def expected(
+        self, config: PretrainedConfig, kind: str, *, packs: bool, chunk_loss: int | str
+    ) -> Classification:
+        """Itself."""
+        return self
+
     def header(self) -> dict[str, Any]:
         """The labels, in code order; None for a regression."""
         return {"labels": None if self.labels is None else list(self.labels)}
@@ -202,7 +209,11 @@ class Classification:
         return encode(rows, tokenizer, max_length)
 
     def collate(
-        self, features: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+        self,
+        features: Sequence[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        packs: bool = False,
     ) -> Mapping[str, Tensor]:
         """One batch, padded to its longest row, with `labels` ([B])."""
         batch: Mapping[str, Tensor] = DataCollatorWithPadding(tokenizer)(list(features))  # type: ignore[arg-type]

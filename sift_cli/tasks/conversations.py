@@ -32,7 +32,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, and the tools that are offered; the first `given` messages are never learnt."""
+    """Messages, and the tools that are offered; the first `given` messages are never learnt.
+
+    That is all of them where no answer says anything: such a row is dropped and counted.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -175,7 +178,8 @@ def _alpaca(values: Mapping[str, Any], names: Mapping[str, str]) -> Row:
         Message("user", asked, more=parts),
         Message("assistant", _answer(values["output"], names["output"])),
     ]
-    return Conversation((*_system(values, names, turns), *turns))
+    messages = (*_system(values, names, turns), *turns)
+    return Conversation(messages, given=0 if turns[-1].content.strip() else len(messages))
 
 
 def _prompt(values: Mapping[str, Any], names: Mapping[str, str]) -> Row:
@@ -278,12 +282,12 @@ def _said(content: Any, where: str) -> str:
 
 
 def _answered(row: Conversation) -> Conversation:
-    """The same conversation, where someone answers in it."""
+    """The same conversation, where someone answers in it; with nothing to learn if all is empty."""
     answers = [one for one in row.messages[row.given :] if one.role == "assistant"]
     if not answers:
         _refuse("no answer: no message of the assistant")
     if not any(one.content.strip() or one.more.get("tool_calls") for one in answers):
-        _refuse("no answer: what the assistant says is empty")
+        return replace(row, given=len(row.messages))
     return row
 
 
@@ -325,8 +329,8 @@ def _tools(value: Any, column: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def _answer(value: Any, column: str) -> str:
-    if value is None or not _text(value, column).strip():
-        _refuse(f"no answer: {column!r} is {'missing' if value is None else 'empty'}")
+    if value is None:
+        _refuse(f"no answer: {column!r} is missing")
     return _text(value, column)
 
 

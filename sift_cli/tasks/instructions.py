@@ -150,8 +150,9 @@ def read_split(rows: Dataset, split: str, layout: Layout, given: Mapping[str, st
     form = layout.format
     columns = columns_of(layout, rows.column_names, given)
     require_columns(rows, split, list(columns.values()))
-    numbers, values, wrong = list(rows[NUMBER_COLUMN]), [], []
-    for at, row in enumerate(_each(rows.select_columns(list(set(columns.values()))), split)):
+    numbers, values, wrong = rows[NUMBER_COLUMN][:], [], []
+    held = rows.select_columns(list(set(columns.values())))
+    for at, row in enumerate(_each(held, split, numbers)):
         try:
             value = form.read({name: row[one] for name, one in columns.items()}, layout.names)
             values.append(dumped(value))
@@ -173,12 +174,19 @@ def columns_of(layout: Layout, there: Sequence[str], given: Mapping[str, str]) -
     return sure | {name: names[name] for name in form.may if names[name] in free}
 
 
-def _each(rows: Dataset, split: str) -> Iterator[dict[str, Any]]:
+def _each(rows: Dataset, split: str, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The rows one by one; raises SiftError for text that is not UTF-8."""
-    try:
-        for batch in rows.iter(BATCH):
-            names = list(batch)
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(names, values, strict=True))
-    except UnicodeDecodeError as error:
-        raise SiftError(f"data: the {split} split is not UTF-8: {error}") from None
+    at, size = 0, BATCH
+    while at < len(rows):
+        try:
+            batch = rows[at : at + size]
+        except UnicodeDecodeError as error:
+            if size == 1:
+                where = f"the {split} split, row {numbers[at]}"
+                raise SiftError(f"data: {where}: not UTF-8: {error}") from None
+            size = 1
+            continue
+        names = list(batch)
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(names, values, strict=True))
+        at += size

@@ -28,7 +28,7 @@ from sift_cli.tasks.table import LONGEST_ANSWER
 from sift_cli.tasks.task import Loss, Published
 from sift_cli.tasks.templates import OWN, stop_tokens, stops_texts, template_texts
 from sift_cli.tasks.token_batches import packed, padded, why_not_packed
-from sift_cli.tasks.token_loss import Chunks, chunks_of, token_loss, token_outputs
+from sift_cli.tasks.token_loss import Chunks, chunks_of, expected_chunks, token_loss, token_outputs
 from sift_cli.tasks.token_rows import DROP, Limit, encode_rows
 from sift_cli.tasks.tokens import Encoded, decoded
 
@@ -127,6 +127,17 @@ class Language:
         stops = {decoded(tokenizer, [one]): one for one in ends}
         return replace(self, reading=reading, stops=stops), said
 
+    def expected(
+        self, config: PretrainedConfig, kind: str, *, packs: bool, chunk_loss: int | str
+    ) -> Language:
+        """As `ready` makes it, where the model takes packed rows and its logits are known."""
+        return replace(self, reading=Reading(packs, expected_chunks(config, kind, chunk_loss)))
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows to train on lie end to end."""
+        return self.reading.packs
+
     def coder(self, tokenizer: PreTrainedTokenizerBase) -> Coder:
         """What makes tokens of rows for the model beside which the tokenizer lies."""
         wording = self.wording
@@ -175,10 +186,14 @@ class Language:
         return encode_rows(rows, self.coder(tokenizer), self.limit(max_length), split)
 
     def collate(
-        self, features: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+        self,
+        features: Sequence[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        packs: bool = False,
     ) -> Mapping[str, Tensor]:
-        """One batch: rows end to end where it packs, else padded to the longest."""
-        if self.reading.packs:
+        """One batch: rows end to end, or padded to the longest."""
+        if packs:
             return packed(features)
         return padded(features, tokenizer.pad_token_id)
 

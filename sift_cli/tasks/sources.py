@@ -6,6 +6,7 @@ Importing this module loads no dataset library; functions do when they need it.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ NUMBER_COLUMN = "__row__"  # row numbers, in source splits that may have a colum
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 # No hub id ends like this, so such a path is never looked for there.
 FILE_ENDINGS = (*BUILDERS, ".tsv", ".txt", ".arrow", ".xlsx", ".gz", ".zip")
+TOLD = 5  # files that one error names
 SPLIT_NAMES = {
     "train": ("train",),
     "validation_matched": ("validation_matched", "dev_matched"),
@@ -103,10 +105,40 @@ def _read_files(split: str, files: Sequence[Path]) -> Dataset:
     header = 1 if files[0].suffix == ".csv" else 0
     if files[0].suffix != ".parquet" and not any(_has_lines(file, header) for file in files):
         raise SiftError(f"data.path: {files[0]}: the split {split!r} is empty")
-    rows: Dataset = datasets.load_dataset(
-        BUILDERS[files[0].suffix], data_files={split: [str(file) for file in files]}, split=split
-    )
+    try:
+        rows: Dataset = datasets.load_dataset(
+            BUILDERS[files[0].suffix],
+            data_files={split: [str(file) for file in files]},
+            split=split,
+        )
+    except datasets.exceptions.DatasetGenerationError:
+        if broken := next(filter(None, map(_broken_json, files)), None):
+            raise SiftError(f"data.path: {broken}") from None
+        raise
     return rows
+
+
+def _broken_json(file: Path) -> str | None:
+    """Where a file stops being JSON, or JSON Lines, and why; None where it does not."""
+    if BUILDERS[file.suffix] != "json":
+        return None
+    line = 1
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            if file.suffix == ".json":
+                text = lines.read()
+                if text.lstrip().startswith("["):
+                    json.loads(text)
+                    return None
+                lines.seek(0)
+            for line, text in enumerate(lines, 1):
+                if text.strip() and not isinstance(json.loads(text.strip()), dict):
+                    return f"{file}:{line}: not a row: a line is a mapping of columns"
+    except json.JSONDecodeError as error:
+        return f"{file}:{line + error.lineno - 1}: not JSON: {error.msg}"
+    except UnicodeDecodeError as error:
+        return f"{file}: not UTF-8: {error}"
+    return None
 
 
 def _has_lines(file: Path, header: int) -> bool:
@@ -138,18 +170,25 @@ def _find_files(path: str, task: str) -> dict[str, list[Path]] | None:
     files = [file for file in sorted(folder.iterdir()) if file.suffix in BUILDERS]
     if not files and (folder / task).is_dir():
         return _find_files(str(folder / task), task)
-    found: dict[str, list[Path]] = {}
-    for file in files:
-        for split, starts in SPLIT_NAMES.items():
-            if re.match(rf"({'|'.join(starts)})([-_.].*)?$", file.stem):
-                found.setdefault(split, []).append(file)
-                break
+    found = _by_split(files, r"\d.*") | _by_split(files, r"([-_.].*)?")  # test200 if no test
     if not found:
+        there = "; it holds " + ", ".join(file.name for file in files[:TOLD]) if files else ""
         raise SiftError(
-            f"data.path: {path} holds no train or validation file ({', '.join(BUILDERS)})"
+            f"data.path: {path} holds no train or validation file ({', '.join(BUILDERS)}){there}"
         )
     if len({file.suffix for some in found.values() for file in some}) > 1:
         raise SiftError(f"data.path: {path} holds files of several formats; keep one")
+    return found
+
+
+def _by_split(files: Sequence[Path], after: str) -> dict[str, list[Path]]:
+    """The files whose names begin with that of a split, and go on as the pattern `after`."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        for split, starts in SPLIT_NAMES.items():
+            if re.match(rf"({'|'.join(starts)}){after}$", file.stem):
+                found.setdefault(split, []).append(file)
+                break
     return found
 
 

@@ -120,6 +120,8 @@ def _all(row: Conversation, one: Coded | Refused) -> Coded | Refused:
         return one
     if any(message.train is False for message in row.messages):
         return Refused("a message has train: false, and data.train_on: all-tokens leaves none out")
+    if row.given == len(row.messages):
+        return Coded(one.ids, [])
     return Coded(one.ids, [(0, len(one.ids))])
 
 
@@ -243,7 +245,8 @@ def _code_plain(coder: Coder, rows: Sequence[Completion | Text]) -> list[Coded |
         ended = ids if ids[-1:] == [coder.end] else [*ids, coder.end]
         every = isinstance(row, Text) or coder.train_on == ALL_TOKENS
         start = 0 if every else len(first) + len(before)
-        out.append(Coded(first + ended, [(start, len(first) + len(ended))]))
+        silent = isinstance(row, Completion) and not row.completion.strip()
+        out.append(Coded(first + ended, [] if silent else [(start, len(first) + len(ended))]))
     return out
 
 

@@ -82,6 +82,10 @@ class Task(Protocol):
         """The Auto class of transformers that loads its models."""
 
     @property
+    def packs(self) -> bool:
+        """Whether rows to train on lie end to end in a batch."""
+
+    @property
     def new_head(self) -> bool:
         """Whether a base lacks the head that its models have."""
 
@@ -106,6 +110,14 @@ class Task(Protocol):
     ) -> tuple[Task, list[str]]:
         """The task as it reads the batches of a model that is loaded, and what to say of that."""
 
+    def expected(
+        self, config: PretrainedConfig, kind: str, *, packs: bool, chunk_loss: int | str
+    ) -> Task:
+        """What `ready` will give for a model that is not loaded, on such a kind of device.
+
+        Where nothing of the model stands against it.
+        """
+
     def header(self) -> dict[str, Any]:
         """What delta files and summary.json hold of it, beside its name."""
 
@@ -119,9 +131,13 @@ class Task(Protocol):
         """The rows as tokens, cut to `max_length`; raises SiftError where that holds nothing."""
 
     def collate(
-        self, features: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+        self,
+        features: Sequence[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        packs: bool = False,
     ) -> Mapping[str, Tensor]:
-        """One batch, padded to its longest row, with what the loss needs."""
+        """One batch with what the loss needs: padded to its longest row, or packed."""
 
     def counted(self, data: Encoded, rows: Sequence[int]) -> int:
         """What the mean loss over these rows is over: the `count` of their `loss`, without it."""

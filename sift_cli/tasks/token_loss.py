@@ -8,7 +8,7 @@ last of these chunks are computed again in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from sift_cli.models.readout import Readout, hidden_states, readout_of, whole_lo
 from sift_cli.tasks.task import Loss
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 CHUNK_BYTES = {"cpu": 1 << 25}  # of a chunk's logits in fp32, by the kind of device
 ELSEWHERE = 1 << 28  # a GPU is fast at large products only
@@ -47,11 +47,22 @@ def chunks_of(model: PreTrainedModel, asked: int | str) -> tuple[Chunks | None, 
     readout = readout_of(model)
     if isinstance(readout, str):
         return None, f"train.chunk_loss: off for {type(model).__name__}: {readout}"
+    found = expected_chunks(model.config, model.device.type, asked)
+    return found and replace(found, readout=readout), None
+
+
+def expected_chunks(config: PretrainedConfig, kind: str, asked: int | str) -> Chunks | None:
+    """What `chunks_of` gives for a model that is not there, on such a kind of device.
+
+    As if its head's output were its logits.
+    """
+    if asked == "off":
+        return None
     if isinstance(asked, int):
-        return Chunks(asked, readout), None
-    width = model.config.get_text_config().vocab_size
-    most = CHUNK_BYTES.get(model.device.type, ELSEWHERE) // (4 * width)
-    return Chunks(max(1, min(MOST, most)), readout), None
+        return Chunks(asked, Readout())
+    width = config.get_text_config().vocab_size
+    most = CHUNK_BYTES.get(kind, ELSEWHERE) // (4 * width)
+    return Chunks(max(1, min(MOST, most)), Readout())
 
 
 def token_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], chunks: Chunks | None) -> Loss:

@@ -26,7 +26,7 @@ DROP, CUT_END, ERROR, SPLIT = TOO_LONG = ("drop", "cut-end", "error", "split")
 LONG, CUT_AWAY, NOTHING = "too long", "answer cut away", "nothing to learn"  # why rows are dropped
 MOST_DROPPED = 0.2  # of the rows of a split
 TOLD = 5  # rows that one error names
-VERSION = 1  # of what is cached
+VERSION = 2  # of what is cached
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def tokenise(rows: Dataset, coder: Coder, limit: Limit, split: str) -> Encoded:
     """As `encode_rows`, however few rows are left."""
     from datasets import Features, List, Value
 
-    if any(is_conversation(line) for line in rows["value"]):
+    if any(map(is_conversation, rows["value"][:])):
         probe(coder)
     elif coder.system is not None or (coder.template and coder.template.name != OWN):
         key = "template" if coder.system is None else "system"
@@ -152,7 +152,7 @@ def tokenise(rows: Dataset, coder: Coder, limit: Limit, split: str) -> Encoded:
     features = {
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
-        **dict.fromkeys(("row", "targets", "uncut"), Value("int64")),
+        **dict.fromkeys(("row", "length", "targets", "uncut"), Value("int64")),
         "cut": Value("bool"),
         "dropped": Value("string"),
     }
@@ -179,14 +179,16 @@ def _coded(
     found = code(coder, [loaded(line) for line in lines])
     refuse(split, dict(zip(numbers, found, strict=True)))
     columns: dict[str, list[Any]] = {
-        key: [] for key in ("input_ids", "labels", "row", "targets", "uncut", "cut", "dropped")
+        key: []
+        for key in ("input_ids", "labels", "row", "length", "targets", "uncut", "cut", "dropped")
     }
     for number, one in zip(numbers, found, strict=True):
         assert isinstance(one, Coded)
         fitted = fit(one.ids, one.labels, limit)
         for at, (ids, labels) in enumerate(fitted.parts or [([], [])]):
             first = at == 0  # counts of the whole row stand once
-            line = (ids, labels, number, count_targets(labels), len(one.ids) if first else -1)
+            uncut = len(one.ids) if first else -1
+            line = (ids, labels, number, len(ids), count_targets(labels), uncut)
             for key, value in zip(
                 columns, (*line, fitted.cut and first, fitted.dropped), strict=True
             ):
@@ -205,8 +207,8 @@ def refuse(split: str, found: Mapping[int, Coded | Refused]) -> None:
 
 
 def _encoded(table: Dataset) -> Encoded:
-    """The rows that are kept, and counts of all."""
-    reasons, cuts, numbers = list(table["dropped"]), list(table["cut"]), list(table["row"])
+    """The rows that are kept, and counts of all, which are read whole: one by one takes longer."""
+    reasons, cuts, numbers = table["dropped"][:], table["cut"][:], table["row"][:]
     dropped: dict[str, list[int]] = {}
     for number, reason in zip(numbers, reasons, strict=True):
         if reason is not None:
@@ -216,10 +218,10 @@ def _encoded(table: Dataset) -> Encoded:
         kept = table.select([at for at, reason in enumerate(reasons) if reason is None])
     return Encoded(
         kept.select_columns(["input_ids", "labels", "row"]),
-        [len(ids) for ids in kept["input_ids"]],
+        kept["length"][:],
         sum(cuts),
-        targets=list(kept["targets"]),
-        uncut=[length for length in table["uncut"] if length >= 0],
+        targets=kept["targets"][:],
+        uncut=[length for length in table["uncut"][:] if length >= 0],
         dropped=dropped,
     )
 

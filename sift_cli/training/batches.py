@@ -160,9 +160,10 @@ def packs_of_epoch(lengths: Sequence[int], tokens: int, seed: int) -> list[list[
 class Packs:
     """The rows of every step of a run: up to `tokens` tokens in each of `steps`; see `Batches`.
 
-    Micro-batches are packs of up to `max_tokens`, or whole steps. All epochs have as many steps:
-    where one would need fewer, its packs of the most rows are halved. After `epochs` different
-    orders the first one comes again.
+    Micro-batches are packs of up to `max_tokens`, or whole steps; where `padded`, for a model that
+    takes no packs, they are rows of like length, of as many tokens with their padding. All epochs
+    have as many steps: where one would need fewer, its packs of the most rows are halved. After
+    `epochs` different orders the first one comes again.
     """
 
     lengths: Sequence[int]
@@ -172,6 +173,7 @@ class Packs:
     steps: int
     seed: int
     max_tokens: int | None = None
+    padded: bool = False
 
     @classmethod
     def plan(
@@ -183,6 +185,7 @@ class Packs:
         max_steps: int | None,
         seed: int,
         max_tokens: int | None = None,
+        padded: bool = False,
     ) -> "Packs":
         """`epochs` passes over the rows, or `max_steps` steps where that is less."""
         most = orders = 0
@@ -191,10 +194,10 @@ class Packs:
             orders += 1
         steps = ceil(epochs * most)
         steps = min(steps, max_steps or steps)
-        return cls(lengths, tokens, most, orders, steps, seed, max_tokens)
+        return cls(lengths, tokens, most, orders, steps, seed, max_tokens, padded)
 
     @classmethod
-    def of(cls, train: TrainSection, lengths: Sequence[int]) -> "Packs":
+    def of(cls, train: TrainSection, lengths: Sequence[int], padded: bool = False) -> "Packs":
         """Those that a recipe's section asks for, which packs, over rows of so many tokens each.
 
         Packs are of 1,024 tokens, or of the longest row, where it says nothing of them.
@@ -207,6 +210,7 @@ class Packs:
             max_steps=train.max_steps,
             seed=train.seed,
             max_tokens=train.max_tokens or max(PACK, *lengths),
+            padded=padded,
         )
 
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -220,7 +224,12 @@ class Packs:
     def since(self, step: int) -> Iterator[list[list[int]]]:
         """The micro-batches of each step from the given one (1 is the first) to the last."""
         for rows in _walk(step, self.steps, self.steps_per_epoch, self._epoch):
-            yield first_fit(rows, self.lengths, self.max_tokens or self.tokens)
+            most = self.max_tokens or self.tokens
+            if self.padded:
+                alike = sorted(rows, key=lambda row: -self.lengths[row])
+                yield cut(alike, self.lengths, len(rows), most)
+            else:
+                yield first_fit(rows, self.lengths, most)
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         packs = packs_of_epoch(self.lengths, self.tokens, _seed(self.seed, epoch % self.epochs))
@@ -234,6 +243,11 @@ class Packs:
 Steps = Batches | Packs
 
 
-def steps_of(train: TrainSection, lengths: Sequence[int]) -> Steps:
-    """The steps that a recipe's section asks for, over rows of so many tokens each."""
-    return Packs.of(train, lengths) if train.packs else Batches.of(train, lengths)
+def steps_of(train: TrainSection, lengths: Sequence[int], packs: bool = True) -> Steps:
+    """The steps that a recipe's section asks for, over rows of so many tokens each.
+
+    Where packs are asked for and the model takes none, without `packs`, they hold the same rows.
+    """
+    if train.packs:
+        return Packs.of(train, lengths, padded=not packs)
+    return Batches.of(train, lengths)

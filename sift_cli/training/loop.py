@@ -132,7 +132,7 @@ def begin(
     """Chooses what trains, or takes that and all else from the newest checkpoint."""
     console, settings = checkpoints.console, recipe.train
     assert session.train is not None
-    batches = steps_of(settings, session.train.lengths)
+    batches = steps_of(settings, session.train.lengths, session.task.packs)
     method = build(session, batches)
     for split, rows in session.splits.items():
         if rows.truncated:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sift_cli.analysis.ledger import Ledger
 from sift_cli.analysis.memory import PARTS, Batch, PeakMemory, hit, ordinary, sparse
@@ -16,6 +16,10 @@ from sift_cli.models.dropout import quicken_dropout
 from sift_cli.models.prepare import recompute_activations
 from sift_cli.selection.budget import share
 from sift_cli.sparse import SparseAdamW, Support, attach
+from sift_cli.tasks.language import Language
+from sift_cli.tasks.token_batches import packed, padded
+from sift_cli.tasks.tokens import UNSEEN
+from tests.support.causal import CONFIGS as CAUSAL_CONFIGS
 from tests.support.models import CONFIGS
 
 BATCH = Batch(4, 24)
@@ -83,6 +87,50 @@ def test_a_sparse_step_holds_what_was_counted(architecture: str, density: float)
     found = PeakMemory(builder(architecture), BATCH).step(sparse(counts, []))
     assert sum(found.values()) == pytest.approx(really(architecture, prepare), rel=0.05)
     assert found["masters"] == found["gradients"] == 4 * sum(counts.values())
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("chunk_loss", ["off", 16])
+def test_a_step_of_a_language_model_holds_what_was_counted(
+    chunk_loss: int | str, layout: str
+) -> None:
+    """Its logits are the largest of all; some of the tokens are learnt."""
+    config = CAUSAL_CONFIGS["llama-tied"]()
+    config.vocab_size = 4096
+    config.pad_token_id = None
+    task = Language("instruct").expected(
+        config, "cpu", packs=layout == "packed", chunk_loss=chunk_loss
+    )
+
+    def build(device: str = "meta") -> Any:
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config)
+
+    counts = {n: w.numel() // 20 for n, w in build().named_parameters() if "proj" in n}
+    rows = [{"input_ids": [3] * 24, "labels": [UNSEEN] * 14 + [3] * 10} for _ in range(4)]
+    rows[0] = {key: values[:-2] for key, values in rows[0].items()}  # else there is no mask
+    model = build("cpu").train()
+    ledger = Ledger()
+    for tensor in (*model.parameters(), *model.buffers()):
+        ledger.note(tensor)
+    with ledger:
+        shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        supports = {
+            name: Support.of(shapes[name], torch.randperm(shapes[name][0] * shapes[name][1])[:k])
+            for name, k in counts.items()
+        }
+        optimizer = SparseAdamW(attach(model, supports), 1e-3)
+        for _ in range(2):
+            start = ledger.now()
+            real = packed(rows) if layout == "packed" else padded(rows, 0)
+            task.loss(model, real).sum.backward()
+            optimizer.step()
+    learnt = len(real["predicts"])
+    assert learnt == 38
+    high, wide = real["input_ids"].shape
+    batch = Batch(high, wide, task=task, learnt=learnt, packed=layout == "packed")
+    found = sum(PeakMemory(build, batch).step(sparse(counts, [])).values())
+    assert found == pytest.approx(ledger.peak(start)[0], rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "head-only"])

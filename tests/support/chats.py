@@ -112,6 +112,7 @@ def save_chat_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        architectures=["LlamaForCausalLM"],
     ).save_pretrained(folder)
     if stops is not None:
         GenerationConfig(eos_token_id=stops).save_pretrained(folder)

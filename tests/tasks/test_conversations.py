@@ -317,10 +317,6 @@ WRONG = {
     ),
     "an empty question": (said({**ASKED, "content": " "}, ANSWERED), "message 1 is empty"),
     "no answer": (said(ASKED), "no answer: no message of the assistant"),
-    "answers that say nothing": (
-        said(ASKED, {**ANSWERED, "content": ""}),
-        "no answer: what the assistant says is empty",
-    ),
     "a flag that is none": (
         said(ASKED, {**ANSWERED, "train": "yes"}),
         "message 2: 'train' is 'yes', no yes or no",
@@ -338,17 +334,13 @@ WRONG = {
         "'tools' is 'not json', which is no JSON",
     ),
     "an answer that is not there": ({"instruction": "q", "output": None}, "no answer: 'output' is"),
-    "an empty answer": ({"instruction": "q", "output": ""}, "no answer: 'output' is empty"),
     "no instruction": ({"instruction": None, "output": "a"}, "'instruction' is missing"),
     "an empty instruction": ({"instruction": "", "output": "a"}, "'instruction' is empty"),
     "history of no pairs": (
         {"instruction": "q", "output": "a", "history": [["q"]]},
         "'history' holds ['q'], not a question and its answer",
     ),
-    "an empty completion": (
-        {"prompt": "q", "completion": "\n"},
-        "no answer: 'completion' is empty",
-    ),
+    "no completion": ({"prompt": "q", "completion": None}, "no answer: 'completion' is missing"),
     "no prompt": ({"prompt": None, "completion": "a"}, "'prompt' is missing"),
     "text and messages": (
         {"prompt": "q", "completion": [ANSWERED]},
@@ -368,6 +360,26 @@ def test_a_row_that_cannot_be_used_is_located(what: str, tmp_path: Path) -> None
     assert f"data: the train split, {name} rows: row 0: {why}" in refusal(tmp_path, row)
 
 
+@pytest.mark.parametrize("said", ["", " \n"])
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "alpaca", "prompt"])
+def test_an_answer_that_says_nothing_is_left_to_be_dropped(
+    name: str, said: str, tmp_path: Path
+) -> None:
+    """Alpaca's own file holds some."""
+    row = json.loads(json.dumps(EQUAL[name][0]).replace('"a"', json.dumps(said)))
+    (found,) = read(tmp_path, row)
+    if isinstance(found, Completion):
+        assert found == Completion("q", said)
+    else:
+        assert isinstance(found, Conversation)
+        assert found.messages[1].content == said
+        assert found.answers == []
+    history = {"instruction": "q", "output": said, "history": [["q", "a"]]}
+    (found,) = read(tmp_path, history)
+    assert isinstance(found, Conversation)
+    assert found.answers == []
+
+
 @pytest.mark.parametrize("value", [None, "", "  \n"])
 def test_an_empty_text_is_located(value: str | None, tmp_path: Path) -> None:
     text = refusal(tmp_path, {"text": "t"}, {"text": value}, task="text")
@@ -375,7 +387,7 @@ def test_an_empty_text_is_located(value: str | None, tmp_path: Path) -> None:
 
 
 def test_many_wrong_rows_are_counted_and_named_by_their_source_numbers(tmp_path: Path) -> None:
-    rows = [{"instruction": "q", "output": "" if at % 2 else "a"} for at in range(40)]
+    rows = [{"instruction": "q", "output": None if at % 2 else "a"} for at in range(40)]
     text = refusal(tmp_path, *rows)
     assert "row 1: no answer" in text
     assert text.endswith("; and 15 more")

@@ -121,6 +121,19 @@ def test_files_named_as_the_hub_names_them(tmp_path: Path) -> None:
     assert len(task.evaluation[""]) == 2
 
 
+def test_a_name_that_goes_on_with_a_number(tmp_path: Path) -> None:
+    """As `test200.jsonl`; a file that is called just like the split comes before it."""
+    path = folder(tmp_path, train=rows(0, 1, 1), validation2=rows(0, 1), train50=rows(0, 1))
+    task = load_task(path, "sst2")
+    assert task.train is not None
+    assert (len(task.train), len(task.evaluation[""])) == (3, 2)
+
+
+def test_a_folder_without_a_split_says_what_it_holds(tmp_path: Path) -> None:
+    path = folder(tmp_path, alpaca=rows(0, 1))
+    assert refusal(path).endswith("(.parquet, .jsonl, .json, .csv); it holds alpaca.jsonl")
+
+
 def test_a_folder_with_a_folder_of_the_task(tmp_path: Path) -> None:
     folder(tmp_path / "sst2", train=rows(0, 1), validation=rows(1))
     folder(tmp_path / "cola", train=rows(1, 0, 1), validation=rows(1))
@@ -188,13 +201,17 @@ def test_a_folder_of_several_formats(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("train.jsonl", b'{"sentence": \n'), ("train.parquet", b"PAR1"), ("train.csv", b'a,b\n1,"\n')],
+    ("name", "content", "told"),
+    [
+        ("train.jsonl", b'{"sentence": \n', "/train.jsonl:1: not JSON: "),
+        ("train.parquet", b"PAR1", " cannot be read: "),
+        ("train.csv", b'a,b\n1,"\n', " cannot be read: "),
+    ],
 )
-def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, told: str) -> None:
     (tmp_path / name).write_bytes(content)
     said = refusal(str(tmp_path))
-    assert said.startswith(f"data.path: {tmp_path} cannot be read: ")
+    assert said.startswith(f"data.path: {tmp_path}{told}")
     assert "\n" not in said
 
 

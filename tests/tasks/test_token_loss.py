@@ -17,7 +17,7 @@ from sift_cli.models.attention import leave_masks_unread
 from sift_cli.models.dropout import quicken_dropout
 from sift_cli.models.prepare import recompute_activations
 from sift_cli.models.readout import Readout, hidden_states, inputs_of, readout_of
-from sift_cli.selection.evidence import OF_TOKENS
+from sift_cli.selection.evidence import OF_TOKENS, observed_inputs
 from sift_cli.selection.scores import SCORES
 from sift_cli.selection.select import Rule, select
 from sift_cli.selection.targets import choose_weights
@@ -580,6 +580,24 @@ def test_recomputed_activations_change_nothing(how: str) -> None:
     wanted = gradients(model, token_loss(model, packed(ROWS), chosen).sum)
     recompute_activations(model)
     assert_equal(gradients(model, token_loss(model, packed(ROWS), chosen).sum), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("how", ["chunked", "whole"])
+def test_inputs_of_a_pass_that_is_computed_again_count_once(how: str) -> None:
+    """By what is seen forward alone; chunks at the head are computed again, all else if asked."""
+    model = causal_model("llama-tied").train()
+    chosen = chunks(model, 2) if how == "chunked" else None
+    layers = {n: one for n, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+    with torch.no_grad(), observed_inputs(layers) as wanted:
+        token_loss(model, packed(ROWS), chosen)
+    for again in (False, True):
+        if again:
+            recompute_activations(model)
+        with observed_inputs(layers) as found:
+            token_loss(model, packed(ROWS), chosen).sum.backward()
+        assert set(found) == set(wanted) == set(layers)
+        for name, one in wanted.items():
+            torch.testing.assert_close(found[name], one, rtol=1e-5, atol=0)
 
 
 # ---- evaluation ----

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.tasks import tokens
-from sift_cli.tasks.coder import Coded, Coder
+from sift_cli.tasks.coder import TRAIN_ON, Coded, Coder
 from sift_cli.tasks.conversations import Completion, Conversation, Message, Row, Text, dumped
 from sift_cli.tasks.supervision import code
 from sift_cli.tasks.token_rows import (
@@ -144,6 +144,16 @@ def test_rows_with_nothing_to_learn_are_dropped_and_counted() -> None:
         "data: all rows of the train split are dropped (1 nothing to learn); `sift data show` "
         "shows one"
     )
+
+
+@pytest.mark.parametrize("train_on", TRAIN_ON)
+def test_an_empty_answer_of_a_whole_row_is_dropped_and_counted(train_on: str) -> None:
+    """It would teach to stop at once; `conversations` gives such a row nothing to learn."""
+    silent = (chat("user: q", "assistant: ", given=2), Completion("q", " \n"))
+    rows = source(*[TURNS] * 8, *silent)
+    data = encode_rows(rows, coder(train_on=train_on), Limit(999), "train")
+    assert data.dropped == {NOTHING: [108, 109]}
+    assert len(data) == 8
 
 
 def test_more_than_a_fifth_dropped_is_an_error() -> None:

@@ -14,6 +14,7 @@ from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.runs.session import open_session
 from sift_cli.selection.targets import choose_weights
 from sift_cli.training import train
+from sift_cli.training.batches import steps_of
 from sift_cli.training.step import add_gradient
 from tests.support.chats import CHATS, save_chat_recipe, write_chats
 from tests.support.command import sift
@@ -100,3 +101,32 @@ def test_another_kind_of_model_is_refused(chat: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "bert", "bert")
     with pytest.raises(SiftError, match="needs a causal language model, and the model is BertM"):
         open_session(load_recipe(chat, [f"model.path={base}"]), device="cpu")
+
+
+def test_without_packs_the_steps_are_the_same(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that takes none, as GPT-2-like ones: the rows, the loss, and what is computed."""
+    from sift_cli.tasks import language
+
+    recipe = packed(chat)
+    taken = open_session(recipe, device="cpu")
+    monkeypatch.setattr(language, "why_not_packed", lambda model: "it takes none")
+    session = open_session(recipe, device="cpu")
+    assert session.notes == ("train.packing: off for LlamaForCausalLM: it takes none",)
+    losses = []
+    for one, key in ((taken, "position_ids"), (session, "attention_mask")):
+        assert one.train is not None
+        one.model.double().eval()
+        rows = next(iter(steps_of(recipe.train, one.train.lengths, one.task.packs)))
+        assert key in one.collate(one.train.take(rows[0]))
+        losses.append(add_gradient(one, rows))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-7, atol=0)
+
+
+def test_evaluation_pads(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of like length: end to end attention would cost the square of the batch."""
+    session = open_session(packed(chat), device="cpu")
+    monkeypatch.setattr(
+        "sift_cli.tasks.language.packed", lambda rows: pytest.fail("an evaluation packs")
+    )
+    assert session.task.packs
+    assert session.evaluate()["loss"]

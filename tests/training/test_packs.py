@@ -146,3 +146,21 @@ def test_a_recipe_says_which_steps() -> None:
         some = steps_of(TrainSection(tokens=4096), [*random_lengths(400), longest])
         assert isinstance(some, Packs)
         assert some.max_tokens == max(1024, longest)
+
+
+def test_a_model_that_takes_no_packs_makes_the_same_steps_of_padded_rows() -> None:
+    lengths = random_lengths(400)
+    section = TrainSection(tokens=1200, max_tokens=300, seed=7)
+    packs = list(steps_of(section, lengths))
+    packs_per_epoch = steps_of(section, lengths).steps_per_epoch
+    padded = list(steps_of(section, lengths, packs=False))
+    assert [set(chain(*step)) for step in padded] == [set(chain(*step)) for step in packs]
+    for step in padded:
+        for part in step:
+            assert len(part) * max(lengths[row] for row in part) <= 300
+    held = sum(len(part) * max(lengths[row] for row in part) for step in padded for part in step)
+    steps = len(packs) / packs_per_epoch
+    assert held < 1.2 * steps * sum(lengths)  # little of it is padding
+    assert steps_of(TrainSection(batch_size=4), lengths, packs=False) == Batches.of(
+        TrainSection(batch_size=4), lengths
+    )
