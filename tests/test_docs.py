@@ -167,10 +167,10 @@ def test_a_reference_is_current(name: str, page: str) -> None:
 
 
 def test_make_targets_of_the_pages_exist() -> None:
-    made = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    made = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
         blocks = "".join(re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL))
-        assert set(re.findall(r"^make (\w+)", blocks, re.MULTILINE)) <= made
+        assert set(re.findall(r"^make ([\w-]+)", blocks, re.MULTILINE)) <= made
 
 
 def test_constraints_are_exact_versions() -> None:
