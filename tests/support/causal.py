@@ -1,6 +1,7 @@
 """Tiny random causal language models of many architectures, and rows for them; no network."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ from transformers import (
 )
 
 from sift_cli.tasks.tokens import UNSEEN
+from tests.support.chats import CHATML, byte_tokenizer
 
+KINDS = ("bos", "eos", "pad")
 SIZE = 61  # of the vocabulary: no width of any layer
 EOS = 2
 
@@ -145,6 +148,17 @@ def causal_model(
         attention = "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return model.to(dtype).eval()
+
+
+def save_causal(folder: Path, architecture: str, template: str | None = CHATML) -> Path:
+    """A folder with a random model of fp32 weights, and a tokenizer of bytes."""
+    tokenizer = byte_tokenizer(template)
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in KINDS}
+    changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, **ids}
+    model = causal_model(architecture, torch.float32, **changes)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 class Exactly(TorchFunctionMode):
