@@ -15,6 +15,7 @@ import typer
 from huggingface_hub import constants
 
 from sift_cli.cli import app
+from tests.support.causal import save_causal
 from tests.support.command import sift
 from tests.support.hub import hub
 
@@ -42,6 +43,9 @@ def commands(page: Path) -> list[list[str]]:
 
 def in_small(args: list[str], base: Path, data: Path, own: Mapping[str, str]) -> list[str]:
     """The command with a tiny model; and with tiny data, unless its recipe names the page's own."""
+    if any("task: instruct" in own.get(arg, "") for arg in args):
+        changes = [f"model.path={base}", "data.max_length=256", "train.max_steps=6"]
+        return [*args, *(part for change in changes for part in ("--set", change))]
     if args[:2] == ["data", "show"]:
         changes = [f"model.path={base}", f"data.path={data}", "data.task=sst2"]
         return [*args, *(part for change in changes for part in ("--set", change))]
@@ -65,7 +69,9 @@ def test_the_commands_of_a_page_run(
 ) -> None:
     """In order, on the page's own files and stand-ins for models, GLUE and the hub."""
     shown = commands(page)
-    own = {title: text for title, text in blocks(page, "yaml") if title}
+    own = {title: text for kind in ("yaml", "json") for title, text in blocks(page, kind) if title}
+    if page.name == "language-models.md":
+        base = save_causal(tmp_path / "causal", "llama-tied")
     for title, text in own.items():
         (tmp_path / title).write_text(text)
     for table in (ROOT / "docs").glob("*.csv"):
