@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -42,9 +43,10 @@ def _dequantise(file: Path, into: Path) -> None:
     Blocks become float32 and are rounded once: in bfloat16 their arithmetic would not be the same
     in every version of transformers.
     """
+    auto: Any = AutoModelForCausalLM
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             file.parent,
             gguf_file=file.name,
             dtype=torch.float32,
