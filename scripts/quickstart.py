@@ -1,6 +1,9 @@
-"""The quickstart: train, merge, evaluate and predict with the same commands that a user types.
+"""The quickstarts: train, merge, evaluate and predict with the same commands that a user types.
 
-`--svg` also writes the picture that README.md shows.
+usage: quickstart.py [llm] [--svg]
+
+`llm` tunes a language model in place of a classifier. `--svg` also writes the picture that the
+pages show.
 """
 
 import json
@@ -12,16 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
-RECIPE = "quickstart"
-RUN = Path("runs/quickstart")
 SENTENCES = [
     "The soup was cold and nobody seemed to care.",
     "Not one page of it bored me.",
     "The lens is sharp, but the shutter broke within a week.",
 ]
+MESSAGE = "Coffee with Lena at the Blue Door, Friday at noon."
 console = Console(record=True)
 
 
@@ -36,40 +39,73 @@ def sift(*args: str) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Runs the four commands and prints one table."""
-    merged = RUN / "merged"
-    shutil.rmtree(merged, ignore_errors=True)
-    summary = sift("train", RECIPE, "--out", str(RUN), "--overwrite")
-    sift("merge", str(RUN / "delta.safetensors"), "--out", str(merged))
-    again = sift("eval", str(merged))["metrics"]
-    predictions = sift("predict", str(merged), *SENTENCES)["predictions"]
+def tuned(recipe: str, run: Path, title: str) -> tuple[Path, Table]:
+    """Trains, merges and evaluates: the merged folder, and a table of what came out.
 
-    table = Table("", "value", title="MiniLM on builtin:reviews", title_justify="left")
+    Ends the script where the merged model does not score what the trained one did.
+    """
+    merged = run / "merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    summary = sift("train", recipe, "--out", str(run), "--overwrite")
+    sift("merge", str(run / "delta.safetensors"), "--out", str(merged))
+    again = sift("eval", str(merged))["metrics"]
+    if again != summary["metrics"]:
+        sys.exit("the merged model does not score what the trained one did")
+
+    table = Table("", "value", title=title, title_justify="left")
     for name, value in summary["metrics"].items():
         table.add_row(f"{name} before training", str(summary["metrics_before"][name]))
         table.add_row(f"{name} after training", str(value))
         table.add_row(f"{name} after merging", str(again[name]))
     trained, total = summary["trained_entries"], summary["total_entries"]
     table.add_row("trained entries", f"{trained:,} of {total:,} ({trained / total:.2%})")
-    table.add_row("trained head", f"{summary['dense_entries']:,}")
+    if summary["dense_entries"]:
+        table.add_row("trained head", f"{summary['dense_entries']:,}")
     table.add_row("delta file", f"{summary['delta_bytes'] / 1e3:,.0f} kB")
     table.add_row("wall time of training", f"{summary['wall_time_s']:.0f} s")
     table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 1e6:,.0f} MB")
-    for one in predictions:
+    return merged, table
+
+
+def reviews() -> Table:
+    """MiniLM learns what reviews say."""
+    merged, table = tuned("quickstart", Path("runs/quickstart"), "MiniLM on builtin:reviews")
+    for one in sift("predict", str(merged), *SENTENCES)["predictions"]:
         table.add_row(f'"{one["text"]}"', f"{one['label']} ({one['probability']:.0%})")
-    console.print(table)
-    if "--svg" in sys.argv:
-        Path("docs/quickstart.svg").write_text(picture())
-    if again != summary["metrics"]:
-        sys.exit("the merged model does not score what the trained one did")
+    return table
 
 
-def picture() -> str:
+def notes() -> Table:
+    """SmolLM2 learns to answer messages in one line of a fixed form."""
+    recipe = "instruct/quickstart"
+    base = yaml.safe_load(Path(f"recipes/{recipe}.yaml").read_text())["model"]["path"]
+    before = answer(base)
+    merged, table = tuned(recipe, Path("runs/quickstart-llm"), "SmolLM2-135M on builtin:notes")
+    table.add_row("asked", MESSAGE)
+    table.add_row("answered before", before)
+    table.add_row("answered after", answer(str(merged)))
+    return table
+
+
+def answer(model: str) -> str:
+    """What a model answers to the message."""
+    said: str = sift("predict", model, MESSAGE)["predictions"][0]["answer"]
+    return said
+
+
+def picture(title: str) -> str:
     """All that was printed as an SVG, in the reader's own monospace font: nothing to fetch."""
-    svg = console.export_svg(title="make quickstart")
+    svg = console.export_svg(title=title)
     svg = re.sub(r"@font-face {.*?}", "", svg, flags=re.DOTALL)
     return svg.replace("Fira Code, monospace", "monospace")
+
+
+def main() -> None:
+    """Runs the commands and prints one table."""
+    name = "quickstart-llm" if "llm" in sys.argv else "quickstart"
+    console.print(notes() if "llm" in sys.argv else reviews())
+    if "--svg" in sys.argv:
+        Path(f"docs/{name}.svg").write_text(picture(f"make {name}"))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import typer
 from huggingface_hub import constants
 
 from sift_cli.cli import app
+from tests.support.causal import save_causal
 from tests.support.chats import save_talker
 from tests.support.command import sift
 from tests.support.hub import hub
@@ -24,7 +25,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 
 
 RECIPE_COMMANDS = ("train", "probe", "compare", "plan")  # they take a recipe first
-CHATS = "runs/words"  # a run of a language model on the pages
+CHATS = "runs/chats"  # a run of a language model, of a recipe of that name where a page has it
 TOKEN = "hf_token"
 
 
@@ -44,10 +45,13 @@ def commands(page: Path) -> list[list[str]]:
 
 def in_small(args: list[str], base: Path, data: Path, own: Mapping[str, str]) -> list[str]:
     """The command with a tiny model; and with tiny data, unless its recipe names the page's own."""
+    if any("task: instruct" in own.get(arg, "") for arg in args):
+        changes = [f"model.path={base}", "data.max_length=256", "train.max_steps=6"]
+        return [*args, *(part for change in changes for part in ("--set", change))]
     if args[:2] == ["data", "show"]:
         changes = [f"model.path={base}", f"data.path={data}", "data.task=sst2"]
         return [*args, *(part for change in changes for part in ("--set", change))]
-    if any(arg.startswith(CHATS) for arg in args[1:2]):
+    if args[1:2] == [CHATS] and "chats.yaml" not in own:
         return [args[0], str(base.parent / "talker"), *args[2:]]
     if args[0] not in RECIPE_COMMANDS:
         return [str(base) if arg == "roberta-base" else arg for arg in args]
@@ -69,11 +73,11 @@ def test_the_commands_of_a_page_run(
 ) -> None:
     """In order, on the page's own files and stand-ins for models, GLUE and the hub."""
     shown = commands(page)
-    own = {title: text for title, text in blocks(page, "yaml") if title}
+    own = {title: text for kind in ("yaml", "json") for title, text in blocks(page, kind) if title}
+    if page.name == "language-models.md":
+        base = save_causal(tmp_path / "causal", "llama-tied")
     for title, text in own.items():
         (tmp_path / title).write_text(text)
-    for title, text in blocks(page, "json"):
-        (tmp_path / (title or "untitled.json")).write_text(text)
     if CHATS in str(shown):
         save_talker(base.parent / "talker")
     for table in (ROOT / "docs").glob("*.csv"):
@@ -175,10 +179,10 @@ def test_a_reference_is_current(name: str, page: str) -> None:
 
 
 def test_make_targets_of_the_pages_exist() -> None:
-    made = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    made = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
         blocks = "".join(re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL))
-        assert set(re.findall(r"^make (\w+)", blocks, re.MULTILINE)) <= made
+        assert set(re.findall(r"^make ([\w-]+)", blocks, re.MULTILINE)) <= made
 
 
 def test_constraints_are_exact_versions() -> None:

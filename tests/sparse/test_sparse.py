@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sift_cli.models.prepare import recompute_activations
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach, segments
 from sift_cli.sparse.kernels import dense, sampled
+from sift_cli.tasks.token_batches import padded
 from sift_cli.training.watch import Watch
+from tests.support.causal import EOS, SHAPES, causal_model, causal_rows
 from tests.support.models import ARCHITECTURES, tiny_batch, tiny_model
 
 SETTINGS = {"lr": 3e-3, "weight_decay": 0.1}
@@ -87,10 +89,20 @@ def assert_equal_models(got: nn.Module, wanted: nn.Module) -> None:
         torch.testing.assert_close(weight, reference[name], rtol=1e-9, atol=1e-10, msg=name)
 
 
+def causal_batch(seed: int) -> dict[str, torch.Tensor]:
+    batch = padded(causal_rows(seed=seed), EOS)
+    return {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+
+
 @pytest.mark.parametrize("density", [1.0, 0.01, 0.3])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_step_equals_dense_adamw_under_the_mask(architecture: str, density: float) -> None:
-    model = tiny_model(architecture)
+@pytest.mark.parametrize(
+    ("architecture", "causal"),
+    [*((name, False) for name in ARCHITECTURES), *((name, True) for name in SHAPES)],
+)
+def test_every_step_equals_dense_adamw_under_the_mask(
+    architecture: str, causal: bool, density: float
+) -> None:
+    model = causal_model(architecture) if causal else tiny_model(architecture)
     start = copy.deepcopy(model.state_dict())
     reference = copy.deepcopy(model)
     supports = supports_of(model, density)
@@ -99,7 +111,7 @@ def test_every_step_equals_dense_adamw_under_the_mask(architecture: str, density
     parameters = attach(model, supports)
     optimizer = SparseAdamW(parameters, **SETTINGS)
     for step in range(20):
-        batch = [tiny_batch(seed=step)]
+        batch = [causal_batch(step) if causal else tiny_batch(seed=step)]
         sparse_step(model, parameters, optimizer, batch, max_norm=0.5)
         dense.step(batch, max_norm=0.5)
         assert_equal_models(model, reference)

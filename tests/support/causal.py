@@ -1,6 +1,8 @@
 """Tiny random causal language models of many architectures, and rows for them; no network."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +33,9 @@ from transformers import (
 )
 
 from sift_cli.tasks.tokens import UNSEEN
+from tests.support.chats import CHATML, byte_tokenizer
 
+KINDS = ("bos", "eos", "pad")
 SIZE = 61  # of the vocabulary: no width of any layer
 EOS = 2
 
@@ -87,6 +91,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "neox": _small(GPTNeoXConfig, **_SHAPE),
 }
 CHUNKED = tuple(CONFIGS)
+# a tied head, layers that are transposed, biases, norms of heads, windows
+SHAPES = ("llama-tied", "gpt2", "qwen2", "qwen3", "gemma3", "mistral")
+PACKED = {"tokens": 256, "max_tokens": 128}  # of the rows of `chats_recipe`
 OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
     "opt": _small(
         OPTConfig,
@@ -145,6 +152,41 @@ def causal_model(
         attention = "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return model.to(dtype).eval()
+
+
+def save_causal(folder: Path, architecture: str, template: str | None = CHATML) -> Path:
+    """A folder with a random model of fp32 weights, and a tokenizer of bytes."""
+    tokenizer = byte_tokenizer(template)
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in KINDS}
+    changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, **ids}
+    model = causal_model(architecture, torch.float32, **changes)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chats_recipe(tmp_path: Path, architecture: str, **settings: object) -> Path:
+    """A recipe of a tiny model of that shape, and conversations of one to three turns."""
+    save_causal(tmp_path / "base", architecture)
+    asked, said = {"role": "user", "content": "and {}?"}, {"role": "assistant", "content": "{}."}
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, count in (("train", 16), ("validation", 4)):
+        lines = [
+            json.dumps({"messages": [asked, said] * (1 + at % 2)}).replace("{}", str(at * 37))
+            for at in range(count)
+        ]
+        (data / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    steps = {"max_steps": 5, "learning_rate": 1e-2, **(settings or {"batch_size": 8})}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {{path: {tmp_path}/base}}\n"
+        f"data: {{path: {data}, task: instruct, max_length: 128}}\n"
+        "selection: {density: 0.05, batches: 3}\n"
+        f"train: {json.dumps(steps)}\n"
+        "log: {report: false}\n"
+    )
+    return path
 
 
 class Exactly(TorchFunctionMode):
