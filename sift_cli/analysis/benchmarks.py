@@ -12,7 +12,7 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -25,12 +25,13 @@ import numpy as np
 import torch
 
 from sift_cli.delta.build import versions
-from sift_cli.errors import SiftError
+from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import LoadedModel, quiet
 from sift_cli.recipe import Recipe
 from sift_cli.runs.folder import EVALUATIONS, delta_file
 from sift_cli.runs.language import language_of
+from sift_cli.runs.summary import Summary
 from sift_cli.runs.tuned import load_tuned
 from sift_cli.system.faults import fault_of
 from sift_cli.system.files import sha256_of, write_text
@@ -64,6 +65,16 @@ class Prompts:
 
     template: str | None = None
     system: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of a task that came about in one way, with the value of each run that has it."""
+
+    task: str
+    metric: str
+    way: str
+    values: list[float | None]
 
 
 def run_benchmarks(
@@ -262,6 +273,41 @@ def store(results: Mapping[str, Any], asked: Asked, run: Path) -> Path:
 def write(results: Mapping[str, Any], path: Path) -> None:
     """Writes results as JSON, whole or not at all."""
     write_text(path, json.dumps(results, indent=2) + "\n")
+
+
+def beside(runs: Sequence[Path]) -> list[Row]:
+    """What finished runs have stored; scores that came about in different ways share no row.
+
+    Results of another delta than the run now holds are left out. Raises SiftError (exit code 3) for
+    a file that cannot be understood.
+    """
+    rows: dict[tuple[str, str, str], list[float | None]] = {}
+    for at, run in enumerate(runs):
+        summary = Summary.read(run)
+        for file in sorted((run / EVALUATIONS).glob("*.json")):
+            try:
+                found = json.loads(file.read_bytes())
+                if summary is None or found["model"]["delta_sha256"] != summary.delta_sha256:
+                    continue
+                for task, metric, way, value in _scores(found):
+                    row = rows.setdefault((task, metric, way), [None] * len(runs))
+                    row[at] = value
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise SiftError(f"{file}: damaged: {error}", ExitCode.WRONG_FILE) from None
+    return [Row(*key, values) for key, values in sorted(rows.items())]
+
+
+def _scores(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float | None]]:
+    """Task, metric, way and value of each score of stored results."""
+    settings = found["settings"]
+    chats = "on" if settings["template"] else "off"
+    rows = "all rows" if settings["limit"] is None else f"{settings['limit']} rows, no benchmark"
+    seeds = "" if settings["seeds"] == SEEDS else f", seeds {settings['seeds']}"
+    for name, task in found["tasks"].items():
+        way = f"version {task['version']}, {task['shots']} shots, template {chats}, {rows}"
+        way += f"{seeds}, lm-eval {found['versions']['lm_eval']}"
+        for metric, one in task["metrics"].items():
+            yield name, metric, way, one["value"]
 
 
 def _number(value: Any) -> float | None:

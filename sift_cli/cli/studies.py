@@ -1,5 +1,6 @@
 """Commands that measure and plan."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,10 +20,11 @@ from sift_cli.cli.options import (
     stderr,
     stdout,
 )
-from sift_cli.cli.tables import show_compare, show_plan, show_probe
+from sift_cli.cli.tables import show_benchmarks, show_compare, show_plan, show_probe
 from sift_cli.errors import SiftError
 
 if TYPE_CHECKING:
+    from sift_cli.analysis.benchmarks import Row
     from sift_cli.recipe.schema import Rate
 
 Methods = Annotated[
@@ -175,10 +177,13 @@ def compare(
             allow_code=allow_code,
             console=stderr,
         )
+    stored = benchmarks_of(what) if finished else []
     if as_json:
-        print_json(comparison.to_json())
+        more = {"benchmarks": [asdict(row) for row in stored]} if stored else {}
+        print_json(comparison.to_json() | more)
     else:
         show_compare(comparison)
+        show_benchmarks(stored, what)
         if out:
             written = "Table and plot" if finished else "Table, plot and runs"
             stdout.print(f"{written}: {out}", highlight=False)
@@ -186,6 +191,13 @@ def compare(
         from sift_cli.analysis.compare import diverged_error
 
         raise diverged_error(comparison.diverged)
+
+
+def benchmarks_of(runs: list[str]) -> "list[Row]":
+    """What finished runs have stored of `sift eval --tasks`."""
+    from sift_cli.analysis.benchmarks import beside
+
+    return beside([Path(run) for run in runs])
 
 
 def only_recipe(what: list[str]) -> Path:

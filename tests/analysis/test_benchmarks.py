@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sift_cli.analysis import benchmarks
-from sift_cli.analysis.benchmarks import Asked, metrics_of, run_benchmarks
+from sift_cli.analysis.benchmarks import SEEDS, Asked, beside, metrics_of, run_benchmarks, store
 from sift_cli.convert.merge import merge
 from sift_cli.recipe import load_recipe
 from sift_cli.training import train
@@ -373,6 +373,50 @@ def test_other_models_are_refused(tasks: Path, tmp_path: Path) -> None:
     (bare / "chat_template.jinja").unlink()
     said = refused(bare, "--tasks", "sums", "--tasks-path", tasks, "--template")
     assert said.startswith("the model has no chat template; --no-template")
+
+
+def test_runs_stand_in_one_row_only_where_they_were_scored_alike(run: Path, tmp_path: Path) -> None:
+    train(load_recipe(run / "recipe.yaml", ["train.seed=4"]), tmp_path / "other")
+    runs = [run, tmp_path / "other"]
+
+    def stored(at: int, score: float, limit: int | None = None, **more: Any) -> Path:
+        summary = json.loads((runs[at] / "summary.json").read_text())
+        results = {
+            "model": {"delta_sha256": summary["delta_sha256"]},
+            "settings": {"template": True, "limit": limit, "seeds": SEEDS} | more,
+            "versions": {"lm_eval": "0.4.13"},
+            "tasks": {
+                "sums": {"version": 1, "shots": 0, "metrics": {"acc": {"value": score}}},
+            },
+        }
+        return store(results, Asked(("sums",), limit=limit), runs[at])
+
+    before = sift("compare", *runs)
+    assert "benchmarks" not in before.stdout
+    assert "benchmarks" not in json.loads(sift("compare", *runs, "--json").stdout)
+    stored(0, 0.5)
+    stored(1, 0.75)
+    stored(0, 0.25, limit=20)
+    found = json.loads(sift("compare", *runs, "--json").stdout)["benchmarks"]
+    assert [(row["way"], row["values"]) for row in found] == [
+        ("version 1, 0 shots, template on, 20 rows, no benchmark, lm-eval 0.4.13", [0.25, None]),
+        ("version 1, 0 shots, template on, all rows, lm-eval 0.4.13", [0.5, 0.75]),
+    ]
+    shown = sift("compare", *runs).stdout
+    assert "sums\tacc\t0.5000\t0.7500\tversion 1, 0 shots" in shown
+    assert "sums\tacc\t0.2500\t\tversion 1, 0 shots" in shown
+    stored(1, 0.125, template=False)
+    values = [[None, 0.125], [0.25, None], [0.5, 0.75]]
+    assert [row.values for row in beside(runs)] == values
+    file = stored(0, 0.5)
+    stale = json.loads(file.read_text())
+    stale["model"]["delta_sha256"] = "0" * 64
+    file.write_text(json.dumps(stale))
+    values[2][0] = None
+    assert [row.values for row in beside(runs)] == values
+    file.write_text("{}")
+    done = sift("compare", *runs)
+    assert (done.returncode, done.stderr) == (3, f"{file}: damaged: 'model'\n")
 
 
 def test_without_lm_eval_one_line_says_what_to_install(
