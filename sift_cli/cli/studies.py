@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,7 +24,6 @@ from sift_cli.cli.tables import show_benchmarks, show_compare, show_plan, show_p
 from sift_cli.errors import SiftError
 
 if TYPE_CHECKING:
-    from sift_cli.analysis.benchmarks import Row
     from sift_cli.recipe.schema import Rate
 
 Methods = Annotated[
@@ -177,10 +176,9 @@ def compare(
             allow_code=allow_code,
             console=stderr,
         )
-    stored = benchmarks_of(what) if finished else []
+    stored = benchmarks_of(what) if finished else {}
     if as_json:
-        more = {"benchmarks": [asdict(row) for row in stored]} if stored else {}
-        print_json(comparison.to_json() | more)
+        print_json(comparison.to_json() | stored)
     else:
         show_compare(comparison)
         show_benchmarks(stored, what)
@@ -193,11 +191,12 @@ def compare(
         raise diverged_error(comparison.diverged)
 
 
-def benchmarks_of(runs: list[str]) -> "list[Row]":
-    """What finished runs have stored of `sift eval --tasks`."""
+def benchmarks_of(runs: list[str]) -> dict[str, Any]:
+    """What finished runs have stored of `sift eval --tasks`, under `benchmarks`; {} for nothing."""
     from sift_cli.analysis.benchmarks import beside
 
-    return beside([Path(run) for run in runs])
+    rows = beside([Path(run) for run in runs])
+    return {"benchmarks": [asdict(row) for row in rows]} if rows else {}
 
 
 def only_recipe(what: list[str]) -> Path:

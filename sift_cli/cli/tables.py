@@ -12,7 +12,6 @@ from sift_cli.cli.options import print_table, size, stdout
 from sift_cli.tasks.metrics import shown
 
 if TYPE_CHECKING:
-    from sift_cli.analysis.benchmarks import Row
     from sift_cli.analysis.table import Comparison
 
 
@@ -189,14 +188,14 @@ def show_compare(comparison: "Comparison") -> None:
         stdout.print(note, highlight=False)
 
 
-def show_benchmarks(rows: "Sequence[Row]", runs: Sequence[str]) -> None:
+def show_benchmarks(stored: Mapping[str, Any], runs: Sequence[str]) -> None:
     """Prints what runs have stored of benchmarks; nothing where they have none."""
-    if not rows:
+    if not stored:
         return
     table = Table("task", "metric", *(Path(run).name for run in runs), "how", title="benchmarks")
-    for row in rows:
-        values = ("" if value is None else shown(value) for value in row.values)
-        table.add_row(escape(row.task), escape(row.metric), *values, escape(row.way))
+    for row in stored["benchmarks"]:
+        values = ("" if value is None else shown(value) for value in row["values"])
+        table.add_row(escape(row["task"]), escape(row["metric"]), *values, escape(row["way"]))
     print_table(table)
 
 
