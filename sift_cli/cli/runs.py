@@ -11,6 +11,17 @@ import typer
 from rich.table import Table
 
 from sift_cli.cli import shipped
+from sift_cli.cli.benchmarks import (
+    Limit,
+    Shots,
+    TaskBatch,
+    Tasks,
+    TasksOut,
+    TasksPath,
+    Template,
+    asked_of,
+    evaluate_tasks,
+)
 from sift_cli.cli.options import (
     AllowCode,
     BaseModelPath,
@@ -153,13 +164,31 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="The split; eval.split if not given.")] = None,
     overrides: Overrides = None,
     base: BaseModelPath = None,
+    tasks: Tasks = None,
+    tasks_path: TasksPath = None,
+    limit: Limit = None,
+    num_fewshot: Shots = None,
+    template: Template = None,
+    batch_size: TaskBatch = None,
+    out: TasksOut = None,
     device: Device = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Score a run, a delta on its base, or any model folder.
+    """Score a run, a delta on its base, or any model folder: on its data, or on tasks of lm-eval.
 
     Example: sift eval runs/rte --split train
     """
+    asked = asked_of(tasks, tasks_path, limit, num_fewshot, template, batch_size)
+    if asked is not None:
+        if recipe or split or overrides:
+            raise SiftError("--tasks brings its own data; leave --recipe, --split and --set out")
+        evaluate_tasks(
+            tuned, asked, base=base, device=device, out=out, quiet=quiet, as_json=as_json
+        )
+        return
+    if out is not None:
+        raise SiftError("--out stores results of --tasks")
     from sift_cli.recipe import load_recipe, parse_recipe
 
     given = load_recipe(recipe, overrides or []) if recipe else None

@@ -1,7 +1,8 @@
 """Commands that measure and plan."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +20,7 @@ from sift_cli.cli.options import (
     stderr,
     stdout,
 )
-from sift_cli.cli.tables import show_compare, show_plan, show_probe
+from sift_cli.cli.tables import show_benchmarks, show_compare, show_plan, show_probe
 from sift_cli.errors import SiftError
 
 if TYPE_CHECKING:
@@ -179,10 +180,12 @@ def compare(
             allow_code=allow_code,
             console=stderr,
         )
+    stored = benchmarks_of(what) if finished else {}
     if as_json:
-        print_json(comparison.to_json())
+        print_json(comparison.to_json() | stored)
     else:
         show_compare(comparison)
+        show_benchmarks(stored, what)
         if out:
             written = "Table and plot" if finished else "Table, plot and runs"
             stdout.print(f"{written}: {out}", highlight=False)
@@ -190,6 +193,14 @@ def compare(
         from sift_cli.analysis.compare import diverged_error
 
         raise diverged_error(comparison.diverged)
+
+
+def benchmarks_of(runs: list[str]) -> dict[str, Any]:
+    """What finished runs have stored of `sift eval --tasks`, under `benchmarks`; {} for nothing."""
+    from sift_cli.analysis.benchmarks import beside
+
+    rows = beside([Path(run) for run in runs])
+    return {"benchmarks": [asdict(row) for row in rows]} if rows else {}
 
 
 def only_recipe(what: list[str]) -> Path:

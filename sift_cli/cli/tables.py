@@ -1,12 +1,15 @@
 """The tables and sentences of the commands that plan and compare."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from sift_cli.cli.options import print_table, size, stdout
+from sift_cli.tasks.metrics import shown
 from sift_cli.tasks.table import language_facts
 
 if TYPE_CHECKING:
@@ -205,6 +208,17 @@ def show_compare(comparison: "Comparison") -> None:
     print_table(table)
     for note in comparison.notes:
         stdout.print(note, highlight=False)
+
+
+def show_benchmarks(stored: Mapping[str, Any], runs: Sequence[str]) -> None:
+    """Prints what runs have stored of benchmarks; nothing where they have none."""
+    if not stored:
+        return
+    table = Table("task", "metric", *(Path(run).name for run in runs), "how", title="benchmarks")
+    for row in stored["benchmarks"]:
+        values = ("" if value is None else shown(value) for value in row["values"])
+        table.add_row(escape(row["task"]), escape(row["metric"]), *values, escape(row["way"]))
+    print_table(table)
 
 
 def _right(table: Table) -> None:

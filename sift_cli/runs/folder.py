@@ -28,6 +28,7 @@ TRAINED_FILE = "trained.safetensors"  # of a method that makes no delta, in its 
 WEIGHTS_FILE = "weights.jsonl"
 CARD_FILE = "README.md"
 SUMMARY_FILE = "summary.json"
+EVALUATIONS = "evaluations"  # results of benchmarks
 # of its report
 REPORT_FILE = "report.html"
 PLOTS = "plots"
@@ -58,6 +59,13 @@ def delta_file(path: str) -> Path:
             f"with {shlex.join(again)}"
         )
     return place
+
+
+def finished_run(path: str) -> Path | None:
+    """The folder of the finished run that `path` is, or is the delta of; None for others."""
+    delta = delta_file(path)
+    folder = delta.parent if delta.name == DELTA_FILE else delta
+    return folder if (folder / SUMMARY_FILE).is_file() else None
 
 
 def saved_steps(folder: Path) -> list[int]:
