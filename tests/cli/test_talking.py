@@ -22,7 +22,7 @@ from sift_cli.tasks import language
 from sift_cli.tasks.conversations import Message
 from sift_cli.tasks.generation import Answer, Said
 from tests.support.chats import CHATML, TWO_BEGINNINGS, save_talker
-from tests.support.command import ENV, process, sift
+from tests.support.command import ENV, process, sift, until
 from tests.support.models import tiny_model, tiny_tokenizer
 
 LONGEST = 8
@@ -332,6 +332,7 @@ def test_a_terminal(talker: Path) -> None:
         heard()
         os.write(ours, b"two?\n")
         assert heard() == visible(second) + " (cut after 8 tokens)\n"
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(60) == 130
+        until(lambda: run.poll() is not None or bool(run.send_signal(signal.SIGTERM)))
+        run.kill()
+    assert run.returncode == 130
     os.close(ours)
