@@ -22,7 +22,7 @@ from sift_cli.tasks import language
 from sift_cli.tasks.conversations import Message
 from sift_cli.tasks.generation import Answer, Said
 from tests.support.chats import CHATML, TWO_BEGINNINGS, save_talker
-from tests.support.command import ENV, process, sift, until
+from tests.support.command import ENV, process, sift
 from tests.support.models import tiny_model, tiny_tokenizer
 
 LONGEST = 8
@@ -305,6 +305,16 @@ def test_what_a_model_says_moves_no_cursor(
     assert out == "\\x1b[2Jgone\\r\n\n"
 
 
+def test_a_request_to_end_is_no_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = {}
+    monkeypatch.setattr(chatting.signal, "signal", handlers.__setitem__)
+    terminal = Terminal([EOFError], [])
+    chatting._converse(terminal.ask, terminal.read)
+    with pytest.raises(SystemExit) as end:
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert end.value.code == 130
+
+
 def test_a_terminal(talker: Path) -> None:
     first = plainly(talker, [("user", "one?")])
     second = plainly(talker, [("user", "one?"), ("assistant", first), ("user", "two?")])
@@ -332,7 +342,6 @@ def test_a_terminal(talker: Path) -> None:
         heard()
         os.write(ours, b"two?\n")
         assert heard() == visible(second) + " (cut after 8 tokens)\n"
-        until(lambda: run.poll() is not None or bool(run.send_signal(signal.SIGTERM)))
-        run.kill()
-    assert run.returncode == 130
+        os.write(ours, b"\x04")
+        assert run.wait(120) == 0
     os.close(ours)
