@@ -305,6 +305,16 @@ def test_what_a_model_says_moves_no_cursor(
     assert out == "\\x1b[2Jgone\\r\n\n"
 
 
+def test_a_request_to_end_is_no_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = {}
+    monkeypatch.setattr(chatting.signal, "signal", handlers.__setitem__)
+    terminal = Terminal([EOFError], [])
+    chatting._converse(terminal.ask, terminal.read)
+    with pytest.raises(SystemExit) as end:
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert end.value.code == 130
+
+
 def test_a_terminal(talker: Path) -> None:
     first = plainly(talker, [("user", "one?")])
     second = plainly(talker, [("user", "one?"), ("assistant", first), ("user", "two?")])
@@ -332,6 +342,6 @@ def test_a_terminal(talker: Path) -> None:
         heard()
         os.write(ours, b"two?\n")
         assert heard() == visible(second) + " (cut after 8 tokens)\n"
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(60) == 130
+        os.write(ours, b"\x04")
+        assert run.wait(120) == 0
     os.close(ours)
