@@ -15,8 +15,7 @@ import typer
 from huggingface_hub import constants
 
 from sift_cli.cli import app
-from tests.support.causal import save_causal
-from tests.support.chats import save_talker
+from tests.support.causal import save_causal, save_talker
 from tests.support.command import sift
 from tests.support.hub import hub
 

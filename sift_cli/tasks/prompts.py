@@ -85,7 +85,8 @@ def read_prompts(
             found = list(_rows(path, task, plain, format, columns or {}))
         except SiftError as error:
             said = str(error).removeprefix("data.path: ").removeprefix("data: ")
-            raise SiftError(f"--input {path}: {said}", error.code) from None
+            placed = said if said.startswith(f"{path}:") else f"{path}: {said}"
+            raise SiftError(f"--input {placed}", error.code) from None
     if not found:
         raise SiftError(f"--input {path}: it holds no prompt")
     return found

@@ -136,6 +136,8 @@ def _broken_json(file: Path) -> str | None:
                     return f"{file}:{line}: not a row: a line is a mapping of columns"
     except json.JSONDecodeError as error:
         return f"{file}:{line + error.lineno - 1}: not JSON: {error.msg}"
+    except RecursionError:
+        return f"{file}:{line}: nested too deeply"
     except UnicodeDecodeError as error:
         return f"{file}: not UTF-8: {error}"
     return None

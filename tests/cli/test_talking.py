@@ -21,7 +21,8 @@ from sift_cli.system.terminal import visible
 from sift_cli.tasks import language
 from sift_cli.tasks.conversations import Message
 from sift_cli.tasks.generation import Answer, Said
-from tests.support.chats import CHATML, TWO_BEGINNINGS, save_talker
+from tests.support.causal import save_talker
+from tests.support.chats import CHATML, TWO_BEGINNINGS
 from tests.support.command import ENV, process, sift
 from tests.support.models import tiny_model, tiny_tokenizer
 

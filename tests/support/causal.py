@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from sift_cli.tasks.tokens import UNSEEN
-from tests.support.chats import CHATML, byte_tokenizer
+from tests.support.chats import CHATML, END, byte_tokenizer
 
 KINDS = ("bos", "eos", "pad")
 SIZE = 61  # of the vocabulary: no width of any layer
@@ -222,3 +222,21 @@ def causal_rows(count: int = 5, seed: int = 0, longest: int = 12) -> list[dict[s
             labels = list(ids)
         rows.append({"input_ids": ids, "labels": labels})
     return rows
+
+
+def save_talker(folder: Path, template: str | None = CHATML, *, begins: bool = False) -> Path:
+    """A random model that says one thing or another, and its tokenizer; it ships sampling."""
+    tokenizer = byte_tokenizer(template, begins=begins)
+    stop = tokenizer.convert_tokens_to_ids(END)
+    model = causal_model(
+        "llama",
+        torch.float32,
+        vocab_size=len(tokenizer),
+        eos_token_id=stop,
+        pad_token_id=stop,
+        max_position_embeddings=256,
+    )
+    model.generation_config.update(do_sample=True, temperature=3.0, top_p=0.9, eos_token_id=stop)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -17,8 +17,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.support.causal import causal_model
-
 START, END, BEGIN = "<|im_start|>", "<|im_end|>", "<|begin|>"
 SPECIAL = ("<|endoftext|>", START, END, BEGIN)
 
@@ -116,24 +114,6 @@ def save_chat_model(
     ).save_pretrained(folder)
     if stops is not None:
         GenerationConfig(eos_token_id=stops).save_pretrained(folder)
-    return folder
-
-
-def save_talker(folder: Path, template: str | None = CHATML, *, begins: bool = False) -> Path:
-    """A random model that says one thing or another, and its tokenizer; it ships sampling."""
-    tokenizer = byte_tokenizer(template, begins=begins)
-    stop = tokenizer.convert_tokens_to_ids(END)
-    model = causal_model(
-        "llama",
-        torch.float32,
-        vocab_size=len(tokenizer),
-        eos_token_id=stop,
-        pad_token_id=stop,
-        max_position_embeddings=256,
-    )
-    model.generation_config.update(do_sample=True, temperature=3.0, top_p=0.9, eos_token_id=stop)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -42,6 +42,7 @@ class Completions:
     metrics: tuple[str, ...] = ("perplexity",)
 
     auto: ClassVar[Any] = AutoModelForCausalLM
+    packs: ClassVar[bool] = False
     new_head: ClassVar[bool] = False
     published: ClassVar[Published] = Published("text-generation", "CAUSAL_LM", (), "text", "")
 
@@ -55,8 +56,14 @@ class Completions:
     def ready(self, loaded: Any, **asked: Any) -> tuple["Completions", list[str]]:
         return self, []
 
+    def expected(self, config: PretrainedConfig, kind: str, **asked: Any) -> "Completions":
+        return self
+
     def header(self) -> dict[str, Any]:
         return {"labels": None}
+
+    def side_texts(self, folder: Path) -> dict[str, str]:
+        return {}
 
     def usage(self, paired: bool) -> str:
         return ""
@@ -74,7 +81,11 @@ class Completions:
         return Encoded(encoded, [len(ids) for ids in encoded["input_ids"]], 0)
 
     def collate(
-        self, features: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+        self,
+        features: Sequence[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        packs: bool = False,
     ) -> Mapping[str, Tensor]:
         def padded(key: str, value: int) -> Tensor:
             rows = [torch.tensor(one[key]) for one in features]

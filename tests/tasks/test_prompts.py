@@ -140,7 +140,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ("in.jsonl", None, "no such file"),
         ("in.txt", b"\n \n", "it holds no prompt"),
         ("latin.txt", b"\xe9\n", "not UTF-8"),
-        ("broken.jsonl", b'{"prompt": ', "cannot be read"),
+        ("broken.jsonl", b'{"prompt": ', "not JSON"),
     ):
         path = tmp_path / name
         if content is not None:
