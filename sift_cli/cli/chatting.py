@@ -97,6 +97,7 @@ def _converse(ask: Ask, read: Callable[[str], str] = input) -> None:
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives `input` its history and keys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells start it deaf to Ctrl-C
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(ExitCode.INTERRUPTED)))
     stderr.print(HELP, style="dim", highlight=False)
     messages: list[Message] = []
