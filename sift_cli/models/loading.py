@@ -200,16 +200,21 @@ def load_model(
     return LoadedModel(model, tokenizer, _new_parameters(model, info))
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a model takes; None where it has no limit, or does not say it."""
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or positions <= 0:  # XLNet, which has no limit, says -1
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin count positions from the one after the padding's
+            positions -= 0 if module.padding_idx is None else module.padding_idx + 1
+    return positions
+
+
 def check_length(max_length: int, model: PreTrainedModel, tokenizer: Any) -> None:
     """Raises SiftError where `max_length` tokens are more than the model has positions for."""
-    longest = tokenizer.model_max_length
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and positions > 0:  # XLNet, which has no limit, says -1
-        for name, module in model.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-                # RoBERTa and its kin count positions from the one after the padding's
-                positions -= 0 if module.padding_idx is None else module.padding_idx + 1
-        longest = min(longest, positions)
+    longest = min(tokenizer.model_max_length, positions_of(model) or max_length)
     if max_length > longest:
         raise SiftError(f"data.max_length: {max_length}, but the model takes {longest} tokens")
 

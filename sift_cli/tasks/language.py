@@ -21,8 +21,8 @@ from sift_cli.models.loading import LoadedModel, read_config
 from sift_cli.models.readout import whole_logits
 from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
 from sift_cli.tasks.conversations import Conversation, Message, Row, Text
+from sift_cli.tasks.generation import answer
 from sift_cli.tasks.metrics import LANGUAGE, Metrics, better, score_tokens, short
-from sift_cli.tasks.supervision import prompt_ids
 from sift_cli.tasks.task import Loss, Published
 from sift_cli.tasks.templates import OWN
 from sift_cli.tasks.token_batches import packed, padded, why_not_packed
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # names of architectures
-LONGEST_ANSWER = 256  # tokens
 MARKED = 16  # tokens whose logits are a model's mark
 USE = """```python
 from transformers import pipeline
@@ -226,24 +225,13 @@ class Language:
         """
         if pairs:
             raise SiftError("--pair: a language model takes one text at a time")
-        model, coder = loaded.model, self.coder(loaded.tokenizer)
-        model.to(device)  # type: ignore[arg-type]
-        model.eval()
-        out = []
-        for text in texts:
-            asked = prompt_ids(coder, self._asked(text))
-            ids = torch.tensor([asked], device=device)
-            found = model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=LONGEST_ANSWER,
-                eos_token_id=list(coder.stops),
-                pad_token_id=loaded.tokenizer.pad_token_id,
-            )
-            answer = loaded.tokenizer.decode(found[0, len(asked) :], skip_special_tokens=True)
-            out.append({"text": text, "answer": str(answer).strip()})
-        return out
+        loaded.model.to(device)  # type: ignore[arg-type]
+        coder = self.coder(loaded.tokenizer)
+        found = [answer(loaded.model, coder, self._asked(text)) for text in texts]
+        return [
+            {"text": text, "answer": one.text.strip()}
+            for text, one in zip(texts, found, strict=True)
+        ]
 
     def _asked(self, text: str) -> Row:
         if self.name == "text":

@@ -51,12 +51,17 @@ def prompt_ids(coder: Coder, row: Row) -> list[int]:
     """
     if not isinstance(row, Conversation):
         asked = row.prompt if isinstance(row, Completion) else row.text
-        return opening(coder.tokenizer) + pieces(coder, [asked])[0]
+        ids = opening(coder.tokenizer) + pieces(coder, [asked])[0]
+        return _taken(sound(coder, Coded(ids, [])))
     ends = row.messages[-1].role == "assistant"
     chat = replace(_with_system(coder, row), messages=row.messages[:-1] if ends else row.messages)
     (found,) = render(coder, [_with_system(coder, chat)], True)
+    return _taken(sound(coder, found))
+
+
+def _taken(found: Coded | Refused) -> list[int]:
     if isinstance(found, Refused):
-        raise SiftError(found.why)
+        raise SiftError(f"the prompt: {found.why}")
     return found.ids
 
 
