@@ -43,6 +43,9 @@ from sift_cli.selection.policies import POLICIES
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "trained.safetensors"  # of a method that trains whole parameters: too large to keep all
 DIVERGED = 4  # the exit code of a run whose loss or gradient is not finite
+SCORES = "scores.json"  # in a run's folder: what a process after the training has found out
+# of the environment of a process: one thread, and the code beside this script
+ALONE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 USUAL_RATE = 4e-3
 
 
@@ -67,6 +70,7 @@ ADDED = {
     "vectors": {"selection.vectors": True},
     "base": {"train.decay_toward": "base", "train.weight_decay": 0.3},
     "half": {"selection.balance": 0.5},
+    "few": {"selection.batches": 32},
 }
 # The size of an adapter is that of the recipe's density; rank 1 is the least.
 BASELINES = {
@@ -120,13 +124,16 @@ class Run:
 class Design:
     """What a study trains: settings of every recipe, of each task, and of the stage `rates`.
 
-    `middle` gives the middle of the rates to try for a method at a density.
+    `middle` gives the middle of the rates to try for a method at a density. `after` gives the words
+    of a process that looks at what a run, its recipe and its folder, has left, and writes SCORES
+    there; none if it is not given, or gives none.
     """
 
     shared: Mapping[str, Any]
     tasks: Mapping[str, Mapping[str, Any]]
     middle: Callable[[str, float | None], float]
     trying: Mapping[str, Any] = field(default_factory=lambda: {"data.holdout": 0.1})
+    after: Callable[[Run, Path, Path], Sequence[str]] | None = None
 
     def settings(self, run: Run) -> dict[str, Any]:
         """The recipe by section.key, without the model and the place of the data."""
@@ -200,20 +207,20 @@ class Study:
         if self.ended.is_set() or time.monotonic() > self.end:
             return None
         folder, recipe = self.out / run.stage / run.name, self.recipe(run)
-        process = self._start(command(run, recipe, folder))
-        if process is None:
+        found = self._wait(command(run, recipe, folder))
+        after = self.design.after and self.design.after(run, recipe, folder)
+        if found and found[0] == 0 and after:
+            found = self._wait(after)
+        if found is None:
             return None
-        _, errors = process.communicate()
-        self.processes.discard(process)
-        if self.ended.is_set():
-            return None
-        if process.returncode not in (0, DIVERGED):
+        code, errors = found
+        if code not in (0, DIVERGED):
             said = f"{run.name}: {(errors.strip().splitlines() or ['it said nothing'])[-1]}"
             print(f"{place} {said}", flush=True)
             return said
-        row = outcome(run, folder, Path(self.model).name, diverged=bool(process.returncode))
+        row = outcome(run, folder, Path(self.model).name, diverged=bool(code))
         with self.lock, self.results.open("a") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+            file.write(json.dumps(row.to_json()) + "\n")
         if find(run.method).baseline == "full":
             (folder / WEIGHTS).unlink(missing_ok=True)
         score = "diverged" if row.score is None else f"{row.metric} {row.score:.4f}"
@@ -232,15 +239,23 @@ class Study:
         path.write_text(yaml.safe_dump(sections, sort_keys=False))
         return path
 
+    def _wait(self, words: Sequence[str]) -> tuple[int, str] | None:
+        """The exit code of a process and what it said of errors; None after the end."""
+        process = self._start(words)
+        if process is None:
+            return None
+        _, errors = process.communicate()
+        self.processes.discard(process)
+        return None if self.ended.is_set() else (process.returncode, errors)
+
     def _start(self, words: Sequence[str]) -> subprocess.Popen[str] | None:
         """A process of one thread, with the code beside this script; None after the end."""
-        one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         with self.lock:
             if self.ended.is_set():
                 return None
             process = subprocess.Popen(
                 words,
-                env={**os.environ, **one, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, **ALONE},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -282,6 +297,7 @@ def outcome(run: Run, folder: Path, model: str, *, diverged: bool) -> Row:
         return Row(**asdict(run), model=model)
     summary = json.loads((folder / "summary.json").read_text())
     name, score = next(iter(summary["metrics"].items()))
+    scores = folder / SCORES
     return Row(
         **asdict(run),
         model=model,
@@ -292,6 +308,7 @@ def outcome(run: Run, folder: Path, model: str, *, diverged: bool) -> Row:
         step_ms=summary["step_time_ms"],
         entries=summary["trained_entries"],
         rank=summary.get("rank"),
+        more=json.loads(scores.read_text()) if scores.is_file() else {},
     )
 
 
