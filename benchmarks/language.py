@@ -1,21 +1,25 @@
 """Which method is best on a language model: the runs and tables of docs/language-models.md.
 
-usage: python benchmarks/language.py STAGE --model FOLDER --data FOLDER --out OUT [--dry-run] ...
+usage: python benchmarks/language.py STAGE --model FOLDER --data FOLDER --out OUT [--dry-run]
+       [--tasks mawps] [--methods sift lora] [--densities .01] [--jobs 2] [--budget-hours 2] ...
 
-The stages, methods and files are those of benchmarks/study.py. The data FOLDER holds a folder with
-train.jsonl and validation.jsonl for each task, and gsm8k/test200.jsonl, which measures what is
-forgotten. Rates are chosen by --tried-steps steps each, runs take --steps; a step is 8 rows. Of
-the validation split, the first --rows are used, and the first --answers of these are answered
-(benchmarks/language_scores.py). `table` writes OUT/language.md and OUT/rates.png.
+Stages, methods and files are those of benchmarks/quality.py. The data FOLDER holds a folder with
+train.jsonl and validation.jsonl for each task, and gsm8k/test200.jsonl (or --unseen FILE), which
+no run trains on: its loss tells what is forgotten. Rates are chosen by the loss after --tried-steps
+steps, runs take --steps; a step is 8 rows. Of the validation split the first --rows are used; the
+first --answers of them are answered (benchmarks/language_scores.py) by each run, and by the model
+before training. `table` writes OUT/language.md and OUT/rates.png.
 
-`--dry-run` tells how many runs of each method are left in the stage, and about how many hours of
-one core they take: SmolLM2-135M takes 6 s a step of 8 rows of MAWPS. The study in some 6
-core-hours, the rates of MAWPS standing for both tasks:
+`sign-descent` looks at 128 batches before the first step, which is more than a run of 60 steps
+sees; `sign-descent+few` looks at 32. `--dry-run` tells how many runs of each method are left in a
+stage, and about how many hours of one core they take with SmolLM2-135M. By --steps 40 --rows 100
+--answers 50, with 100 rows of gsm8k, the seven methods (`sign-descent+few`) take, in core-hours:
 
-  rates --tasks mawps --densities .01     7 methods x 3 rates
-  rates --tasks mawps --densities .001    without `full`, which is the same at each density
-  runs  --tasks mawps --densities .01     7 methods x 3 seeds
-  runs  with what the budget has left     openbookqa at .01, mawps at .001
+  rates of mawps at .01, which stand for both tasks: 1.4      runs there, 3 seeds: 2.5
+  rates of mawps at .001 of `sign-descent+few random lora`: .7      runs there, 2 seeds: .8
+  runs of openbookqa at .01 of `sign-descent+few sift lora full`, 2 seeds: 1.0
+
+Screening comes first: rates and one seed of two methods, `sift lora`, at .01: .4 + .2.
 """
 
 import argparse
@@ -70,11 +74,11 @@ PACE = 0.5  # 2e-3 was best at 1 % of SmolLM2-135M in a pilot, half of what a BE
 UNSEEN = "gsm8k/test200.jsonl"
 
 # Seconds of one core with SmolLM2-135M, to tell beforehand what a study takes.
-STEP = 6.0
-ROW = 0.25  # to evaluate one of MAWPS
-ANSWER = 1.5
-UNSEEN_ROWS = 100.0
-START = 20.0  # of a process
+STEP = 4.5  # of 8 rows of MAWPS
+ROW = 0.3  # to evaluate one of them
+ANSWER = 1.5  # of some 15 tokens; 3.4 where all 48 are used
+UNSEEN_ROW = 0.7
+START = 15.0  # of a process
 
 
 def middle(method: str, density: float | None) -> float:
@@ -154,7 +158,8 @@ def seconds(given: argparse.Namespace, run: Run) -> float:
     if run.stage == "rates":
         evaluated = lines_of(Path(given.data, run.task, "train.jsonl")) // 10
     trained = START + STEP * (seen + settings["train.max_steps"]) + 2 * ROW * evaluated
-    answered = START + UNSEEN_ROWS + ANSWER * min(given.answers, evaluated)
+    unseen = UNSEEN_ROW * lines_of(Path(given.unseen))
+    answered = START + unseen + ANSWER * min(given.answers, evaluated)
     return trained + (answered if run.stage == "runs" else 0)
 
 

@@ -1,21 +1,6 @@
-"""Studies of methods: many runs, each a process of its own with one thread, and what came of them.
+"""What studies of methods share: many runs, each a process of one thread, and what came of them.
 
-What quality.py and language.py share. A study's stages, in their order:
-
-rates  Every method trains at as many rates (--tries), a factor of 2 apart, on nine tenths of the
-       training rows of each task and is scored on the rest, with the first seed; the validation
-       split is not looked at.
-runs   At its rate with the best mean score there, one for all tasks, every method trains on all
-       rows with every seed, and is scored on the validation split, with the weights of the last
-       step. Also on tasks that the stage before left out.
-table  Tables of OUT/results.jsonl alone.
-
-A method is a policy or a baseline (lora, lora-r1, shira, full, head-only), with what is added to
-it: `scaled-sift`, `random+step`, `sift+step+probe+vectors`, `lora+probe`; an unknown one lists all.
-
-OUT is for one model. Each run keeps its folder, OUT/STAGE/TASK-METHOD-DENSITY-RATE-SEED; a line of
-OUT/results.jsonl tells of each that has finished. The same command again takes these as they are
-and goes on with those that were interrupted; after `--budget-hours` none is begun.
+The help of quality.py tells the stages, what a method is called, and the files in OUT.
 """
 
 import argparse
