@@ -1,20 +1,25 @@
 """The tables of a study of methods, as Markdown, from one row for each run."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from plots import plot_rates
 
 from sift_cli.analysis.table import paired_scores
+from sift_cli.tasks.metrics import METRICS
 
 Scores = Mapping[int, float]  # by seed
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run that has finished: a line of results.jsonl. Without a score, it diverged."""
+    """A run that has finished: a line of results.jsonl. Without a score, it diverged.
+
+    `more` is what a study has found out of it beside its score.
+    """
 
     stage: str
     task: str
@@ -30,13 +35,18 @@ class Row:
     step_ms: float = 0.0
     entries: int = 0
     rank: int | None = None
+    more: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What results.jsonl holds of it."""
+        return {key: value for key, value in asdict(self).items() if key != "more" or value}
 
 
 def best_rate(tried: Sequence[Row]) -> float | None:
-    """The rate with the highest mean score over tasks, then the lowest mean training loss.
+    """The rate with the best mean score over tasks, then the lowest mean training loss.
 
-    Only rates that gave every task a score count; None where no rate did. Ties are not rare: at
-    many rates a model may give every row one class.
+    The highest is best, of a loss the lowest. Only rates that gave every task a score count; None
+    where no rate did. Ties are not rare: at many rates a model may give every row one class.
     """
     tasks = {row.task for row in tried}
     means = {}
@@ -44,11 +54,18 @@ def best_rate(tried: Sequence[Row]) -> float | None:
         own = [row for row in tried if row.rate == rate and row.score is not None]
         if {row.task for row in own} == tasks:
             score, loss = (
-                mean(row.score or 0 for row in own),
+                mean(upward(row) for row in own),
                 mean(row.train_loss or 0 for row in own),
             )
             means[rate] = (score, -loss)
     return max(means, key=means.__getitem__, default=None)
+
+
+def upward(row: Row) -> float:
+    """The score of a run that has one, or its negative where lower is better."""
+    assert row.score is not None
+    falls = row.metric in METRICS and not METRICS[row.metric].rises
+    return -row.score if falls else row.score
 
 
 def write_tables(rows: Sequence[Row], out: Path, against: str) -> str:
@@ -61,16 +78,21 @@ def write_tables(rows: Sequence[Row], out: Path, against: str) -> str:
         if own:
             parts += [score_table(own, density), difference_table(own, against)]
             parts.append(time_table(own))
-    parts += [
+    parts += rate_tables(tried, out)
+    text = "\n\n".join(parts) + "\n"
+    (out / "quality.md").write_text(text)
+    return text
+
+
+def rate_tables(tried: Sequence[Row], out: Path) -> list[str]:
+    """A table of each density; writes rates.png to `out`."""
+    if tried:
+        plot_rates(tried, out / "rates.png")
+    return [
         rate_table([row for row in tried if row.density == density], density)
         for density in [*densities_of(tried), None]
         if any(row.density == density for row in tried)
     ]
-    if tried:
-        plot_rates(tried, out / "rates.png")
-    text = "\n\n".join(parts) + "\n"
-    (out / "quality.md").write_text(text)
-    return text
 
 
 def densities_of(rows: Iterable[Row]) -> list[float]:

@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 PARTS = ("forward", "backward", "optimizer", "step")
+WARM_UP = 2  # rounds
 
 
 def main() -> None:
@@ -71,12 +72,7 @@ def compare(settings: dict[str, Any], methods: list[str]) -> dict[str, Any]:
     """One workload: a process per method, one step of each per round."""
     workers = {name: Worker({**settings, "method": name}) for name in methods}
     about = {name: worker.read() for name, worker in workers.items()}
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
-    for round in range(settings["rounds"] + 2):
-        for name in methods if round % 2 else reversed(methods):
-            measured = workers[name].ask()
-            if round >= 2:  # the first two warm up
-                steps[name].append(measured)
+    steps = in_turn(workers, settings["rounds"])
     results = {}
     for name in methods:
         times = {part: [1e3 * step[part] for step in steps[name]] for part in PARTS}
@@ -89,7 +85,6 @@ def compare(settings: dict[str, Any], methods: list[str]) -> dict[str, Any]:
                 for part, some in times.items()
             },
         }
-        workers[name].close()
     if "LoRA" in results:
         base = results["LoRA"]
         for name, result in results.items():
@@ -102,12 +97,25 @@ def compare(settings: dict[str, Any], methods: list[str]) -> dict[str, Any]:
     return {**settings, "machine": machine(), "results": results}
 
 
+def in_turn(workers: "dict[str, Worker]", rounds: int) -> dict[str, list[dict[str, float]]]:
+    """What each worker measured of so many steps, after two to warm up; then they are closed."""
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+    for round in range(rounds + WARM_UP):
+        for name in workers if round % 2 else reversed(workers):
+            measured = workers[name].ask()
+            if round >= WARM_UP:
+                steps[name].append(measured)
+    for worker in workers.values():
+        worker.close()
+    return steps
+
+
 class Worker:
     """A process that holds one method and takes a step when it is asked to."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], script: str = __file__) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps(settings)],
+            [sys.executable, script, "--worker", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

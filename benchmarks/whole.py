@@ -46,19 +46,25 @@ def main() -> None:
     model = random_model(given) if given.shape else given.model
     found = []
     for task in given.tasks:
-        runs: dict[str, list[dict[str, Any]]] = {}
-        commands = commands_of(given, str(model), task)
-        for turn in range(given.rounds):
-            names = list(commands)
-            for name in names if turn % 2 == 0 else names[::-1]:
-                out = given.out / f"{task}-{name.replace(' ', '-')}-{turn}"
-                shutil.rmtree(out, ignore_errors=True)
-                runs.setdefault(name, []).append(timed([*commands[name], "--out", str(out)], out))
-                print(task, name, f"{runs[name][-1]['wall_s']:.1f} s", file=sys.stderr, flush=True)
+        runs = in_turn(commands_of(given, str(model), task), given.rounds, given.out / task)
         found.append({"task": task, "shape": Path(model).name, "runs": runs})
     report = {"machine": machine(), "epochs": given.epochs, "found": found}
     (given.out / "whole.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(table(found))
+    print(table(found, "Trainer + LoRA"))
+
+
+def in_turn(
+    commands: dict[str, list[str]], rounds: int, out: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """What `timed` says of each command; they take turns, in an order that changes each round."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    for turn in range(rounds):
+        for name in commands if turn % 2 == 0 else reversed(commands):
+            own = out.with_name(f"{out.name}-{name.replace(' ', '-')}-{turn}")
+            shutil.rmtree(own, ignore_errors=True)
+            runs[name].append(timed([*commands[name], "--out", str(own)], own))
+            print(own.name, f"{runs[name][-1]['wall_s']:.1f} s", file=sys.stderr, flush=True)
+    return runs
 
 
 def commands_of(given: argparse.Namespace, model: str, task: str) -> dict[str, list[str]]:
@@ -103,6 +109,7 @@ def timed(command: list[str], out: Path) -> dict[str, Any]:
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream)
         _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)  # it does not see it for itself
     wall = time.perf_counter() - started
     if status:
         sys.exit(f"{' '.join(command)}: status {status}\n{log.read_text()[-2000:]}")
@@ -127,14 +134,15 @@ def random_model(given: argparse.Namespace) -> Path:
     return folder
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: medians, and the ratio to Trainer + LoRA."""
+def table(found: list[dict[str, Any]], against: str) -> str:
+    """Markdown: medians, and the ratio to one of the methods."""
     lines = [
-        "| model | task | method | wall, s (min, max) | to LoRA | peak resident, MB | metric |",
+        f"| model | task | method | wall, s (min, max) | to {against} "
+        "| peak resident, MB | metric |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in found:
-        base = median(run["wall_s"] for run in one["runs"]["Trainer + LoRA"])
+        base = median(run["wall_s"] for run in one["runs"][against])
         for name, runs in one["runs"].items():
             walls = [run["wall_s"] for run in runs]
             scored = {k: v for k, v in runs[0]["metrics"].items() if k in METRICS}
@@ -147,7 +155,7 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-METRICS = ("accuracy", "matthews", "matthews_correlation")
+METRICS = ("accuracy", "matthews", "matthews_correlation", "loss")
 
 if __name__ == "__main__":
     main()

@@ -29,7 +29,7 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The script, as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield importlib.import_module("quality")
-    for name in ("quality", "quality_tables", "plots"):
+    for name in ("quality", "study", "quality_tables", "plots"):
         sys.modules.pop(name, None)
 
 
@@ -51,7 +51,7 @@ def words(base: Path, glue: Path, tmp_path: Path) -> list[str]:
 @pytest.fixture
 def made_up(quality: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs that only write what a run leaves behind: the score is 1 - rate. Their commands."""
-    ran: list[list[str]] = []
+    study, ran = importlib.import_module("study"), list[list[str]]()
     script = (
         "import json, sys, pathlib, yaml\n"
         "recipe = yaml.safe_load(open(sys.argv[1])); out = pathlib.Path(sys.argv[2])\n"
@@ -66,7 +66,7 @@ def made_up(quality: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         ran.append([run.stage, run.method, str(recipe)])
         return [sys.executable, "-c", script, str(recipe), str(folder)]
 
-    monkeypatch.setattr(quality, "command", command)
+    monkeypatch.setattr(study, "command", command)
     return ran
 
 
@@ -107,19 +107,21 @@ def test_stages(quality: Any, words: list[str], made_up: list[Any], tmp_path: Pa
 
 def rows(quality: Any, tmp_path: Path) -> list[Any]:
     """What a study has finished."""
-    return quality.Study("", "", tmp_path / "out").finished()
+    study = importlib.import_module("study")
+    return list(study.Study(quality.DESIGN, "", "", tmp_path / "out").finished())
 
 
 def test_what_goes_wrong_is_told_and_the_rest_runs(
     quality: Any, words: list[str], made_up: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = quality.command
+    study = importlib.import_module("study")
+    whole = study.command
 
     def command(run: Any, recipe: Path, folder: Path) -> list[str]:
         words = whole(run, recipe, folder)
         return [*words[:2], "raise SystemExit('no such key')"] if run.rate == 5e-4 else words
 
-    monkeypatch.setattr(quality, "command", command)
+    monkeypatch.setattr(study, "command", command)
     with pytest.raises(SystemExit, match=r"sift.*: no such key"):
         quality.main(["rates", *words, "--methods", "sift", "--densities", ".01"])
     assert len(made_up) == 3
@@ -168,37 +170,40 @@ def test_one_rate_for_all_tasks(quality: Any) -> None:
 
 
 def test_every_method_is_a_recipe(quality: Any) -> None:
-    added = [f"sift+{one}" for one in quality.ADDED if one != "half"]
+    study = importlib.import_module("study")
+    added = [f"sift+{one}" for one in study.ADDED if one != "half"]
     for name in (
         *POLICIES,
-        *quality.BASELINES,
+        *study.BASELINES,
         *added,
         "balanced-gradient+half+step",
         "lora+probe",
     ):
-        density = 0.01 if quality.find(name).budget else None
-        run = quality.Run("rates", "cola", name, density, 1e-3, 1)
-        given = [f"{key}={json.dumps(value)}" for key, value in run.settings().items()]
+        density = 0.01 if study.find(name).budget else None
+        run = study.Run("rates", "cola", name, density, 1e-3, 1)
+        settings = quality.DESIGN.settings(run)
+        given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         recipe = parse_recipe("model: {path: m}\ndata: {path: d, task: rte}\n", "study", given)
         assert recipe.train.learning_rate == 1e-3
-    found = quality.find("random+step+probe").settings
+    found = study.find("random+step+probe").settings
     assert found["selection.policy"] == "random"
     assert (found["train.step_scale"], found["train.head_start"]) == ("input", "probe")
     for wrong in ("randm", "sift+stp", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="known: lora"):
-            quality.method_name(wrong)
+            study.method_name(wrong)
 
 
 DRIVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from quality import Run, Study
+from quality import DESIGN
+from study import Run, Study
 model, data, out = sys.argv[2:]
 more = {"train.epochs": 500, "train.max_steps": 600, "data.max_length": 16, "train.batch_size": 8}
 runs = [Run("rates", "sst2", method, density, 1e-3, 3) for method, density in
         (("sift", .05), ("lora-r1", None))]
-print(Study(model, data, Path(out), 2, more).carry_out(runs))
+print(Study(DESIGN, model, data, Path(out), 2, more).carry_out(runs))
 """
 
 
