@@ -59,7 +59,7 @@ ADDED = {
 }
 # The size of an adapter is that of the recipe's density; rank 1 is the least.
 BASELINES = {
-    "lora": Method({"selection.policy": "sift"}, rate=2e-3, baseline="lora"),
+    "lora": Method({"selection.policy": "sift"}, rate=1e-3, baseline="lora"),
     "lora-r1": Method({"selection.density": 1e-4}, baseline="lora", budget=False),
     "shira": Method({"selection.policy": "sift"}, baseline="shira"),
     "full": Method({"selection.density": 0.01}, rate=2e-4, baseline="full", budget=False),

@@ -22,7 +22,7 @@ METHODS = {
 WITHOUT_BUDGET = ("full", "head-only")
 # The learning rate that a method bears beside that of the default policy, and of one whose rate
 # does not follow the budget, the share of entries at which it is that.
-PACES = {"lora": 0.5, "head-only": 0.5}
+PACES = {"lora": 0.25, "head-only": 0.5}
 SHARES = {"lora": 0.01, "full": 1.0, "head-only": 0.01}
 
 

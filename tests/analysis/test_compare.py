@@ -221,8 +221,8 @@ def test_rates_lie_around_the_recipe_s() -> None:
     assert rates_of(recipe, "sign-descent", 0.01, {}, 3) == [0.00032, 0.001, 0.0032]
     assert rates_of(recipe, "random", 0.001, {}, 1) == [0.008]
     assert rates_of(recipe, "sift", None, {}, 1) == [2.5e-4]
-    assert rates_of(recipe, "lora", None, {}, 1) == [5e-4]
-    assert rates_of(recipe, "lora", 0.001, {}, 1) == [5e-4]  # whatever its rank
+    assert rates_of(recipe, "lora", None, {}, 1) == [2.5e-4]
+    assert rates_of(recipe, "lora", 0.001, {}, 1) == [2.5e-4]  # whatever its rank
     assert rates_of(recipe, "full", None, {}, 1) == [5e-5]
     assert rates_of(recipe, "full", None, {"full": 1e-4}, 1) == [1e-4]
     published = parse_recipe(text, "r.yaml", ["selection.policy=sift"])

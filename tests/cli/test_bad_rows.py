@@ -123,7 +123,9 @@ def test_templates(tmp_path: Path, base: Path, refused: Callable[..., str]) -> N
     files = {"train_jsonl": LINES, "validation_jsonl": LINES}
     (tmp_path / "silent.jinja").write_text(SHOWS_NO_ANSWER)
     change = f"data.template={tmp_path / 'silent.jinja'}"
-    assert "silent.jinja supervises nothing" in refused(base, change, **files)
+    assert "data.template: the one in the recipe supervises nothing" in refused(
+        base, change, **files
+    )
     poor = with_weights(save_chat_model(tmp_path / "poor", lacks=("<|im_start|>",)))
     told = refused(poor, "data.template=chatml", **files)
     assert told.startswith("data.template: chatml needs the token <|im_start|>, which the model's")

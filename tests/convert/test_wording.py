@@ -140,7 +140,8 @@ def test_a_template_given_as_a_file_travels_by_its_text(tuned: Tuned, merged: Pa
     for folder in (tuned.run, merged):
         assert load_recipe(folder / "recipe.yaml").data.template == OWN
     loaded, recipe = load_tuned(str(merged))
-    assert task_of_loaded(loaded, recipe).header()["language"] == header.language
+    stated = {key: value for key, value in header.language.items() if key != "stops"}
+    assert task_of_loaded(loaded, recipe).header()["language"] == stated
 
 
 def test_a_changed_template_is_written_not_copied(merged: Path) -> None:

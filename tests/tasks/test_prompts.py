@@ -145,5 +145,5 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(SiftError, match=f"--input .*{name}: .*{said}"):
+        with pytest.raises(SiftError, match=f"--input .*{name}:.*{said}"):
             read_prompts(path, "instruct")
