@@ -1,4 +1,4 @@
-"""The quickstarts: train, merge, evaluate and predict with the same commands that a user types.
+"""The quickstarts: train, merge, evaluate and ask with the same commands that a user types.
 
 usage: quickstart.py [llm] [--svg]
 
@@ -89,7 +89,7 @@ def notes() -> Table:
 
 def answer(model: str) -> str:
     """What a model answers to the message."""
-    said: str = sift("predict", model, MESSAGE)["predictions"][0]["answer"]
+    said: str = sift("chat", model, "--once", MESSAGE)["answer"]
     return said
 
 
