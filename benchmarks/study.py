@@ -62,7 +62,7 @@ BASELINES = {
     "lora": Method({"selection.policy": "sift"}, rate=1e-3, baseline="lora"),
     "lora-r1": Method({"selection.density": 1e-4}, baseline="lora", budget=False),
     "shira": Method({"selection.policy": "sift"}, baseline="shira"),
-    "full": Method({"selection.density": 0.01}, rate=2e-4, baseline="full", budget=False),
+    "full": Method({"selection.density": 0.01}, rate=1e-4, baseline="full", budget=False),
     "head-only": Method({"selection.density": 0.01}, rate=2e-3, baseline="head-only", budget=False),
 }
 

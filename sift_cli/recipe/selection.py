@@ -248,8 +248,8 @@ def usual_rate(density: float, pace: float = 1.0) -> float:
     """The rate to begin with where such a share of a narrow model's entries trains.
 
     Adam moves every entry by about the rate, so that fewer entries bear a larger one. As measured
-    (docs/quality.md): 2e-4 for all, 4e-3 for 1 %, 3.2e-2 for .1 %, and for less the same. `pace` is
+    (docs/quality.md): 1e-4 for all, 4e-3 for 1 %, 3.2e-2 for .1 %, and for less the same. `pace` is
     that of the method.
     """
-    power = -0.65 if density > USUAL_DENSITY else -0.9
+    power = -0.8 if density > USUAL_DENSITY else -0.9
     return float(f"{pace * 4e-3 * (max(density, 0.001) / USUAL_DENSITY) ** power:.2g}")

@@ -151,8 +151,8 @@ def test_a_comparison(recipe_file: Path, tmp_path: Path, here: list[str]) -> Non
     table = (out / "compare.md").read_text()
     assert all(f"| {method}" in table for method in ("sift at 0.1", "lora at 0.02", "full |"))
     rows = {(row.method, row.density): row for row in found.rows}
-    assert rows["full", None].learning_rate == pytest.approx(4e-2 * 0.05**0.65, rel=0.02)
-    assert rows["random", 0.1].learning_rate == pytest.approx(0.04 * 2**-0.65, rel=0.03)
+    assert rows["full", None].learning_rate == pytest.approx(4e-2 * 0.05**0.8, rel=0.02)
+    assert rows["random", 0.1].learning_rate == pytest.approx(0.04 * 2**-0.8, rel=0.03)
     other, own = rows["random", 0.1], rows["sift", 0.1]
     assert other.trained_entries == own.trained_entries
     scores = [row.metrics["accuracy"].values for row in (other, own)]
@@ -223,7 +223,7 @@ def test_rates_lie_around_the_recipe_s() -> None:
     assert rates_of(recipe, "sift", None, {}, 1) == [2.5e-4]
     assert rates_of(recipe, "lora", None, {}, 1) == [2.5e-4]
     assert rates_of(recipe, "lora", 0.001, {}, 1) == [2.5e-4]  # whatever its rank
-    assert rates_of(recipe, "full", None, {}, 1) == [5e-5]
+    assert rates_of(recipe, "full", None, {}, 1) == [2.5e-5]
     assert rates_of(recipe, "full", None, {"full": 1e-4}, 1) == [1e-4]
     published = parse_recipe(text, "r.yaml", ["selection.policy=sift"])
     assert rates_of(published, "sift", None, {}, 1) == [1e-3]

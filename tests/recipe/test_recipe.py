@@ -514,7 +514,7 @@ def test_the_usual_rate_follows_the_density() -> None:
         return parse_recipe(HEAD + text, "r", changes).selection.usual_rate
 
     assert rate("") == 4e-3
-    assert rate("selection: {density: 1.0}\n") == 2e-4
+    assert rate("selection: {density: 1.0}\n") == 1e-4
     assert rate("selection: {density: {default: 0.01, '*.query': 0.5}}\n") == 4e-3
     assert rate("selection: {budget: 500}\n") == 4e-3
     assert rate("", "selection.density=0.001") == 0.032

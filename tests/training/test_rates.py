@@ -77,8 +77,8 @@ def test_where_all_diverge_it_goes_down() -> None:
 
 
 def test_fewer_entries_take_larger_steps() -> None:
-    assert [usual_rate(share) for share in (1.0, 0.01, 0.001)] == [2e-4, 4e-3, 0.032]
-    assert usual_rate(0.1) == pytest.approx(math.sqrt(2e-4 * 4e-3), rel=0.02)
+    assert [usual_rate(share) for share in (1.0, 0.01, 0.001)] == [1e-4, 4e-3, 0.032]
+    assert usual_rate(0.1) == pytest.approx(math.sqrt(1e-4 * 4e-3), rel=0.02)
     assert usual_rate(1e-5) == 0.032  # what was not tried is not guessed
     assert usual_rate(0.01, 0.5) == 2e-3
     text = "model: {path: m}\ndata: {path: d, task: rte}\nselection: {policy: %s}"
