@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +48,14 @@ def _dequantise(file: Path, into: Path) -> None:
     auto: Any = AutoModelForCausalLM
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model, info = auto.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        )
+        with redirect_stderr(StringIO()):  # a bar that no setting turns off
+            model, info = auto.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
     except Exception as error:  # readers of damaged files raise whatever comes
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise _unusable(file, said) from error
