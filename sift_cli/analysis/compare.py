@@ -30,8 +30,8 @@ from sift_cli.training.choosing import rule_of
 from sift_cli.training.rates import with_rate
 
 UNTUNED = (
-    "Learning rates: those of the recipe (full: a twentieth of it) where --lr says nothing "
-    "else; none was tuned here, so a method may do better at another."
+    "Learning rates: the recipe's, times what each method usually bears beside its policy, where "
+    "--lr says nothing else; none was tuned here, so a method may do better at another."
 )
 
 FOUND = (
