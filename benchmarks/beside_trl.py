@@ -168,14 +168,7 @@ def step_table(found: dict[str, dict[str, Any]]) -> str:
 
 def work(settings: dict[str, Any]) -> None:
     """A worker: a step for each line that comes in."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-
-    def answer(what: dict[str, Any]) -> None:
-        answers.write(json.dumps(what) + "\n")
-        answers.flush()
-
-    (sift_steps if settings["tool"] == "sift" else trl_steps)(settings, answer)
+    (sift_steps if settings["tool"] == "sift" else trl_steps)(settings, steps.answering())
 
 
 def sift_steps(settings: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:

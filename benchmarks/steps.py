@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -144,20 +145,27 @@ class Worker:
         self.process.wait()
 
 
-def work(settings: dict[str, Any]) -> None:
-    """A worker: one model, one method, a step for each line that comes in."""
+def answering() -> Callable[[dict[str, Any]], None]:
+    """What a worker answers by, a line each, on its standard output."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+
+    def answer(what: dict[str, Any]) -> None:
+        answers.write(json.dumps(what) + "\n")
+        answers.flush()
+
+    return answer
+
+
+def work(settings: dict[str, Any]) -> None:
+    """A worker: one model, one method, a step for each line that comes in."""
+    answer = answering()
     import torch
     from methods import METHODS, ON_REQUEST
     from workloads import Workload
 
     from sift_cli.models.devices import autocast, pick_device
     from sift_cli.models.prepare import recompute_activations
-
-    def answer(what: dict[str, Any]) -> None:
-        answers.write(json.dumps(what) + "\n")
-        answers.flush()
 
     device = pick_device(settings["device"])
     workload = Workload.of(
