@@ -10,7 +10,6 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import DTYPES, LoadedModel, check_length, load_model, model_folder
 from sift_cli.recipe import ModelSection, Recipe, TrainSection
@@ -18,7 +17,6 @@ from sift_cli.runs.language import language_task
 from sift_cli.runs.sources import source_of
 from sift_cli.tasks.evaluation import collect_outputs
 from sift_cli.tasks.labelled import load_task
-from sift_cli.tasks.language import CAUSAL
 from sift_cli.tasks.metrics import Metrics
 from sift_cli.tasks.table import LANGUAGE
 from sift_cli.tasks.task import Task
@@ -145,11 +143,6 @@ def open_session(
         config = task.configure(folder)
         tuned = load_model(folder, task.auto, config, DTYPES[recipe.model.dtype])
     else:
-        kind = type(tuned.model).__name__
-        if kind in CAUSAL and data.task not in LANGUAGE:
-            raise SiftError(
-                f"data.task: {task.name} needs a model with a head for it, and the model is {kind}"
-            )
         task.require_fit(tuned.model.config)
     tuned.model.to(where)  # type: ignore[arg-type]
     check_length(data.max_length, tuned.model, tuned.tokenizer)

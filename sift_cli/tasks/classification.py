@@ -19,6 +19,7 @@ from transformers import (
 
 from sift_cli.errors import SiftError
 from sift_cli.models.loading import LoadedModel, read_config
+from sift_cli.tasks.language import is_causal
 from sift_cli.tasks.metrics import REGRESSION, Metrics, better, compute_metrics, short
 from sift_cli.tasks.table import head_width
 from sift_cli.tasks.task import Loss, Published
@@ -172,7 +173,12 @@ class Classification:
         config.problem_type = None
 
     def require_fit(self, config: PretrainedConfig) -> None:
-        """Raises SiftError where the head of a model is not as wide as this task's."""
+        """Raises SiftError where a model has no head for this task, or none as wide."""
+        if is_causal(config):
+            kind = ", ".join(config.architectures or [])
+            raise SiftError(
+                f"data.task: {self.name} needs a model with a head for it, and the model is {kind}"
+            )
         if config.num_labels != self.width:
             raise SiftError(
                 f"the model has {config.num_labels} outputs, the task {self.name} needs "
