@@ -122,7 +122,8 @@ def test_methods_that_find_their_rates(
     rates = {"sift": "auto", "head-only": "auto"}
     methods = ["sift", "random", "head-only"]
     found = compare(recipe, tmp_path / "out", methods=methods, seeds=2, rates=rates)
-    assert [row.learning_rate for row in found.rows] == ["auto", 0.04, "auto"]
+    assert [row.learning_rate for row in found.rows if row.method != "random"] == ["auto"] * 2
+    assert found.rows[1].learning_rate == pytest.approx(0.04, rel=0.03)
     assert found.notes[0].startswith("auto (sift, head-only): ")
     assert any("none was tuned" in note for note in found.notes)
     assert "| auto |" in markdown(found)
