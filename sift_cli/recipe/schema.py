@@ -257,7 +257,7 @@ class TrainSection(Section):
         "random",
         description="what a new head begins with: random numbers, a linear probe of the base's "
         "features, or a bias at the log frequencies of the classes (the mean of numbers); auto: a "
-        "probe where the model and the task allow it",
+        "probe where the model and the task allow it; the policy's own if unset",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 

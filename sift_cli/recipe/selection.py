@@ -127,7 +127,10 @@ class SelectionSection(Section):
     schedule: Annotated[str, one_of(SCHEDULES)] | None = Field(
         None, description="when entries are chosen"
     )
-    batches: PositiveInt = Field(1, description="calibration batches whose gradients are summed")
+    batches: PositiveInt = Field(
+        1,
+        description="calibration batches whose gradients are summed; the policy's own if unset",
+    )
     density: Annotated[float | dict[str, float] | None, BeforeValidator(_density)] = Field(
         None,
         description="share of the targeted entries, or {default: share, PATTERN: share}; "
