@@ -67,6 +67,7 @@ def predict(
         raise SiftError(f"--output {output}: {why}; choose another")
     from sift_cli.models.devices import pick_device
     from sift_cli.runs.tuned import load_tuned, task_of_loaded
+    from sift_cli.tasks.classification import Classification
     from sift_cli.tasks.language import Language
 
     loaded, recipe = load_tuned(tuned, base)
@@ -84,6 +85,7 @@ def predict(
     else:
         if recipe is not None:
             require_texts(tuned, recipe, bool(pair))
+        assert isinstance(task, Classification)
         limit = recipe.data.max_length if recipe else None
         found = iter(task.predict(loaded, texts, pair, device=where, max_length=limit))
     if output is not None:
