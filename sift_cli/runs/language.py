@@ -21,7 +21,7 @@ def language_rows(
     data = recipe.data
     assert data.format is not None
     return load_language_rows(
-        **source_of(recipe, split),
+        source_of(recipe, split),
         format=data.format,
         columns=data.columns,
         train=train,

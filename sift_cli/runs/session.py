@@ -112,7 +112,7 @@ def load_rows(recipe: Recipe, *, train: bool = True, split: str | None = None) -
     if data.task in LANGUAGE:
         return language_task(recipe, train=train, split=split)
     return load_task(
-        **source_of(recipe, split),
+        source_of(recipe, split),
         text=data.text,
         label=data.label,
         labels=data.labels,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
 from sift_cli.tasks.conversations import FORMATS, Format, UnusableRow, dumped
-from sift_cli.tasks.sources import NUMBER_COLUMN, read_rows, require_columns, take_split
+from sift_cli.tasks.sources import NUMBER_COLUMN, Source, read_rows, require_columns, take_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -107,38 +107,22 @@ def _needed(layout: Layout) -> str:
 
 
 def load_language_rows(
-    path: str,
-    task: str,
+    source: Source,
     *,
     format: str = AUTO,
     columns: Mapping[str, str] | None = None,
-    config: str | None = None,
-    split: str = "validation",
-    holdout: float | None = None,
-    inner_holdout: float | None = None,
-    max_train_rows: int | None = None,
-    seed: int = 0,
     train: bool = True,
     evaluate: bool = True,
 ) -> LanguageRows:
-    """Loads and checks the training rows and those of the split `split`, or one of the two.
+    """Loads and checks the training rows and those to evaluate on, or one of the two.
 
     Raises SiftError for a source that is not there, a missing or empty split, columns that fit no
     format or several, and rows that cannot be used, with their numbers.
     """
-    raw = read_rows(
-        path,
-        task,
-        config,
-        split=split,
-        holdout=holdout,
-        inner_holdout=inner_holdout,
-        max_train_rows=max_train_rows,
-        seed=seed,
-    )
+    raw, split = read_rows(source), source.split
     names = [name for name, wanted in (("train", train), (split, evaluate)) if wanted]
-    taken = {name: take_split(raw, name, path) for name in names}
-    layout = recognise(next(iter(taken.values())).column_names, task, format, columns)
+    taken = {name: take_split(raw, name, source.path) for name in names}
+    layout = recognise(next(iter(taken.values())).column_names, source.task, format, columns)
     read = {name: read_split(rows, name, layout, columns or {}) for name, rows in taken.items()}
     return LanguageRows(layout, read["train"] if train else None, read[split] if evaluate else None)
 

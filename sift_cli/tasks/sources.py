@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,25 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of a task come from, and which of them are held out or left out.
+
+    `config` is that of a hub dataset, `split` the one to evaluate on. Where that is the validation
+    split, the share `holdout` of the training rows replaces it. The share `inner_holdout` of those
+    that are then left to train on replaces whichever split it is.
+    """
+
+    path: str
+    task: str
+    config: str | None = None
+    split: str = "validation"
+    holdout: float | None = None
+    inner_holdout: float | None = None
+    max_train_rows: int | None = None
+    seed: int = 0
 
 
 def load_splits(path: str, task: str, config: str | None) -> DatasetDict:
@@ -62,39 +82,28 @@ def load_splits(path: str, task: str, config: str | None) -> DatasetDict:
     return datasets.DatasetDict(numbered)
 
 
-def read_rows(
-    path: str,
-    task: str,
-    config: str | None,
-    *,
-    split: str,
-    holdout: float | None,
-    inner_holdout: float | None,
-    max_train_rows: int | None,
-    seed: int,
-) -> DatasetDict:
-    """The splits of `load_splits`, some training rows held out or left out.
+def read_rows(source: Source) -> DatasetDict:
+    """The splits of `load_splits`, some training rows held out or left out as the source says.
 
-    Where `split` is the validation split, the share `holdout` of the training rows replaces it.
-    The share `inner_holdout` of those that are then left to train on replaces whichever split it
-    is. Raises SiftError where that leaves none to train on.
+    Raises SiftError where that leaves none to train on.
     """
-    raw = load_splits(path, task, config)
+    raw = load_splits(source.path, source.task, source.config)
+    split, seed = source.split, source.seed
 
     def hold_out(key: str, share: float) -> None:
-        whole = take_split(raw, "train", path)
+        whole = take_split(raw, "train", source.path)
         if not 0 < math.ceil(share * len(whole)) < len(whole):
             raise SiftError(f"data.{key}: {share} leaves none of {len(whole)} rows to train on")
         parts = whole.train_test_split(test_size=share, seed=seed)
         raw[split], raw["train"] = parts["test"], parts["train"]
 
-    if holdout is not None and split == "validation":
-        hold_out("holdout", holdout)
-    if max_train_rows is not None and "train" in raw:
-        kept = min(max_train_rows, len(raw["train"]))
+    if source.holdout is not None and split == "validation":
+        hold_out("holdout", source.holdout)
+    if source.max_train_rows is not None and "train" in raw:
+        kept = min(source.max_train_rows, len(raw["train"]))
         raw["train"] = raw["train"].shuffle(seed=seed).select(range(kept))
-    if inner_holdout is not None:
-        hold_out("inner_holdout", inner_holdout)
+    if source.inner_holdout is not None:
+        hold_out("inner_holdout", source.inner_holdout)
     return raw
 
 
