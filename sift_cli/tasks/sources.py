@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sift_cli.errors import SiftError
+from sift_cli.errors import NotHere, SiftError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -57,7 +57,7 @@ class Source:
 def load_splits(path: str, task: str, config: str | None) -> DatasetDict:
     """Every split of a source, each row with its number under NUMBER_COLUMN.
 
-    Raises SiftError for a source that is not there or cannot be read.
+    Raises NotHere for a source that is not there, and SiftError for one that cannot be read.
     """
     import datasets
 
@@ -75,7 +75,8 @@ def load_splits(path: str, task: str, config: str | None) -> DatasetDict:
         cause = error.__cause__ or error
         said = str(cause).strip().splitlines() or [type(cause).__name__]
         kind = "cannot be read" if files is not None else "is not on this machine nor on the hub"
-        raise SiftError(f"data.path: {path} {kind}: {said[0]}") from error
+        lacks = files is None and isinstance(error, OSError)
+        raise (NotHere if lacks else SiftError)(f"data.path: {path} {kind}: {said[0]}") from error
     numbered = {
         name: rows.add_column(NUMBER_COLUMN, list(range(len(rows)))) for name, rows in found.items()
     }
@@ -177,7 +178,7 @@ def _find_files(path: str, task: str) -> dict[str, list[Path]] | None:
         if hub_id and not path.lower().endswith(FILE_ENDINGS):
             return None
         within = "" if folder.is_absolute() else f" in {Path.cwd()}"
-        raise SiftError(f"data.path: {path}: no such folder or file{within}")
+        raise NotHere(f"data.path: {path}: no such folder or file{within}")
     files = [file for file in sorted(folder.iterdir()) if file.suffix in BUILDERS]
     if not files and (folder / task).is_dir():
         return _find_files(str(folder / task), task)
