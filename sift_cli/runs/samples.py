@@ -21,7 +21,7 @@ from sift_cli.tasks.conversations import (
     Row,
     Text,
     asked_and_expected,
-    loaded,
+    row_of,
     until_answer,
 )
 from sift_cli.tasks.generation import answer
@@ -59,7 +59,7 @@ def draw_samples(session: Session, count: int) -> list[Sample]:
             break
         line = rows[at]
         if line["row"] in kept and (
-            sample := _sample(coder, line["row"], loaded(line["value"]), most)
+            sample := _sample(coder, line["row"], row_of(line["value"]), most)
         ):
             found.append(sample)
     return sorted(found, key=lambda one: one.number)

@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
-from sift_cli.tasks.conversations import FORMATS, Format, UnusableRow, dumped
-from sift_cli.tasks.sources import NUMBER_COLUMN, Source, read_rows, require_columns, take_split
+from sift_cli.tasks.conversations import FORMATS, Format, UnusableRow, line_of
+from sift_cli.tasks.sources import (
+    NUMBER_COLUMN,
+    TOLD,
+    Source,
+    read_rows,
+    require_columns,
+    take_split,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 AUTO = "auto"
-TOLD = 5  # rows that one error names
 BATCH = 1000
 
 
@@ -38,7 +44,7 @@ class Layout:
 class LanguageRows:
     """Checked rows to train and to evaluate on, each None where it was not asked for.
 
-    They have the columns `value` (what `conversations.loaded` reads) and `row`, the number in the
+    They have the columns `value` (what `conversations.row_of` reads) and `row`, the number in the
     source split.
     """
 
@@ -139,7 +145,7 @@ def read_split(rows: Dataset, split: str, layout: Layout, given: Mapping[str, st
     for at, row in enumerate(_each(held, split, numbers)):
         try:
             value = form.read({name: row[one] for name, one in columns.items()}, layout.names)
-            values.append(dumped(value))
+            values.append(line_of(value))
         except UnusableRow as error:
             wrong.append((numbers[at], str(error)))
     if wrong:

@@ -20,9 +20,9 @@ from sift_cli.errors import SiftError
 from sift_cli.models.loading import LoadedModel, load_tokenizer, read_config
 from sift_cli.models.readout import whole_logits
 from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
-from sift_cli.tasks.conversations import asked_and_expected, loaded
+from sift_cli.tasks.conversations import asked_and_expected, row_of
 from sift_cli.tasks.generation import Answer, answer_to, asked_ids
-from sift_cli.tasks.metrics import LANGUAGE, Metrics, better, score_tokens, short
+from sift_cli.tasks.metrics import OF_TOKENS, Metrics, better, score_tokens, short
 from sift_cli.tasks.prompts import Prompt
 from sift_cli.tasks.table import LONGEST_ANSWER
 from sift_cli.tasks.task import Loss, Published
@@ -69,13 +69,13 @@ class Reading:
 class Language:
     """A task whose rows are conversations, prompts with completions, or texts.
 
-    Its rows have the columns `value` (what `conversations.loaded` reads) and `row`. `stops` are the
+    Its rows have the columns `value` (what `conversations.row_of` reads) and `row`. `stops` are the
     tokens at which generation stops, once it is `ready` for a model; `format` is what its rows were
     read as.
     """
 
     name: str
-    metrics: tuple[str, ...] = LANGUAGE
+    metrics: tuple[str, ...] = OF_TOKENS
     train: Dataset | None = None
     evaluation: dict[str, Dataset] = field(default_factory=dict)
     wording: Wording = Wording()
@@ -255,7 +255,7 @@ class Language:
             said = {"loss": short(total / count), "tokens": int(count), "right": int(right)}
             if row not in told:
                 return {"row": row, **said}
-            asked, expected = asked_and_expected(loaded(rows[places[row]]["value"]))
+            asked, expected = asked_and_expected(row_of(rows[places[row]]["value"]))
             return {"row": row, **said, "prompt": asked, "expected": expected}
 
         return [line(row) for row in sums]

@@ -25,7 +25,7 @@ NUMBER_COLUMN = "__row__"  # row numbers, in source splits that may have a colum
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 # No hub id ends like this, so such a path is never looked for there.
 FILE_ENDINGS = (*BUILDERS, ".tsv", ".txt", ".arrow", ".xlsx", ".gz", ".zip")
-TOLD = 5  # files that one error names
+TOLD = 5  # files or rows that one error names
 SPLIT_NAMES = {
     "train": ("train",),
     "validation_matched": ("validation_matched", "dev_matched"),
@@ -258,6 +258,6 @@ def refuse_rows(
         return
     shown = ", ".join(
         f"{numbers[index]}" + (f" ({values[index]!r})" if values is not None else "")
-        for index in rows[:5]
+        for index in rows[:TOLD]
     )
     raise SiftError(f"data: the {split} split has {what}: {len(rows):,} rows, such as row {shown}")

@@ -148,7 +148,7 @@ def test_what_predict_refuses(talker: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [("predict", "{}", "a"), ("chat", "{}", "--once", "a")])
 def test_a_prompt_with_two_beginnings_is_refused(tmp_path: Path, command: tuple[str, ...]) -> None:
-    # trap 3.1
+    # rule 3.1
     folder = save_talker(tmp_path / "model", TWO_BEGINNINGS, begins=True)
     done = sift(*(one.format(folder) for one in command))
     assert done.returncode == 2
@@ -156,7 +156,7 @@ def test_a_prompt_with_two_beginnings_is_refused(tmp_path: Path, command: tuple[
 
 
 def test_one_beginning_where_the_tokenizer_puts_one_too(tmp_path: Path) -> None:
-    # trap 3.1: the template's beginning, rendered and tokenised again, would come twice
+    # rule 3.1: the template's beginning, rendered and tokenised again, would come twice
     folder = save_talker(tmp_path / "model", "{{ bos_token }}" + CHATML, begins=True)
     wanted = plainly(folder, [("user", "one?")])
     done = sift("chat", folder, "--once", "one?", "--max-new-tokens", LONGEST)
@@ -185,7 +185,7 @@ def test_a_model_without_a_template_goes_on_from_a_text(tmp_path: Path) -> None:
 
 
 def test_once_prints_the_answer_alone(talker: Path) -> None:
-    # trap 3.8: greedy, whatever the model ships
+    # rule 3.8: greedy, whatever the model ships
     wanted = plainly(talker, [("user", "one?")])
     done = process("chat", talker, "--once", "one?", "--max-new-tokens", LONGEST)
     assert (done.stdout, done.stderr) == (wanted + "\n", "")

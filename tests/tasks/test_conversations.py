@@ -18,8 +18,8 @@ from sift_cli.tasks.conversations import (
     Message,
     Row,
     Text,
-    dumped,
-    loaded,
+    line_of,
+    row_of,
 )
 from sift_cli.tasks.instructions import load_language_rows, recognise
 from sift_cli.tasks.sources import Source
@@ -48,7 +48,7 @@ def read(
     ).train
     assert found is not None
     assert found["row"][:] == list(range(len(rows)))
-    return [loaded(line) for line in found["value"]]
+    return [row_of(line) for line in found["value"]]
 
 
 def refusal(path: Path, *rows: dict[str, Any], **options: Any) -> str:
@@ -98,7 +98,7 @@ def test_every_kind_of_file(ending: str, tmp_path: Path) -> None:
     found = load_language_rows(Source(str(tmp_path), "instruct"))
     assert found.train is not None
     assert found.evaluation is not None
-    assert [loaded(line) for line in found.train["value"]] == [
+    assert [row_of(line) for line in found.train["value"]] == [
         TURN,
         chat("user: r", "assistant: b"),
     ]
@@ -225,7 +225,7 @@ def test_what_a_table_fills_in_is_taken_out_again(tmp_path: Path) -> None:
     write(path, [{"messages": turns}])
     found = load_language_rows(Source(str(path), "instruct"), evaluate=False).train
     assert found is not None
-    row = loaded(found["value"][0])
+    row = row_of(found["value"][0])
     assert isinstance(row, Conversation)
     assert row.messages[0].shown() == ASKED
     assert row.messages[1].more["tool_calls"][0]["function"]["arguments"] == {"x": 1}
@@ -273,7 +273,7 @@ def test_whole_numbers_are_read_as_text(tmp_path: Path) -> None:
     source = Source(str(tmp_path / "rows.csv"), "instruct")
     found = load_language_rows(source, evaluate=False).train
     assert found is not None
-    assert loaded(found["value"][1]) == chat("user: r", "assistant: 8")
+    assert row_of(found["value"][1]) == chat("user: r", "assistant: 8")
     said = refusal(tmp_path, {"instruction": "q", "output": 7.5})
     assert said.endswith("row 0: 'output' is 7.5, not text")
 
@@ -300,7 +300,7 @@ ROWS = st.one_of(
 
 @given(ROWS)
 def test_a_row_comes_back_from_its_line(row: Row) -> None:
-    assert loaded(dumped(row)) == row
+    assert row_of(line_of(row)) == row
 
 
 # What is wrong with rows

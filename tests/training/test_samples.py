@@ -49,6 +49,7 @@ def plainly(folder: Path, prompt: str) -> tuple[str, bool]:
 
 
 def test_answers_of_a_run_are_those_of_a_plain_loop(chat: Path, tmp_path: Path) -> None:
+    # rule 3.8
     write_chats(tmp_path / "chats/train.jsonl", [[row[0], ("assistant", "y")] for row in CHATS])
     changes = ["train.max_steps=18", "train.learning_rate=0.05", "eval.every=9", "eval.keep=last"]
     train(load_recipe(chat, [*ASKED, *changes, "selection.density=1.0"]), tmp_path / "run")
