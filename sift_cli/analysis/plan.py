@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,7 +22,7 @@ from sift_cli.analysis.planned import PlannedRows, read_task
 from sift_cli.analysis.sizes import accounting, delta_bytes, grouped
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.models.loading import DTYPES, model_folder, quiet
+from sift_cli.models.loading import DTYPES, UNLOADABLE, model_folder, quiet
 from sift_cli.models.names import head_of
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import Recipe
@@ -97,7 +98,7 @@ class Outline:
         config = task.configure(folder)
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0
-        build = builder(task.auto, config, DTYPES[recipe.model.dtype])
+        build = builder(folder, task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
         rows = PlannedRows.of(recipe, task, missing, folder, model)
         new = head_of(model) if task.new_head else []
@@ -149,8 +150,11 @@ def _require_beginning(recipe: Recipe, rows: PlannedRows, parts: Parts) -> None:
         warmed(chosen.warmup_trains == "all", [*parts.sparse, *parts.vectors], parts.dense)
 
 
-def builder(auto: Any, config: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    """Makes the Auto class's model of a configuration on the meta device, without weights."""
+def builder(folder: Path, auto: Any, config: Any, dtype: torch.dtype) -> Callable[[], Any]:
+    """Makes the Auto class's model of a configuration on the meta device, without weights.
+
+    Raises what `load_model` raises for an architecture without such a head.
+    """
 
     def build() -> Any:
         with torch.device("meta"), quiet():
@@ -158,8 +162,8 @@ def builder(auto: Any, config: Any, dtype: torch.dtype) -> Callable[[], Any]:
 
     try:
         build()
-    except ValueError as error:
-        raise SiftError(str(error).splitlines()[0]) from error
+    except UNLOADABLE as error:
+        raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
     return build
 
 

@@ -196,6 +196,12 @@ def test_labelled_rows(what: str, recipe_file: Path, tmp_path: Path) -> None:
     assert told in refusal(recipe_file, *(part for one in changes for part in ("--set", one)))
 
 
+def test_a_model_without_such_a_head(recipe_file: Path, tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "clip", "bert")
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    assert "CLIPConfig" in refusal(recipe_file, "--set", f"model.path={folder}")
+
+
 def test_a_plan_does_without_rows_and_tokenizer(
     base: Path, recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sift_cli.cli import chatting
 from sift_cli.errors import SiftError
 from sift_cli.system.terminal import visible
-from sift_cli.tasks import language
+from sift_cli.tasks import generation, language
 from sift_cli.tasks.conversations import Message
 from sift_cli.tasks.generation import Answer, Said
 from tests.support.causal import save_talker
@@ -94,6 +94,13 @@ def test_arguments_and_lines_are_asked_alike(talker: Path, tmp_path: Path) -> No
     assert [line.split("\t")[0] for line in table.stdout.splitlines()] == ["text", "one?", "two?"]
 
 
+def test_each_prompt_is_tokenised_once(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, ids = [], generation.prompt_ids
+    monkeypatch.setattr(generation, "prompt_ids", lambda *one: seen.append(one) or ids(*one))
+    assert sift("predict", talker, "one?", "two?", "--max-new-tokens", 1).returncode == 0
+    assert len(seen) == 2
+
+
 def test_lines_are_written_as_they_come(
     talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +113,7 @@ def test_lines_are_written_as_they_come(
             raise KeyboardInterrupt
         return Answer("a", 1, True)
 
-    monkeypatch.setattr(language, "answer", slow)
+    monkeypatch.setattr(language, "answer_to", slow)
     done = sift("predict", talker, "--input", source, "--output", out)
     assert done.returncode == 130
     assert held == [0, 1, 2]
