@@ -35,13 +35,12 @@ from pathlib import Path
 from typing import Any
 
 from language_tables import write_language_tables
-from quality_tables import Row
+from quality_tables import Run
 from study import (
     ALONE,
     ROOT,
     SCORES,
     Design,
-    Run,
     Study,
     cells,
     find,
@@ -176,9 +175,8 @@ def forecast(given: argparse.Namespace, study: Study) -> str:
     else:  # at whichever rate
         runs = [Run("runs", *cell, 1.0, seed) for seed in given.seeds for cell in cells(given)]
 
-    def key(one: Run | Row) -> tuple[Any, ...]:
-        rate = one.rate if one.stage == "rates" else None
-        return one.stage, one.task, one.method, one.density, rate, one.seed
+    def key(one: Run) -> tuple[Any, ...]:
+        return (one if one.stage == "rates" else replace(one, rate=1.0)).key
 
     done = {key(row) for row in study.finished()}
     left = [run for run in runs if key(run) not in done]

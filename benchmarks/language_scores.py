@@ -100,7 +100,7 @@ def trained(method: str, recipe: Recipe, folder: Path) -> LoadedModel:
 
 def answers(session: Session, count: int) -> list[dict[str, Any]]:
     """Greedy answers to the first rows, each beside the one expected."""
-    from sift_cli.tasks.conversations import Conversation, loaded
+    from sift_cli.tasks.conversations import Conversation, row_of
     from sift_cli.tasks.generation import answer
     from sift_cli.tasks.language import Language
 
@@ -108,7 +108,7 @@ def answers(session: Session, count: int) -> list[dict[str, Any]]:
     assert isinstance(task, Language)
     coder = task.coder(session.tokenizer)
     for line in task.evaluation[""]["value"][:count]:
-        row = loaded(line)
+        row = row_of(line)
         assert isinstance(row, Conversation)
         said, expected = (
             answer(session.model, coder, row, longest=LONGEST),

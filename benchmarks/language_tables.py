@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from quality_tables import (
-    Row,
+    Run,
     Scores,
     by_seed,
     densities_of,
@@ -18,7 +18,7 @@ from quality_tables import (
 )
 
 BESIDE = {"exact": "exact match", "ended": "ends by itself", "unseen": "unseen loss"}
-NUMBERS: dict[str, Callable[[Row], float]] = {
+NUMBERS: dict[str, Callable[[Run], float]] = {
     "seconds": lambda row: row.seconds,
     "s a step": lambda row: row.step_ms / 1e3,
     "peak, MB": lambda row: row.more["peak"] / 1e6,
@@ -27,7 +27,7 @@ NUMBERS: dict[str, Callable[[Row], float]] = {
 
 
 def write_language_tables(
-    rows: Sequence[Row], base: Mapping[str, Mapping[str, float]], out: Path, against: str
+    rows: Sequence[Run], base: Mapping[str, Mapping[str, float]], out: Path, against: str
 ) -> str:
     """Writes language.md and rates.png to `out`; gives the former.
 
@@ -50,7 +50,7 @@ def write_language_tables(
     return text
 
 
-def score_table(rows: Sequence[Row], base: Mapping[str, float], density: float) -> str:
+def score_table(rows: Sequence[Run], base: Mapping[str, float], density: float) -> str:
     """What came of each method on one task, the base first where that is known."""
     task, methods = rows[0].task, in_order(row.method for row in rows)
     most = max(len(by_seed(rows, method, task)) for method in methods)
@@ -71,6 +71,6 @@ def score_table(rows: Sequence[Row], base: Mapping[str, float], density: float) 
     return markdown(heads, lines)
 
 
-def found_of(rows: Sequence[Row], key: str) -> Scores:
+def found_of(rows: Sequence[Run], key: str) -> Scores:
     """What a study has found out of runs that differ in their seed alone."""
     return {row.seed: row.more[key] for row in rows}

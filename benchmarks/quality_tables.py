@@ -15,10 +15,11 @@ Scores = Mapping[int, float]  # by seed
 
 
 @dataclass(frozen=True)
-class Row:
-    """A run that has finished: a line of results.jsonl. Without a score, it diverged.
+class Run:
+    """One training, and what came of it once it has finished: then a line of results.jsonl.
 
-    `more` is what a study has found out of it beside its score.
+    `density` is None for a method without a budget. A finished one without a score diverged; `more`
+    is what a study has found out of it beside its score.
     """
 
     stage: str
@@ -37,12 +38,23 @@ class Row:
     rank: int | None = None
     more: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """Its folder under that of the stage."""
+        density = "" if self.density is None else f"-d{self.density:g}"
+        return f"{self.task}-{self.method}{density}-r{self.rate:g}-s{self.seed}"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from others, finished or not."""
+        return self.stage, self.task, self.method, self.density, self.rate, self.seed
+
     def to_json(self) -> dict[str, Any]:
         """What results.jsonl holds of it."""
         return {key: value for key, value in asdict(self).items() if key != "more" or value}
 
 
-def best_rate(tried: Sequence[Row]) -> float | None:
+def best_rate(tried: Sequence[Run]) -> float | None:
     """The rate with the best mean score over tasks, then the lowest mean training loss.
 
     The highest is best, of a loss the lowest. Only rates that gave every task a score count; None
@@ -61,14 +73,14 @@ def best_rate(tried: Sequence[Row]) -> float | None:
     return max(means, key=means.__getitem__, default=None)
 
 
-def upward(row: Row) -> float:
+def upward(row: Run) -> float:
     """The score of a run that has one, or its negative where lower is better."""
     assert row.score is not None
     falls = row.metric in METRICS and not METRICS[row.metric].rises
     return -row.score if falls else row.score
 
 
-def write_tables(rows: Sequence[Row], out: Path, against: str) -> str:
+def write_tables(rows: Sequence[Run], out: Path, against: str) -> str:
     """Writes quality.md and rates.png to `out`; gives the former."""
     runs = [row for row in rows if row.stage == "runs" and row.score is not None]
     tried = [row for row in rows if row.stage == "rates"]
@@ -84,7 +96,7 @@ def write_tables(rows: Sequence[Row], out: Path, against: str) -> str:
     return text
 
 
-def rate_tables(tried: Sequence[Row], out: Path) -> list[str]:
+def rate_tables(tried: Sequence[Run], out: Path) -> list[str]:
     """A table of each density; writes rates.png to `out`."""
     if tried:
         plot_rates(tried, out / "rates.png")
@@ -95,7 +107,7 @@ def rate_tables(tried: Sequence[Row], out: Path) -> list[str]:
     ]
 
 
-def densities_of(rows: Iterable[Row]) -> list[float]:
+def densities_of(rows: Iterable[Run]) -> list[float]:
     """The largest first."""
     return sorted({row.density for row in rows if row.density is not None}, reverse=True)
 
@@ -105,7 +117,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def by_seed(rows: Iterable[Row], method: str, task: str) -> dict[int, float]:
+def by_seed(rows: Iterable[Run], method: str, task: str) -> dict[int, float]:
     """The scores of a method on a task."""
     return {
         row.seed: row.score
@@ -114,7 +126,7 @@ def by_seed(rows: Iterable[Row], method: str, task: str) -> dict[int, float]:
     }
 
 
-def averaged(rows: Sequence[Row], method: str, tasks: Sequence[str]) -> dict[int, float]:
+def averaged(rows: Sequence[Run], method: str, tasks: Sequence[str]) -> dict[int, float]:
     """The mean over tasks by seed, of the seeds that every task has."""
     each = [by_seed(rows, method, task) for task in tasks]
     shared = set.intersection(*(set(one) for one in each))
@@ -130,7 +142,7 @@ def spread(scores: Scores, most: int) -> str:
     return f"{mean(values):.4f}{wide}" + (f" (n={len(values)})" if len(values) < most else "")
 
 
-def score_table(rows: Sequence[Row], density: float) -> str:
+def score_table(rows: Sequence[Run], density: float) -> str:
     """Score of each method on each task, at which rate, and the mean over tasks."""
     tasks, methods = in_order(row.task for row in rows), in_order(row.method for row in rows)
     most = max(len(by_seed(rows, method, task)) for method in methods for task in tasks)
@@ -150,7 +162,7 @@ def score_table(rows: Sequence[Row], density: float) -> str:
     return markdown([*heads, "mean"], lines)
 
 
-def difference_table(rows: Sequence[Row], against: str) -> str:
+def difference_table(rows: Sequence[Run], against: str) -> str:
     """Mean difference from one method on each task and over them, with a paired t-test's p."""
     tasks, methods = in_order(row.task for row in rows), in_order(row.method for row in rows)
 
@@ -169,7 +181,7 @@ def difference_table(rows: Sequence[Row], against: str) -> str:
     return markdown([f"to {against}", *tasks, "mean"], lines)
 
 
-def time_table(rows: Sequence[Row]) -> str:
+def time_table(rows: Sequence[Run]) -> str:
     """Seconds from start to end, the median step's milliseconds, and the last loss."""
     tasks, methods = in_order(row.task for row in rows), in_order(row.method for row in rows)
     heads, lines = ["seconds, ms a step, last loss", *tasks], []
@@ -188,7 +200,7 @@ def time_table(rows: Sequence[Row]) -> str:
     return markdown(heads, lines)
 
 
-def rate_table(rows: Sequence[Row], density: float | None) -> str:
+def rate_table(rows: Sequence[Run], density: float | None) -> str:
     """Held-out score of each method at each rate, by task; the chosen rate in bold."""
     tasks = in_order(row.task for row in rows)
     heads = ["held out" if density is None else f"held out, at {density:g}", "rate", *tasks, "mean"]

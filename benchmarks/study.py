@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import yaml
-from quality_tables import Row, best_rate
+from quality_tables import Run, best_rate
 
 from sift_cli.selection.policies import POLICIES
 
@@ -88,24 +88,6 @@ def method_name(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training; `density` is None for a method without a budget."""
-
-    stage: str
-    task: str
-    method: str
-    density: float | None
-    rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Its folder under that of the stage."""
-        density = "" if self.density is None else f"-d{self.density:g}"
-        return f"{self.task}-{self.method}{density}-r{self.rate:g}-s{self.seed}"
-
-
-@dataclass(frozen=True)
 class Design:
     """What a study trains: settings of every recipe, of each task, and of the stage `rates`.
 
@@ -158,20 +140,20 @@ class Study:
         """The file with a line for each run that has finished."""
         return self.out / "results.jsonl"
 
-    def finished(self) -> list[Row]:
+    def finished(self) -> list[Run]:
         """What has, each run once; a line that a kill cut short is passed over."""
-        rows: dict[tuple[Any, ...], Row] = {}
+        rows: dict[tuple[Any, ...], Run] = {}
         if self.results.is_file():
             for line in self.results.read_text().splitlines():
                 with suppress(ValueError, TypeError):
-                    row = Row(**json.loads(line))
-                    rows[tuple(getattr(row, key) for key in KEYS)] = row
+                    row = Run(**json.loads(line))
+                    rows[row.key] = row
         return list(rows.values())
 
     def carry_out(self, runs: Iterable[Run]) -> list[str]:
         """Trains those that have not finished, `jobs` at a time; says what went wrong, by run."""
-        done = {tuple(getattr(row, key) for key in KEYS) for row in self.finished()}
-        left = [run for run in runs if tuple(getattr(run, key) for key in KEYS) not in done]
+        done = {row.key for row in self.finished()}
+        left = [run for run in runs if run.key not in done]
         print(f"{len(left)} runs to go", flush=True)
         with self._passing_on(), ThreadPoolExecutor(self.jobs) as pool:
             try:
@@ -263,9 +245,6 @@ class Study:
             signal.signal(signal.SIGTERM, before)
 
 
-KEYS = ("stage", "task", "method", "density", "rate", "seed")
-
-
 def command(run: Run, recipe: Path, folder: Path) -> list[str]:
     """The process of a run: `sift train`, or the one that `sift compare` starts for a baseline."""
     python, baseline = [sys.executable, "-m"], find(run.method).baseline
@@ -274,17 +253,17 @@ def command(run: Run, recipe: Path, folder: Path) -> list[str]:
     return [*python, "sift_cli", "train", str(recipe), "--out", str(folder), "--resume", "--quiet"]
 
 
-def outcome(run: Run, folder: Path, model: str, *, diverged: bool) -> Row:
+def outcome(run: Run, folder: Path, model: str, *, diverged: bool) -> Run:
     """The line of a run that has finished; the last tenth of its steps make its training loss."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     if diverged:
-        return Row(**asdict(run), model=model)
+        return replace(run, model=model)
     summary = json.loads((folder / "summary.json").read_text())
     name, score = next(iter(summary["metrics"].items()))
     scores = folder / SCORES
-    return Row(
-        **asdict(run),
+    return replace(
+        run,
         model=model,
         metric=name,
         score=score,
@@ -308,7 +287,7 @@ def cells(given: argparse.Namespace) -> list[tuple[str, str, float | None]]:
 
 
 def runs_of(
-    given: argparse.Namespace, design: Design, rows: Sequence[Row]
+    given: argparse.Namespace, design: Design, rows: Sequence[Run]
 ) -> tuple[list[Run], list[str]]:
     """Those of the stage, and what keeps others from being among them."""
     if given.stage == "rates":

@@ -26,6 +26,10 @@ class SiftError(Exception):
         self.code = code
 
 
+class NotHere(SiftError):
+    """What a recipe names is not on this machine, so that a plan has to do without it."""
+
+
 def counted(count: int, one: str, many: str) -> str:
     """A number with the words that go with it, such as `1 tensor differs`, `2 tensors differ`."""
     return f"{count:,} {one if count == 1 else many}"

@@ -61,7 +61,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptStyle:
     """How prompts are put: as chats by a template (Jinja), under a system turn; None: plainly."""
 
     template: str | None = None
@@ -104,10 +104,10 @@ def run_benchmarks(
             f"--tasks: {source} is {type(loaded.model).__name__}, and these tasks are for causal "
             "language models; without --tasks it is scored on its own data"
         )
-    prompts = prompts_of(loaded, recipe, asked.template)
+    style = style_of(loaded, recipe, asked.template)
     loaded.model.to(pick_device(device))  # type: ignore[arg-type]
     with _telling(asked), _aside(silent):
-        found = _evaluated(loaded, tasks, asked, prompts)
+        found = _evaluated(loaded, tasks, asked, style)
     delta = delta_file(source)
     return {
         "model": {
@@ -117,9 +117,9 @@ def run_benchmarks(
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
         },
         "settings": {
-            "template": prompts.template is not None,
-            "template_sha256": _sha256(prompts.template),
-            "system": prompts.system,
+            "template": style.template is not None,
+            "template_sha256": _sha256(style.template),
+            "system": style.system,
             "limit": asked.limit,
             "shots": asked.shots,
             "batch_size": asked.batch_size,
@@ -144,7 +144,7 @@ def require_lm_eval() -> Any:
     return lm_eval
 
 
-def prompts_of(loaded: LoadedModel, recipe: Recipe | None, template: bool | None) -> Prompts:
+def style_of(loaded: LoadedModel, recipe: Recipe | None, template: bool | None) -> PromptStyle:
     """How prompts are put to a model: as in its training, unless `template` says otherwise.
 
     Raises SiftError where a template is asked for and there is none.
@@ -155,11 +155,11 @@ def prompts_of(loaded: LoadedModel, recipe: Recipe | None, template: bool | None
         if template is None:
             template = task.name == "instruct" and recipe.data.format != "prompt"
     if not template:
-        return Prompts()
+        return PromptStyle()
     chosen = task.coder(loaded.tokenizer).template
     if chosen is None:
         raise SiftError("the model has no chat template; --no-template puts prompts as they are")
-    return Prompts(chosen.text, task.wording.system)
+    return PromptStyle(chosen.text, task.wording.system)
 
 
 def _manager(asked: Asked) -> Any:
@@ -202,7 +202,7 @@ def _seed() -> None:
 
 
 def _evaluated(
-    loaded: LoadedModel, tasks: Mapping[str, Any], asked: Asked, prompts: Prompts
+    loaded: LoadedModel, tasks: Mapping[str, Any], asked: Asked, style: PromptStyle
 ) -> dict[str, Any]:
     """Of each task and group its version, shots, rows and metrics; the model is used as it is."""
     from lm_eval.evaluator import evaluate
@@ -213,14 +213,14 @@ def _evaluated(
         if own is None or (own != 0 and asked.shots is not None):  # 0 is meant, as in lm-eval
             task.set_config("num_fewshot", asked.shots or 0)
         task.set_fewshot_seed(SEEDS["shots"])
-    chats = prompts.template is not None
+    chats = style.template is not None
     model = HFLM(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
         batch_size=asked.batch_size,
         add_bos_token=False if chats else None,  # a template writes its own beginning
         chat_template_args=(
-            {"chat_template": prompts.template, "strftime_now": DAY.strftime} if chats else None
+            {"chat_template": style.template, "strftime_now": DAY.strftime} if chats else None
         ),
     )
     results = evaluate(
@@ -230,7 +230,7 @@ def _evaluated(
         log_samples=False,
         apply_chat_template=chats,
         fewshot_as_multiturn=chats,
-        system_instruction=prompts.system,
+        system_instruction=style.system,
     )
     return {
         name: {

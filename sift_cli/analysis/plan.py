@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,23 +18,25 @@ from rich.console import Console
 
 from sift_cli.analysis.memory import Batch, PeakMemory, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, rank_for
-from sift_cli.analysis.planned import PlannedRows
+from sift_cli.analysis.planned import PlannedRows, read_task
 from sift_cli.analysis.sizes import accounting, delta_bytes, grouped
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.models.loading import DTYPES, model_folder, quiet
+from sift_cli.models.loading import DTYPES, UNLOADABLE, model_folder, quiet
 from sift_cli.models.names import head_of
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import Recipe
+from sift_cli.runs.language import with_template
 from sift_cli.runs.session import autocasts, open_session
 from sift_cli.runs.timing import Timing
 from sift_cli.selection.scores import find_score
 from sift_cli.tasks.kinds import expected_task
 from sift_cli.training.batches import steps_of
 from sift_cli.training.choosing import Parts, rule_of, selecting
-from sift_cli.training.head import start_of
+from sift_cli.training.head import start_of, targets_for
 from sift_cli.training.rates import at_usual_rate
 from sift_cli.training.step import take_step
+from sift_cli.training.warmup import warmed
 from sift_cli.training.watch import Watch
 
 STEPS = 3  # timed, after one that warms up
@@ -83,20 +86,28 @@ class Outline:
 
     @classmethod
     def of(cls, recipe: Recipe, allow_code: bool = False) -> Outline:
-        """Reads the configuration of the model, and the rows where they are on this machine."""
+        """Reads the configuration of the model, and the rows where they are on this machine.
+
+        Raises what training raises before its first step, but for what weights alone can tell.
+        """
+        recipe = with_template(recipe)
         rule = rule_of(recipe.selection, allow_code)
         folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
         expected_task(recipe.data.task, recipe.data.labels).configure(folder)  # or it raises
-        rows = PlannedRows.of(recipe, folder)
-        config = rows.task.configure(folder)
+        task, missing = read_task(recipe)
+        config = task.configure(folder)
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0
-        build = builder(rows.task.auto, config, DTYPES[recipe.model.dtype])
+        build = builder(folder, task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
-        new = head_of(model) if rows.task.new_head else []
-        start = start_of(recipe.train, model) if new else "random"
+        rows = PlannedRows.of(recipe, task, missing, folder, model)
+        new = head_of(model) if task.new_head else []
+        start = start_of(recipe.train, model)
         parts = Parts.of(recipe.selection, model, new, rule)
-        return cls(recipe, rows, build, model, parts, parts.planned(model), start)
+        _require_beginning(recipe, rows, parts)
+        return cls(
+            recipe, rows, build, model, parts, parts.planned(model), start if new else "random"
+        )
 
     @property
     def dense(self) -> Sequence[str]:
@@ -130,8 +141,20 @@ class Outline:
         }
 
 
-def builder(auto: Any, config: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    """Makes the Auto class's model of a configuration on the meta device, without weights."""
+def _require_beginning(recipe: Recipe, rows: PlannedRows, parts: Parts) -> None:
+    """Raises SiftError where training could start no head or warm-up."""
+    start, chosen = recipe.train.head_start, recipe.selection
+    if start not in ("random", "auto") and rows.train is not None:
+        targets_for(start, rows.task, rows.train)
+    if chosen.schedule == "after-warmup":
+        warmed(chosen.warmup_trains == "all", [*parts.sparse, *parts.vectors], parts.dense)
+
+
+def builder(folder: Path, auto: Any, config: Any, dtype: torch.dtype) -> Callable[[], Any]:
+    """Makes the Auto class's model of a configuration on the meta device, without weights.
+
+    Raises what `load_model` raises for an architecture without such a head.
+    """
 
     def build() -> Any:
         with torch.device("meta"), quiet():
@@ -139,8 +162,8 @@ def builder(auto: Any, config: Any, dtype: torch.dtype) -> Callable[[], Any]:
 
     try:
         build()
-    except ValueError as error:
-        raise SiftError(str(error).splitlines()[0]) from error
+    except UNLOADABLE as error:
+        raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
     return build
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from sift_cli.analysis.memory import Batch
-from sift_cli.errors import SiftError
-from sift_cli.models.loading import load_tokenizer
-from sift_cli.recipe import EvalSection, Recipe, TrainSection
-from sift_cli.runs.session import load_rows
+from sift_cli.errors import NotHere
+from sift_cli.models.loading import check_length, load_tokenizer
+from sift_cli.recipe import AUTO, EvalSection, Recipe, TrainSection
+from sift_cli.runs.session import by_split, encoded, load_rows
 from sift_cli.tasks.kinds import expected_task
 from sift_cli.tasks.language import Language
 from sift_cli.tasks.task import Task
@@ -19,7 +20,22 @@ from sift_cli.tasks.token_rows import SplitCounts
 from sift_cli.tasks.tokens import Encoded
 from sift_cli.training.batches import PACK, Steps, steps_of
 from sift_cli.training.head import ROWS
-from sift_cli.training.rates import trial_steps
+from sift_cli.training.rates import require_enough_rows, trial_steps
+
+
+def read_task(recipe: Recipe) -> tuple[Task, str | None]:
+    """The recipe's task with its rows, checked as for training.
+
+    Where they are not on this machine, what the recipe says of it alone, and why.
+    """
+    try:
+        task = load_rows(recipe)
+    except NotHere as error:
+        return expected_task(recipe.data.task, recipe.data.labels), str(error).splitlines()[0]
+    assert task.train is not None
+    if recipe.train.learning_rate == AUTO:
+        require_enough_rows(len(task.train))
+    return task, None
 
 
 @dataclass(frozen=True)
@@ -32,24 +48,16 @@ class PlannedRows:
     missing: str | None
 
     @classmethod
-    def of(cls, recipe: Recipe, folder: Any) -> PlannedRows:
-        """Reads and tokenises; without rows, the task is what the recipe says of it."""
-        data = recipe.data
+    def of(
+        cls, recipe: Recipe, task: Task, missing: str | None, folder: Path, model: Any
+    ) -> PlannedRows:
+        """Tokenises what `read_task` gave, where the tokenizer is in the folder of the model."""
         try:
-            task = load_rows(recipe)
             tokenizer = load_tokenizer(folder)
-        except SiftError as error:
-            return cls(expected_task(data.task, data.labels), None, {}, str(error).splitlines()[0])
-        assert task.train is not None
-        return cls(
-            task,
-            task.encode(task.train, tokenizer, data.max_length),
-            {
-                key: task.encode(rows, tokenizer, data.max_length)
-                for key, rows in task.evaluation.items()
-            },
-            None,
-        )
+        except NotHere as error:
+            return cls(task, None, {}, missing or str(error).splitlines()[0])
+        check_length(recipe.data.max_length, model, tokenizer)
+        return cls(task, *encoded(task, tokenizer, recipe.data.max_length), missing)
 
     def batches(self, recipe: Recipe) -> Steps | None:
         """The training batches of the run; None without rows."""
@@ -102,9 +110,7 @@ class PlannedRows:
         batches = self.batches(recipe)
         if batches is None or self.train is None:
             return {"missing": self.missing}
-        splits = {"train": self.train} | {
-            "evaluation" + suffix: rows for suffix, rows in self.evaluation.items()
-        }
+        splits = by_split(self.train, self.evaluation)
         language: dict[str, Any] = {}
         if isinstance(self.task, Language):
             language = {

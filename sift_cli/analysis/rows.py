@@ -13,7 +13,7 @@ from sift_cli.recipe import Recipe
 from sift_cli.runs.language import language_of, language_rows
 from sift_cli.runs.session import load_rows
 from sift_cli.tasks.coder import Coded
-from sift_cli.tasks.conversations import is_conversation, loaded
+from sift_cli.tasks.conversations import is_conversation, row_of
 from sift_cli.tasks.kinds import expected_task
 from sift_cli.tasks.supervision import code
 from sift_cli.tasks.table import LANGUAGE
@@ -96,7 +96,7 @@ def _language(
     coder, limit = task.coder(tokenizer), task.limit(recipe.data.max_length)
     data = tokenise(rows, coder, limit, split)
     line = rows["value"][at]
-    (coded,) = code(coder, [loaded(line)])
+    (coded,) = code(coder, [row_of(line)])
     assert isinstance(coded, Coded)  # or tokenise would have refused it
     fitted = fit(coded.ids, coded.labels, limit)
     ids, labels, fate = coded.ids, coded.labels, KEPT

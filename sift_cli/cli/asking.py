@@ -62,11 +62,10 @@ def predict(
         raise SiftError("give texts to predict, or a file of them with --input; one of the two")
     if pair and len(pair) != len(texts):
         raise SiftError(f"{len(texts)} texts, but {len(pair)} --pair; give one for each")
-    if output is not None and (output.suffix != ".jsonl" or output.exists()):
-        why = "exists already" if output.exists() else "its name must end in .jsonl"
-        raise SiftError(f"--output {output}: {why}; choose another")
+    require_new_lines(output)
     from sift_cli.models.devices import pick_device
     from sift_cli.runs.tuned import load_tuned, task_of_loaded
+    from sift_cli.tasks.classification import Classification
     from sift_cli.tasks.language import Language
 
     loaded, recipe = load_tuned(tuned, base)
@@ -76,14 +75,13 @@ def predict(
             raise SiftError("--pair: a language model takes one text at a time")
         prompts = _prompts(task, loaded, recipe, texts, source)
         answers = task.answers(loaded, prompts, device=where, longest=longest)
-        found: Iterator[dict[str, Any]] = (
-            _line(prompt, answer, source) for prompt, answer in answers
-        )
+        found: Iterator[dict[str, Any]] = (_line(*one, source) for one in answers)
     elif source is not None or output is not None:
         raise SiftError(f"--input, --output: {tuned} classifies; give its texts as arguments")
     else:
         if recipe is not None:
             require_texts(tuned, recipe, bool(pair))
+        assert isinstance(task, Classification)
         limit = recipe.data.max_length if recipe else None
         found = iter(task.predict(loaded, texts, pair, device=where, max_length=limit))
     if output is not None:
@@ -92,6 +90,13 @@ def predict(
         print_json({"predictions": list(found)})
     else:
         _print(list(found))
+
+
+def require_new_lines(output: Path | None) -> None:
+    """Raises SiftError where a file for answers is there already, or is none of JSON lines."""
+    if output is not None and (output.suffix != ".jsonl" or output.exists()):
+        why = "exists already" if output.exists() else "its name must end in .jsonl"
+        raise SiftError(f"--output {output}: {why}; choose another")
 
 
 def require_texts(tuned: str, recipe: "Recipe", paired: bool) -> None:
@@ -119,10 +124,10 @@ def _prompts(
     plain = task.takes_text(loaded.tokenizer)
     if source is None:
         return prompts_of(texts, plain)
-    told = recipe.data if recipe is not None else None
-    if told is None or told.format is None:
-        return read_prompts(source, task.name, plain=plain)
-    return read_prompts(source, task.name, plain=plain, format=told.format, columns=told.columns)
+    told: dict[str, Any] = {}
+    if recipe is not None and recipe.data.format is not None:
+        told = {"format": recipe.data.format, "columns": recipe.data.columns}
+    return read_prompts(source, task.name, plain=plain, **told)
 
 
 def _line(prompt: "Prompt", answer: "Answer", source: Path | None) -> dict[str, Any]:

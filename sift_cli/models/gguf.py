@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import redirect_stderr
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ def folder_of(file: Path) -> Path:
     Its name and its tensors depend on the file's bytes alone. Raises SiftError where a package is
     lacking, and (exit code 3) for a file that is damaged or of an unknown kind.
     """
-    folder = Path(constants.HF_HOME) / "sift" / f"{file.stem}-{sha256_of(file)[:16]}"
+    found = file.stat()
+    digest = _digest(file.resolve(), found.st_size, found.st_mtime_ns)
+    folder = Path(constants.HF_HOME) / "sift" / f"{file.stem}-{digest[:16]}"
     if (folder / "config.json").is_file():
         return folder
     lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -37,6 +40,12 @@ def folder_of(file: Path) -> Path:
     with new_folder(folder) as partial:
         _dequantise(file, partial)
     return folder
+
+
+@cache
+def _digest(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file, read once a process for as long as size and time of change stay."""
+    return sha256_of(file)
 
 
 def _dequantise(file: Path, into: Path) -> None:

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from sift_cli.errors import ExitCode, SiftError
+from sift_cli.errors import ExitCode, NotHere, SiftError
 from sift_cli.models import gguf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -156,11 +156,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer; it pads with what the folder's model takes for padding.
 
     Where the model's configuration does not say, it pads with its own padding token, else with the
-    end-of-text token. Raises SiftError where the folder holds none: transformers would make up one
-    without words.
+    end-of-text token. Raises NotHere where the folder holds none (transformers would make up one
+    without words), and SiftError for one that cannot be used.
     """
     if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
-        raise SiftError(f"{folder} holds no tokenizer; copy its files beside the weights")
+        raise NotHere(f"{folder} holds no tokenizer; copy its files beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -9,7 +9,7 @@ from sift_cli.runs.sources import source_of
 from sift_cli.tasks.coder import ALL_TOKENS
 from sift_cli.tasks.instructions import LanguageRows, load_language_rows
 from sift_cli.tasks.language import Language, Wording
-from sift_cli.tasks.metrics import LANGUAGE
+from sift_cli.tasks.metrics import OF_TOKENS
 from sift_cli.tasks.templates import BUILTIN, OWN, template_text
 from sift_cli.tasks.token_rows import DROP
 
@@ -21,7 +21,7 @@ def language_rows(
     data = recipe.data
     assert data.format is not None
     return load_language_rows(
-        **source_of(recipe, split),
+        source_of(recipe, split),
         format=data.format,
         columns=data.columns,
         train=train,
@@ -38,7 +38,7 @@ def language_of(recipe: Recipe) -> Language:
         train_on=data.train_on or ALL_TOKENS,
         too_long=data.too_long or DROP,
     )
-    return Language(data.task, tuple(data.metrics or LANGUAGE), wording=wording)
+    return Language(data.task, tuple(data.metrics or OF_TOKENS), wording=wording)
 
 
 def with_template(recipe: Recipe) -> Recipe:

@@ -21,7 +21,7 @@ from sift_cli.tasks.conversations import (
     Row,
     Text,
     asked_and_expected,
-    loaded,
+    row_of,
     until_answer,
 )
 from sift_cli.tasks.generation import answer
@@ -33,7 +33,7 @@ OPENING = 32  # tokens of a text that a model goes on from; half of a shorter on
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Sample:
     """A held-out row by its number, up to the answer; what it asks and the answer expected."""
 
     number: int
@@ -42,7 +42,7 @@ class Prompt:
     expected: str
 
 
-def prompts_of(session: Session, count: int) -> list[Prompt]:
+def draw_samples(session: Session, count: int) -> list[Sample]:
     """So many rows of the split to evaluate on, drawn alike for every run; fewer where it has less.
 
     Rows whose prompt fills what a row may have, or that begin with the answer, are passed over.
@@ -53,39 +53,39 @@ def prompts_of(session: Session, count: int) -> list[Prompt]:
     data = session.evaluation[""]
     kept, most = set(data.rows["row"]), max(data.lengths)
     rows = session.task.evaluation[""]
-    found: list[Prompt] = []
+    found: list[Sample] = []
     for at in Random(0).sample(range(len(rows)), len(rows)):
         if len(found) == count:
             break
         line = rows[at]
         if line["row"] in kept and (
-            prompt := _prompt(coder, line["row"], loaded(line["value"]), most)
+            sample := _sample(coder, line["row"], row_of(line["value"]), most)
         ):
-            found.append(prompt)
+            found.append(sample)
     return sorted(found, key=lambda one: one.number)
 
 
-def _prompt(coder: Coder, number: int, whole: Row, most: int) -> Prompt | None:
-    """The row as a prompt of fewer than `most` tokens; None where it is none."""
+def _sample(coder: Coder, number: int, whole: Row, most: int) -> Sample | None:
+    """The row with a prompt of fewer than `most` tokens; None where it is none."""
     if isinstance(whole, Text):
         ids = pieces(coder, [whole.text])[0]
         first = max(1, min(OPENING, len(ids) // 2))
         asked, expected = (decoded(coder.tokenizer, some) for some in (ids[:first], ids[first:]))
-        return Prompt(number, Text(asked), asked, expected)
+        return Sample(number, Text(asked), asked, expected)
     row = until_answer(whole) if isinstance(whole, Conversation) else whole
     try:
         fits = len(prompt_ids(coder, row)) < most
     except SiftError:
         return None
-    return Prompt(number, row, *asked_and_expected(row)) if fits else None
+    return Sample(number, row, *asked_and_expected(row)) if fits else None
 
 
-def answered(session: Session, prompts: Sequence[Prompt], longest: int) -> list[dict[str, Any]]:
+def answered(session: Session, samples: Sequence[Sample], longest: int) -> list[dict[str, Any]]:
     """What the model as it is now answers to each: the lines of samples.jsonl, without a step."""
-    if not prompts:
+    if not samples:
         return []
     coder, lines = _coder(session), []
-    for one in prompts:
+    for one in samples:
         with autocast(session.device, session.bf16):
             found = answer(session.model, coder, one.row, longest=longest)
         said = {"prompt": one.asked, "expected": one.expected, "answer": found.text}

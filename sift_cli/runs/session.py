@@ -92,8 +92,7 @@ class Session:
     @property
     def splits(self) -> dict[str, Encoded]:
         """The rows by what they are for: `train`, `evaluation` and its suffixes."""
-        splits = {"evaluation" + suffix: rows for suffix, rows in self.evaluation.items()}
-        return splits if self.train is None else {"train": self.train, **splits}
+        return by_split(self.train, self.evaluation)
 
     def truncated(self) -> dict[str, int]:
         """Rows cut to `data.max_length`, by split."""
@@ -112,7 +111,7 @@ def load_rows(recipe: Recipe, *, train: bool = True, split: str | None = None) -
     if data.task in LANGUAGE:
         return language_task(recipe, train=train, split=split)
     return load_task(
-        **source_of(recipe, split),
+        source_of(recipe, split),
         text=data.text,
         label=data.label,
         labels=data.labels,
@@ -148,23 +147,37 @@ def open_session(
     check_length(data.max_length, tuned.model, tuned.tokenizer)
     settings = recipe.train
     task, said = task.ready(tuned, packs=settings.packs, chunk_loss=settings.chunk_loss)
-
-    def encoded(rows: Any) -> Encoded:
-        return task.encode(rows, tuned.tokenizer, data.max_length)
-
+    rows, evaluation = encoded(task, tuned.tokenizer, data.max_length)
     return Session(
         task=task,
         model=tuned.model,
         tokenizer=tuned.tokenizer,
         new=tuned.new,
-        train=None if task.train is None else encoded(task.train),
-        evaluation={suffix: encoded(rows) for suffix, rows in task.evaluation.items()},
+        train=rows,
+        evaluation=evaluation,
         device=where,
         bf16=autocasts(recipe.model, recipe.train, where),
         eval_batch_size=recipe.eval.batch_size,
         eval_max_tokens=recipe.eval.max_tokens,
         notes=tuple(said),
     )
+
+
+def encoded(
+    task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Encoded | None, dict[str, Encoded]]:
+    """The task's rows as tokens: those to train on, None where it has none, and to evaluate on."""
+    train = None if task.train is None else task.encode(task.train, tokenizer, max_length)
+    evaluation = {
+        suffix: task.encode(rows, tokenizer, max_length) for suffix, rows in task.evaluation.items()
+    }
+    return train, evaluation
+
+
+def by_split(train: Encoded | None, evaluation: Mapping[str, Encoded]) -> dict[str, Encoded]:
+    """The rows by what they are for: `train`, `evaluation` and its suffixes."""
+    splits = {"evaluation" + suffix: rows for suffix, rows in evaluation.items()}
+    return splits if train is None else {"train": train, **splits}
 
 
 def autocasts(model: ModelSection, train: TrainSection, device: torch.device) -> bool:

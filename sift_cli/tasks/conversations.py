@@ -73,13 +73,13 @@ class UnusableRow(Exception):
     """Why a row of a source cannot be used, in words."""
 
 
-def dumped(row: Row) -> str:
+def line_of(row: Row) -> str:
     """A row as one line of JSON."""
     return json.dumps(asdict(row), ensure_ascii=False)
 
 
-def loaded(line: str) -> Row:
-    """The row that `dumped` made the line of."""
+def row_of(line: str) -> Row:
+    """The row that `line_of` made the line of."""
     values = json.loads(line)
     if "messages" in values:
         messages = tuple(Message(**one) for one in values["messages"])
@@ -88,7 +88,7 @@ def loaded(line: str) -> Row:
 
 
 def is_conversation(line: str) -> bool:
-    """Whether the line that `dumped` made is of messages."""
+    """Whether the line that `line_of` made is of messages."""
     return line.startswith('{"messages"')
 
 

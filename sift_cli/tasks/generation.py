@@ -54,7 +54,18 @@ def answer(
     `said` gets the text piece by piece as it comes. Nothing is drawn at random, and the model is
     left as it was. Raises what `asked_ids` raises.
     """
-    asked = asked_ids(model, coder, row)
+    return answer_to(model, coder, asked_ids(model, coder, row), longest=longest, said=said)
+
+
+def answer_to(
+    model: PreTrainedModel,
+    coder: Coder,
+    asked: list[int],
+    *,
+    longest: int = LONGEST_ANSWER,
+    said: Said | None = None,
+) -> Answer:
+    """As `answer`, to the tokens that `asked_ids` gave."""
     most = _most(model, asked, longest)
     stream = None if said is None else _Stream(coder, said)
     ids = torch.tensor([asked], device=model.device)

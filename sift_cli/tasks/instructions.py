@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
-from sift_cli.tasks.conversations import FORMATS, Format, UnusableRow, dumped
-from sift_cli.tasks.sources import NUMBER_COLUMN, read_rows, require_columns, take_split
+from sift_cli.tasks.conversations import FORMATS, Format, UnusableRow, line_of
+from sift_cli.tasks.sources import (
+    NUMBER_COLUMN,
+    TOLD,
+    Source,
+    read_rows,
+    require_columns,
+    take_split,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 AUTO = "auto"
-TOLD = 5  # rows that one error names
 BATCH = 1000
 
 
@@ -38,7 +44,7 @@ class Layout:
 class LanguageRows:
     """Checked rows to train and to evaluate on, each None where it was not asked for.
 
-    They have the columns `value` (what `conversations.loaded` reads) and `row`, the number in the
+    They have the columns `value` (what `conversations.row_of` reads) and `row`, the number in the
     source split.
     """
 
@@ -107,38 +113,22 @@ def _needed(layout: Layout) -> str:
 
 
 def load_language_rows(
-    path: str,
-    task: str,
+    source: Source,
     *,
     format: str = AUTO,
     columns: Mapping[str, str] | None = None,
-    config: str | None = None,
-    split: str = "validation",
-    holdout: float | None = None,
-    inner_holdout: float | None = None,
-    max_train_rows: int | None = None,
-    seed: int = 0,
     train: bool = True,
     evaluate: bool = True,
 ) -> LanguageRows:
-    """Loads and checks the training rows and those of the split `split`, or one of the two.
+    """Loads and checks the training rows and those to evaluate on, or one of the two.
 
     Raises SiftError for a source that is not there, a missing or empty split, columns that fit no
     format or several, and rows that cannot be used, with their numbers.
     """
-    raw = read_rows(
-        path,
-        task,
-        config,
-        split=split,
-        holdout=holdout,
-        inner_holdout=inner_holdout,
-        max_train_rows=max_train_rows,
-        seed=seed,
-    )
+    raw, split = read_rows(source), source.split
     names = [name for name, wanted in (("train", train), (split, evaluate)) if wanted]
-    taken = {name: take_split(raw, name, path) for name in names}
-    layout = recognise(next(iter(taken.values())).column_names, task, format, columns)
+    taken = {name: take_split(raw, name, source.path) for name in names}
+    layout = recognise(next(iter(taken.values())).column_names, source.task, format, columns)
     read = {name: read_split(rows, name, layout, columns or {}) for name, rows in taken.items()}
     return LanguageRows(layout, read["train"] if train else None, read[split] if evaluate else None)
 
@@ -155,7 +145,7 @@ def read_split(rows: Dataset, split: str, layout: Layout, given: Mapping[str, st
     for at, row in enumerate(_each(held, split, numbers)):
         try:
             value = form.read({name: row[one] for name, one in columns.items()}, layout.names)
-            values.append(dumped(value))
+            values.append(line_of(value))
         except UnusableRow as error:
             wrong.append((numbers[at], str(error)))
     if wrong:

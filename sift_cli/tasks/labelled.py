@@ -14,6 +14,7 @@ from sift_cli.tasks.classification import Classification, task_of_labels
 from sift_cli.tasks.metrics import CLASSIFICATION, METRICS, REGRESSION
 from sift_cli.tasks.sources import (
     NUMBER_COLUMN,
+    Source,
     by_suffix,
     column_values,
     evaluation_splits,
@@ -29,49 +30,33 @@ if TYPE_CHECKING:
 
 
 def load_task(
-    path: str,
-    task: str,
+    source: Source,
     *,
     text: Sequence[str] | None = None,
     label: str | None = None,
     labels: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
-    config: str | None = None,
-    split: str = "validation",
-    holdout: float | None = None,
-    inner_holdout: float | None = None,
-    max_train_rows: int | None = None,
-    seed: int = 0,
     train: bool = True,
 ) -> Classification:
-    """Loads and checks the training rows (unless `train` is false) and those of the split `split`.
+    """Loads and checks the training rows (unless `train` is false) and those to evaluate on.
 
     Raises SiftError for a source that is not there, a missing split or column, an empty split,
     labels outside the range, all-equal training labels, missing text, targets that are not finite
     and metrics of classes for a regression.
     """
-    spec = TASKS.get(task)
-    raw = read_rows(
-        path,
-        task,
-        config,
-        split=split,
-        holdout=holdout,
-        inner_holdout=inner_holdout,
-        max_train_rows=max_train_rows,
-        seed=seed,
-    )
+    path, task, spec = source.path, source.task, TASKS.get(source.task)
+    raw = read_rows(source)
     columns, column = text_columns(task, text), label or (spec.label if spec else "label")
-    wanted = {name: take_split(raw, name, path) for name in evaluation_splits(raw, split)}
-    source = take_split(raw, "train", path) if train or spec is None else None
-    names = _labels(labels, spec, source, column)
+    wanted = {name: take_split(raw, name, path) for name in evaluation_splits(raw, source.split)}
+    given = take_split(raw, "train", path) if train or spec is None else None
+    names = _labels(labels, spec, given, column)
     checked = {
         suffix: _check_rows(rows, where, columns, column, names)
         for where, (suffix, rows) in zip(wanted, by_suffix(wanted).items(), strict=True)
     }
     rows = None
-    if train and source is not None:
-        rows = _check_rows(source, "train", columns, column, names)
+    if train and given is not None:
+        rows = _check_rows(given, "train", columns, column, names)
         _refuse_one_label(rows, names, path)
     chosen = tuple(metrics or (spec.metrics if spec else task_of_labels(names).metrics))
     _refuse_other_metrics(chosen, names, column)

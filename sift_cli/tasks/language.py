@@ -20,10 +20,10 @@ from sift_cli.errors import SiftError
 from sift_cli.models.loading import LoadedModel, load_tokenizer, read_config
 from sift_cli.models.readout import whole_logits
 from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
-from sift_cli.tasks.conversations import asked_and_expected, loaded
-from sift_cli.tasks.generation import Answer, answer, asked_ids
-from sift_cli.tasks.metrics import LANGUAGE, Metrics, better, score_tokens, short
-from sift_cli.tasks.prompts import Prompt, prompts_of
+from sift_cli.tasks.conversations import asked_and_expected, row_of
+from sift_cli.tasks.generation import Answer, answer_to, asked_ids
+from sift_cli.tasks.metrics import OF_TOKENS, Metrics, better, score_tokens, short
+from sift_cli.tasks.prompts import Prompt
 from sift_cli.tasks.table import LONGEST_ANSWER
 from sift_cli.tasks.task import Loss, Published
 from sift_cli.tasks.templates import OWN, stop_tokens, stops_texts, template_texts
@@ -69,13 +69,13 @@ class Reading:
 class Language:
     """A task whose rows are conversations, prompts with completions, or texts.
 
-    Its rows have the columns `value` (what `conversations.loaded` reads) and `row`. `stops` are the
+    Its rows have the columns `value` (what `conversations.row_of` reads) and `row`. `stops` are the
     tokens at which generation stops, once it is `ready` for a model; `format` is what its rows were
     read as.
     """
 
     name: str
-    metrics: tuple[str, ...] = LANGUAGE
+    metrics: tuple[str, ...] = OF_TOKENS
     train: Dataset | None = None
     evaluation: dict[str, Dataset] = field(default_factory=dict)
     wording: Wording = Wording()
@@ -255,28 +255,10 @@ class Language:
             said = {"loss": short(total / count), "tokens": int(count), "right": int(right)}
             if row not in told:
                 return {"row": row, **said}
-            asked, expected = asked_and_expected(loaded(rows[places[row]]["value"]))
+            asked, expected = asked_and_expected(row_of(rows[places[row]]["value"]))
             return {"row": row, **said, "prompt": asked, "expected": expected}
 
         return [line(row) for row in sums]
-
-    def predict(
-        self,
-        loaded: LoadedModel,
-        texts: Sequence[str],
-        pairs: Sequence[str] | None = None,
-        *,
-        device: torch.device,
-        max_length: int | None = None,
-    ) -> list[dict[str, Any]]:
-        """What the model answers to each text: `text`, and what an Answer tells."""
-        if pairs:
-            raise SiftError("--pair: a language model takes one text at a time")
-        prompts = prompts_of(texts, self.takes_text(loaded.tokenizer))
-        found = self.answers(loaded, prompts, device=device)
-        return [
-            {"text": text, **one.to_json()} for text, (_, one) in zip(texts, found, strict=True)
-        ]
 
     def takes_text(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether its models go on from a text as it is, since none puts a template around it."""
@@ -296,13 +278,14 @@ class Language:
         """
         coder, model = self.coder(loaded.tokenizer), loaded.model
         model.to(device)  # type: ignore[arg-type]
+        asked = []
         for prompt in prompts:
             try:
-                asked_ids(model, coder, prompt.row)
+                asked.append(asked_ids(model, coder, prompt.row))
             except SiftError as error:
                 raise SiftError(f"{prompt.place}: {error}") from None
-        for prompt in prompts:
-            yield prompt, answer(model, coder, prompt.row, longest=longest)
+        for prompt, ids in zip(prompts, asked, strict=True):
+            yield prompt, answer_to(model, coder, ids, longest=longest)
 
 
 def is_causal(config: PretrainedConfig) -> bool:

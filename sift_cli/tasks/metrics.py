@@ -110,9 +110,9 @@ METRICS = {
     "token_accuracy": Metric(None, classes=False, of_tokens=_token_accuracy),
 }
 CLASSIFICATION = tuple(name for name, metric in METRICS.items() if metric.classes)
-LANGUAGE = tuple(name for name, metric in METRICS.items() if metric.of_tokens)
+OF_TOKENS = tuple(name for name, metric in METRICS.items() if metric.of_tokens)
 REGRESSION = tuple(
-    name for name, metric in METRICS.items() if name not in (*CLASSIFICATION, *LANGUAGE)
+    name for name, metric in METRICS.items() if name not in (*CLASSIFICATION, *OF_TOKENS)
 )
 
 
@@ -141,7 +141,7 @@ def compute_metrics(
 
 
 def score_tokens(names: Sequence[str], rows: NDArray[Any]) -> dict[str, float | None]:
-    """Each named metric of LANGUAGE, from what `token_outputs` gives of each row, [N, 3].
+    """Each named metric of OF_TOKENS, from what `token_outputs` gives of each row, [N, 3].
 
     Tokens count alike, whatever rows they stand in: `loss` is the mean over all targets, and
     `perplexity` its exponential, None where no number holds it. All are None without targets.

@@ -10,10 +10,11 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sift_cli.errors import SiftError
+from sift_cli.errors import NotHere, SiftError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -24,7 +25,7 @@ NUMBER_COLUMN = "__row__"  # row numbers, in source splits that may have a colum
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 # No hub id ends like this, so such a path is never looked for there.
 FILE_ENDINGS = (*BUILDERS, ".tsv", ".txt", ".arrow", ".xlsx", ".gz", ".zip")
-TOLD = 5  # files that one error names
+TOLD = 5  # files or rows that one error names
 SPLIT_NAMES = {
     "train": ("train",),
     "validation_matched": ("validation_matched", "dev_matched"),
@@ -34,10 +35,29 @@ SPLIT_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of a task come from, and which of them are held out or left out.
+
+    `config` is that of a hub dataset, `split` the one to evaluate on. Where that is the validation
+    split, the share `holdout` of the training rows replaces it. The share `inner_holdout` of those
+    that are then left to train on replaces whichever split it is.
+    """
+
+    path: str
+    task: str
+    config: str | None = None
+    split: str = "validation"
+    holdout: float | None = None
+    inner_holdout: float | None = None
+    max_train_rows: int | None = None
+    seed: int = 0
+
+
 def load_splits(path: str, task: str, config: str | None) -> DatasetDict:
     """Every split of a source, each row with its number under NUMBER_COLUMN.
 
-    Raises SiftError for a source that is not there or cannot be read.
+    Raises NotHere for a source that is not there, and SiftError for one that cannot be read.
     """
     import datasets
 
@@ -55,46 +75,36 @@ def load_splits(path: str, task: str, config: str | None) -> DatasetDict:
         cause = error.__cause__ or error
         said = str(cause).strip().splitlines() or [type(cause).__name__]
         kind = "cannot be read" if files is not None else "is not on this machine nor on the hub"
-        raise SiftError(f"data.path: {path} {kind}: {said[0]}") from error
+        lacks = files is None and isinstance(error, OSError)
+        raise (NotHere if lacks else SiftError)(f"data.path: {path} {kind}: {said[0]}") from error
     numbered = {
         name: rows.add_column(NUMBER_COLUMN, list(range(len(rows)))) for name, rows in found.items()
     }
     return datasets.DatasetDict(numbered)
 
 
-def read_rows(
-    path: str,
-    task: str,
-    config: str | None,
-    *,
-    split: str,
-    holdout: float | None,
-    inner_holdout: float | None,
-    max_train_rows: int | None,
-    seed: int,
-) -> DatasetDict:
-    """The splits of `load_splits`, some training rows held out or left out.
+def read_rows(source: Source) -> DatasetDict:
+    """The splits of `load_splits`, some training rows held out or left out as the source says.
 
-    Where `split` is the validation split, the share `holdout` of the training rows replaces it.
-    The share `inner_holdout` of those that are then left to train on replaces whichever split it
-    is. Raises SiftError where that leaves none to train on.
+    Raises SiftError where that leaves none to train on.
     """
-    raw = load_splits(path, task, config)
+    raw = load_splits(source.path, source.task, source.config)
+    split, seed = source.split, source.seed
 
     def hold_out(key: str, share: float) -> None:
-        whole = take_split(raw, "train", path)
+        whole = take_split(raw, "train", source.path)
         if not 0 < math.ceil(share * len(whole)) < len(whole):
             raise SiftError(f"data.{key}: {share} leaves none of {len(whole)} rows to train on")
         parts = whole.train_test_split(test_size=share, seed=seed)
         raw[split], raw["train"] = parts["test"], parts["train"]
 
-    if holdout is not None and split == "validation":
-        hold_out("holdout", holdout)
-    if max_train_rows is not None and "train" in raw:
-        kept = min(max_train_rows, len(raw["train"]))
+    if source.holdout is not None and split == "validation":
+        hold_out("holdout", source.holdout)
+    if source.max_train_rows is not None and "train" in raw:
+        kept = min(source.max_train_rows, len(raw["train"]))
         raw["train"] = raw["train"].shuffle(seed=seed).select(range(kept))
-    if inner_holdout is not None:
-        hold_out("inner_holdout", inner_holdout)
+    if source.inner_holdout is not None:
+        hold_out("inner_holdout", source.inner_holdout)
     return raw
 
 
@@ -168,7 +178,7 @@ def _find_files(path: str, task: str) -> dict[str, list[Path]] | None:
         if hub_id and not path.lower().endswith(FILE_ENDINGS):
             return None
         within = "" if folder.is_absolute() else f" in {Path.cwd()}"
-        raise SiftError(f"data.path: {path}: no such folder or file{within}")
+        raise NotHere(f"data.path: {path}: no such folder or file{within}")
     files = [file for file in sorted(folder.iterdir()) if file.suffix in BUILDERS]
     if not files and (folder / task).is_dir():
         return _find_files(str(folder / task), task)
@@ -248,6 +258,6 @@ def refuse_rows(
         return
     shown = ", ".join(
         f"{numbers[index]}" + (f" ({values[index]!r})" if values is not None else "")
-        for index in rows[:5]
+        for index in rows[:TOLD]
     )
     raise SiftError(f"data: the {split} split has {what}: {len(rows):,} rows, such as row {shown}")

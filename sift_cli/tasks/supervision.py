@@ -54,7 +54,7 @@ def prompt_ids(coder: Coder, row: Row) -> list[int]:
         ids = opening(coder.tokenizer) + pieces(coder, [asked])[0]
         return _taken(sound(coder, Coded(ids, [])))
     ends = row.messages[-1].role == "assistant"
-    chat = replace(_with_system(coder, row), messages=row.messages[:-1] if ends else row.messages)
+    chat = replace(row, messages=row.messages[:-1]) if ends else row
     (found,) = render(coder, [_with_system(coder, chat)], True)
     return _taken(sound(coder, found))
 

@@ -171,14 +171,3 @@ class Task(Protocol):
 
     def lines(self, outputs: Tensor, rows: Dataset, data: Encoded) -> list[dict[str, Any]]:
         """What predictions.jsonl says of each row that was encoded; begins with its number."""
-
-    def predict(
-        self,
-        loaded: LoadedModel,
-        texts: Sequence[str],
-        pairs: Sequence[str] | None = None,
-        *,
-        device: torch.device,
-        max_length: int | None = None,
-    ) -> list[dict[str, Any]]:
-        """What the model says of each text (or pair): `text`, `pair` and the answer."""

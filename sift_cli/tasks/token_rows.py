@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
 from sift_cli.tasks.coder import Coded, Coder, Refused
-from sift_cli.tasks.conversations import is_conversation, loaded
+from sift_cli.tasks.conversations import is_conversation, row_of
+from sift_cli.tasks.sources import TOLD
 from sift_cli.tasks.supervision import code, probe
 from sift_cli.tasks.templates import OWN
 from sift_cli.tasks.tokens import UNSEEN, Encoded, cached
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 DROP, CUT_END, ERROR, SPLIT = TOO_LONG = ("drop", "cut-end", "error", "split")
 LONG, CUT_AWAY, NOTHING = "too long", "answer cut away", "nothing to learn"  # why rows are dropped
 MOST_DROPPED = 0.2  # of the rows of a split
-TOLD = 5  # rows that one error names
 VERSION = 2  # of what is cached
 
 
@@ -176,7 +176,7 @@ def _coded(
     coder: Coder, limit: Limit, split: str, lines: Sequence[str], numbers: Sequence[int]
 ) -> dict[str, list[Any]]:
     """A line of columns for each part of each row; one without tokens for a row that is dropped."""
-    found = code(coder, [loaded(line) for line in lines])
+    found = code(coder, [row_of(line) for line in lines])
     refuse(split, dict(zip(numbers, found, strict=True)))
     columns: dict[str, list[Any]] = {
         key: []

@@ -18,6 +18,8 @@ from sift_cli.recipe import TrainSection
 from sift_cli.runs.session import Session
 from sift_cli.sparse import Support, Touched
 from sift_cli.tasks.evaluation import collect
+from sift_cli.tasks.task import Task
+from sift_cli.tasks.tokens import Encoded
 
 # Rows of a probe: several times the width of most features, for about 20 steps' worth of time.
 ROWS = 2048
@@ -100,12 +102,7 @@ def _start(
         return None
     name = head_layer(start, session.model)
     assert session.train is not None
-    targets = session.task.targets(session.train)
-    if targets is None:
-        raise SiftError(
-            f"train.head_start: {start} needs a head that gives a row's label, and the task "
-            f"{session.task.name} has none; set it to random"
-        )
+    targets = targets_for(start, session.task, session.train)
     layer: Any = session.model.get_submodule(name)
     own = {f"{name}.{key}": weight for key, weight in layer.named_parameters()}
     if not own.keys() <= {*session.new}:
@@ -117,6 +114,17 @@ def _start(
     said = _prior(layer, targets) if start == "prior" else _probe(layer, targets, session, settings)
     console.print(f"head: {said}", highlight=False)
     return touched
+
+
+def targets_for(start: str, task: Task, data: Encoded) -> Tensor:
+    """What a head that begins as `start` is to give; raises SiftError where rows have no label."""
+    targets = task.targets(data)
+    if targets is None:
+        raise SiftError(
+            f"train.head_start: {start} needs a head that gives a row's label, and the task "
+            f"{task.name} has none; set it to random"
+        )
+    return targets
 
 
 def start_of(settings: TrainSection, model: nn.Module) -> str:

@@ -18,7 +18,7 @@ from sift_cli.runs.facts import Facts, settings_of
 from sift_cli.runs.guard import guarded, require_space
 from sift_cli.runs.language import with_template
 from sift_cli.runs.record import write_gradient, write_predictions
-from sift_cli.runs.samples import Prompt, answered, prompts_of, write_samples
+from sift_cli.runs.samples import Sample, answered, draw_samples, write_samples
 from sift_cli.runs.session import Session, open_session, tell_emulated, tell_undefined
 from sift_cli.runs.sinks import Sinks, open_sinks
 from sift_cli.runs.summary import Summary, describe, summarize
@@ -105,7 +105,7 @@ class Run:
     checkpoints: Checkpoints
     facts: Facts
     state: State
-    prompts: Sequence[Prompt]
+    samples: Sequence[Sample]
     metrics_before: dict[str, float | None]
     saved: int | None
     undo: Callable[[], None]
@@ -116,8 +116,8 @@ class Run:
         return self.saved or 0
 
     def answers(self) -> list[dict[str, Any]]:
-        """What the model answers to the prompts now."""
-        return answered(self.session, self.prompts, self.evaluation.generate.max_new_tokens)
+        """What the model answers to the samples now."""
+        return answered(self.session, self.samples, self.evaluation.generate.max_new_tokens)
 
 
 def begin(
@@ -167,7 +167,7 @@ def begin(
         checkpoints=checkpoints,
         facts=facts,
         state=state,
-        prompts=prompts_of(session, recipe.eval.samples),
+        samples=draw_samples(session, recipe.eval.samples),
         metrics_before=metrics_before,
         saved=saved.step if saved else None,
         undo=undo,

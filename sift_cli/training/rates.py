@@ -42,11 +42,7 @@ def at_best_rate(
     """
     rows = load_rows(recipe).train
     assert rows is not None
-    if len(rows) < FEWEST_ROWS:
-        raise SiftError(
-            f"train.learning_rate: auto holds out a tenth of the training rows, and {len(rows)} "
-            f"are too few for that (at least {FEWEST_ROWS}); give a number"
-        )
+    require_enough_rows(len(rows))
     steps = steps_of_trial(steps_of(recipe.train, [1] * len(rows)).steps)
     said: list[str] = []
 
@@ -84,6 +80,15 @@ def at_best_rate(
     }
     write_text(out / RATES_FILE, json.dumps(found, indent=2) + "\n")
     return at_rate(recipe, best)
+
+
+def require_enough_rows(rows: int) -> None:
+    """Raises SiftError where so many rows to train on are too few to try rates with."""
+    if rows < FEWEST_ROWS:
+        raise SiftError(
+            f"train.learning_rate: auto holds out a tenth of the training rows, and {rows} "
+            f"are too few for that (at least {FEWEST_ROWS}); give a number"
+        )
 
 
 def search(middle: float, loss_at: Callable[[float], float]) -> dict[float, float]:

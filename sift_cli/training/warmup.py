@@ -44,6 +44,17 @@ class WarmUp:
         )
 
 
+def warmed(everything: bool, sparse: Sequence[str], dense: Sequence[str]) -> list[str]:
+    """The weights that a warm-up trains: `dense`, and `sparse` where that is everything.
+
+    Raises SiftError where there is none.
+    """
+    names = [*(sparse if everything else ()), *dense]
+    if not names:
+        raise SiftError("selection.warmup_trains: no module trains whole, so there is no head")
+    return names
+
+
 def warm_up(
     settings: WarmUp,
     session: Session,
@@ -59,9 +70,7 @@ def warm_up(
     all of it goes back, and what is returned is how far each weight of `sparse` had moved.
     `touched` has the base values of a head that has left them already.
     """
-    names = [*(sparse if settings.everything else ()), *dense]
-    if not names:
-        raise SiftError("selection.warmup_trains: no module trains whole, so there is no head")
+    names = warmed(settings.everything, sparse, dense)
     supports = whole_supports(session.model, names)
     base = None if settings.everything else touched  # everything goes back to where it is now
     parameters = attach(session.model, supports, touched=base, offload=settings.offload)

@@ -116,7 +116,7 @@ def test_a_study_from_rates_to_tables(
     for method in ("delta", "lora", "full"):
         assert made_up.count(["score", method, "runs"]) == 4
     lines = (tmp_path / "o/results.jsonl").read_text().splitlines()
-    rows = [study.Row(**json.loads(line)) for line in lines]
+    rows = [study.Run(**json.loads(line)) for line in lines]
     for method in ("sift", "lora", "full"):
         tried = {row.rate for row in rows if (row.stage, row.method) == ("rates", method)}
         ran = [row for row in rows if (row.stage, row.method) == ("runs", method)]
@@ -192,7 +192,7 @@ def test_equations_are_right_by_their_value(scripts: Any) -> None:
 def test_of_losses_the_lowest_is_best(scripts: Any) -> None:
     tables = scripts("quality_tables")
     rows = [
-        tables.Row("rates", "mawps", "sift", 0.01, rate, 1, metric="loss", score=score)
+        tables.Run("rates", "mawps", "sift", 0.01, rate, 1, metric="loss", score=score)
         for rate, score in ((1e-3, 0.6), (2e-3, 0.5), (4e-3, 0.7))
     ]
     assert tables.best_rate(rows) == 2e-3
@@ -200,9 +200,9 @@ def test_of_losses_the_lowest_is_best(scripts: Any) -> None:
 
 def test_a_line_of_a_study_without_more_is_what_it_was(scripts: Any) -> None:
     tables = scripts("quality_tables")
-    row = tables.Row("runs", "cola", "sift", 0.01, 1e-3, 1)
+    row = tables.Run("runs", "cola", "sift", 0.01, 1e-3, 1)
     assert "more" not in row.to_json()
-    assert tables.Row(**row.to_json()) == row
+    assert tables.Run(**row.to_json()) == row
 
 
 def test_what_a_stage_takes_is_told_and_nothing_begun(

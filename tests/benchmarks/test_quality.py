@@ -141,7 +141,7 @@ def test_tables_are_those_of_scipy(quality: Any, tmp_path: Path) -> None:
         ("lora", "rte"): [0.5, 0.56, 0.55],
     }
     rows = [
-        tables.Row("runs", task, method, 0.01, 1e-3, seed, "m", "accuracy", score, 0.5)
+        tables.Run("runs", task, method, 0.01, 1e-3, seed, "m", "accuracy", score, 0.5)
         for (method, task), values in scores.items()
         for seed, score in enumerate(values)
     ]
@@ -158,7 +158,7 @@ def test_tables_are_those_of_scipy(quality: Any, tmp_path: Path) -> None:
 
 def test_one_rate_for_all_tasks(quality: Any) -> None:
     tables = importlib.import_module("quality_tables")
-    row = tables.Row("rates", "cola", "sift", 0.01, 1e-3, 1, score=0.0, train_loss=0.6)
+    row = tables.Run("rates", "cola", "sift", 0.01, 1e-3, 1, score=0.0, train_loss=0.6)
     lower = dataclasses.replace(row, rate=2e-3, train_loss=0.5)
     diverged = dataclasses.replace(row, rate=4e-3, score=None)
     assert tables.best_rate([row, lower, diverged]) == 2e-3  # a tie goes to the lower loss

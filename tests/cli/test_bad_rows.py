@@ -47,9 +47,21 @@ ROWS: dict[str, tuple[list[Any], tuple[str, ...], str]] = {  # rows, overrides, 
 }
 
 
+def refusal(recipe: Path, *options: str) -> str:
+    """The one line of training, which is that of a plan."""
+    said = set()
+    for command in (("train", recipe, "--out", recipe.parent / "run"), ("plan", recipe)):
+        done = sift(*command, *options)
+        assert done.returncode == 2, done.stdout
+        (line,) = done.stderr.splitlines()
+        said.add(line)
+    (only,) = said
+    return only
+
+
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
-    """What training says of files, which it refuses in one line."""
+    """What training and a plan say of files, which both refuse in the same line."""
     folder = tmp_path / "data"
     folder.mkdir()
 
@@ -60,10 +72,7 @@ def refused(tmp_path: Path) -> Callable[..., str]:
         recipe = tmp_path / "r.yaml"
         recipe.write_text(f"model: {{path: {base}}}\ndata: {{path: {folder}, task: {task}}}\n")
         options = [part for one in changes for part in ("--set", one)]
-        done = sift("train", recipe, "--out", tmp_path / "run", *options)
-        assert done.returncode == 2, done.stdout
-        (line,) = done.stderr.splitlines()
-        return line.replace(str(tmp_path), "")
+        return refusal(recipe, *options).replace(str(tmp_path), "")
 
     return run
 
@@ -145,9 +154,70 @@ def test_another_kind_of_model(tmp_path: Path, base: Path, refused: Callable[...
     ):
         told = refused(folder, **files)
         assert told == f"data.task: instruct needs a causal language model, and the model is {name}"
-        for command in (("plan",), ("data", "show")):
-            done = sift(*command, tmp_path / "r.yaml")
-            assert (done.returncode, done.stderr) == (2, told + "\n")
+        done = sift("data", "show", tmp_path / "r.yaml")
+        assert (done.returncode, done.stderr) == (2, told + "\n")
+
+
+WITHOUT_STEPS: dict[str, tuple[tuple[str, ...], str]] = {  # overrides, what is told
+    "a template that is not there": (("data.template=none.jinja",), "'none.jinja' is none of"),
+    "too few rows to try rates": (("train.learning_rate=auto",), "and 3 are too few for that"),
+    "more tokens than positions": (("data.max_length=4096",), "the model takes 2048 tokens"),
+    "a warm-up of no head": (("selection.schedule=after-warmup",), "no module trains whole"),
+    "a probe without labels": (("train.head_start=probe",), "and the task instruct has none"),
+    "a split that is not there": (("eval.split=test",), "no split 'test'"),
+    "a column that is not there": (("data.format=alpaca",), "no column 'instruction'"),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT_STEPS)
+def test_settings(what: str, base: Path, refused: Callable[..., str]) -> None:
+    changes, told = WITHOUT_STEPS[what]
+    assert told in refused(base, *changes, train_jsonl=LINES, validation_jsonl=LINES)
+
+
+LABELLED: dict[str, tuple[list[dict[str, Any]], str]] = {  # rows, what is told
+    "one label": ([{"sentence": "a", "label": 1}], "rows have the label 1; nothing can be learnt"),
+    "an unknown label": ([{"sentence": "a", "label": 7}], "labels outside"),
+    "no text": ([{"sentence": None, "label": 0}], "text in 'sentence' is missing"),
+    "another column": ([{"words": "a", "label": 0}], "no column 'sentence'"),
+    "a rate to find": ([{"sentence": "a", "label": 0}], "and 4 are too few for that"),
+}
+
+
+@pytest.mark.parametrize("what", LABELLED)
+def test_labelled_rows(what: str, recipe_file: Path, tmp_path: Path) -> None:
+    rows, told = LABELLED[what]
+    more = [] if "words" in rows[0] else [{"sentence": "b", "label": 1}] * 3
+    path = tmp_path / "few"
+    path.mkdir()
+    for split in ("train", "validation"):
+        (path / f"{split}.jsonl").write_text(lines(*rows, *more))
+    changes = [f"data.path={path}", "train.learning_rate=auto"]
+    assert told in refusal(recipe_file, *(part for one in changes for part in ("--set", one)))
+
+
+def test_a_model_without_such_a_head(recipe_file: Path, tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "clip", "bert")
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    assert "CLIPConfig" in refusal(recipe_file, "--set", f"model.path={folder}")
+
+
+def test_a_plan_does_without_rows_and_tokenizer(
+    base: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    """But not without what it can tell from the rest."""
+    done = sift("plan", recipe_file, "--set", f"data.path={tmp_path / 'none'}")
+    assert (done.returncode, "no such folder or file" in done.stdout) == (0, True)
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    (tmp_path / "train.jsonl").write_text(LINES)
+    recipe = tmp_path / "r.yaml"
+    data = f"{{path: {tmp_path}/train.jsonl, task: instruct, holdout: 0.4}}"
+    recipe.write_text(f"model: {{path: {base}}}\ndata: {data}\n")
+    done = sift("plan", recipe)
+    assert (done.returncode, "holds no tokenizer" in done.stdout) == (0, True), done.stderr
+    (tmp_path / "train.jsonl").write_text(lines(*[said(ASKED)] * 3))
+    assert "no answer" in refusal(recipe)
 
 
 def test_a_tuned_language_model_does_not_classify(tmp_path: Path, base: Path) -> None:

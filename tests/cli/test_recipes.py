@@ -140,6 +140,14 @@ def test_the_paper_s_recipes_for_alpaca_are_the_paper_s(size: str) -> None:
     assert "not run here" in path.read_text().splitlines()[0]
 
 
+def test_recipes_for_instructions_leave_the_rate_to_the_width_of_the_model() -> None:
+    names = [name for name in SHIPPED if name.startswith("instruct/")]
+    recipes = {name: load_recipe(shipped.find(name, only_shipped=True)) for name in names}
+    assert {one.selection.batches for one in recipes.values()} == {16}
+    stated = {name for name, one in recipes.items() if one.train.learning_rate is not None}
+    assert stated == {"instruct/quickstart"}  # measured
+
+
 def test_the_paper_s_recipes_train_as_many_entries_as_the_paper() -> None:
     recipe = load_recipe(shipped.find("paper/rte"))
     config = roberta_large()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sift_cli.cli import chatting
 from sift_cli.errors import SiftError
 from sift_cli.system.terminal import visible
-from sift_cli.tasks import language
+from sift_cli.tasks import generation, language
 from sift_cli.tasks.conversations import Message
 from sift_cli.tasks.generation import Answer, Said
 from tests.support.causal import save_talker
@@ -94,6 +94,13 @@ def test_arguments_and_lines_are_asked_alike(talker: Path, tmp_path: Path) -> No
     assert [line.split("\t")[0] for line in table.stdout.splitlines()] == ["text", "one?", "two?"]
 
 
+def test_each_prompt_is_tokenised_once(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, ids = [], generation.prompt_ids
+    monkeypatch.setattr(generation, "prompt_ids", lambda *one: seen.append(one) or ids(*one))
+    assert sift("predict", talker, "one?", "two?", "--max-new-tokens", 1).returncode == 0
+    assert len(seen) == 2
+
+
 def test_lines_are_written_as_they_come(
     talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +113,7 @@ def test_lines_are_written_as_they_come(
             raise KeyboardInterrupt
         return Answer("a", 1, True)
 
-    monkeypatch.setattr(language, "answer", slow)
+    monkeypatch.setattr(language, "answer_to", slow)
     done = sift("predict", talker, "--input", source, "--output", out)
     assert done.returncode == 130
     assert held == [0, 1, 2]
@@ -148,7 +155,7 @@ def test_what_predict_refuses(talker: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [("predict", "{}", "a"), ("chat", "{}", "--once", "a")])
 def test_a_prompt_with_two_beginnings_is_refused(tmp_path: Path, command: tuple[str, ...]) -> None:
-    # trap 3.1
+    # rule 3.1
     folder = save_talker(tmp_path / "model", TWO_BEGINNINGS, begins=True)
     done = sift(*(one.format(folder) for one in command))
     assert done.returncode == 2
@@ -156,7 +163,7 @@ def test_a_prompt_with_two_beginnings_is_refused(tmp_path: Path, command: tuple[
 
 
 def test_one_beginning_where_the_tokenizer_puts_one_too(tmp_path: Path) -> None:
-    # trap 3.1: the template's beginning, rendered and tokenised again, would come twice
+    # rule 3.1: the template's beginning, rendered and tokenised again, would come twice
     folder = save_talker(tmp_path / "model", "{{ bos_token }}" + CHATML, begins=True)
     wanted = plainly(folder, [("user", "one?")])
     done = sift("chat", folder, "--once", "one?", "--max-new-tokens", LONGEST)
@@ -185,7 +192,7 @@ def test_a_model_without_a_template_goes_on_from_a_text(tmp_path: Path) -> None:
 
 
 def test_once_prints_the_answer_alone(talker: Path) -> None:
-    # trap 3.8: greedy, whatever the model ships
+    # rule 3.8: greedy, whatever the model ships
     wanted = plainly(talker, [("user", "one?")])
     done = process("chat", talker, "--once", "one?", "--max-new-tokens", LONGEST)
     assert (done.stdout, done.stderr) == (wanted + "\n", "")

@@ -197,7 +197,7 @@ def test_a_shipped_template_is_written_as_the_model_needs_it(tmp_path: Path) -> 
         chat, add_generation_prompt=True, return_dict=True
     )
     assert again["input_ids"] == asked
-    assert asked.count(tokenizer.bos_token_id) == 1  # trap 3.1
+    assert asked.count(tokenizer.bos_token_id) == 1  # rule 3.1
 
 
 def test_generation_settings_that_name_them_are_copied(tuned: Tuned, tmp_path: Path) -> None:

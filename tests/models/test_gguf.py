@@ -36,6 +36,20 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+def test_a_file_is_read_once_a_process_and_again_once_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read, digest = tmp_path / "x.gguf", [], files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda file: read.append(file) or digest(file))
+    monkeypatch.setattr(files, "_dequantise", lambda file, into: (into / "config.json").touch())
+    path.write_bytes(b"one")
+    first = {model_folder(str(path)) for _ in range(3)}
+    assert len(first) == len(read) == 1
+    path.write_bytes(b"another")
+    assert model_folder(str(path)) not in first
+    assert len(read) == 2
+
+
 def turned(weight: Tensor) -> Tensor:
     """Rows of queries and keys as llama.cpp wants them: the two halves of a head in turns."""
     return weight.view(HEADS, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

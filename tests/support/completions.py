@@ -139,6 +139,3 @@ class Completions:
             {"row": row, "loss": total, "tokens": int(count)}
             for row, (total, count) in zip(rows["row"][:], outputs.tolist(), strict=True)
         ]
-
-    def predict(self, *args: Any, **more: Any) -> list[dict[str, Any]]:
-        raise NotImplementedError

@@ -1,6 +1,7 @@
 """Rows for language models: formats, names, and everything that can be wrong with a row."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from sift_cli.tasks.conversations import (
     Message,
     Row,
     Text,
-    dumped,
-    loaded,
+    line_of,
+    row_of,
 )
 from sift_cli.tasks.instructions import load_language_rows, recognise
+from sift_cli.tasks.sources import Source
 from tests.tasks.test_data import FORMATS as ENDINGS
 from tests.tasks.test_data import folder, write
 
@@ -31,14 +33,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
 
 
-def read(path: Path, *rows: dict[str, Any], task: str = "instruct", **options: Any) -> list[Row]:
+def read(
+    path: Path,
+    *rows: dict[str, Any],
+    task: str = "instruct",
+    source: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[Row]:
     """The rows as values, from a file of JSON lines."""
     file = path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = load_language_rows(str(file), task, evaluate=False, **options).train
+    found = load_language_rows(
+        Source(str(file), task, **(source or {})), evaluate=False, **options
+    ).train
     assert found is not None
     assert found["row"][:] == list(range(len(rows)))
-    return [loaded(line) for line in found["value"]]
+    return [row_of(line) for line in found["value"]]
 
 
 def refusal(path: Path, *rows: dict[str, Any], **options: Any) -> str:
@@ -85,10 +95,10 @@ def test_every_kind_of_file(ending: str, tmp_path: Path) -> None:
     else:
         write(tmp_path / f"train.{ending}", rows)
     write(tmp_path / f"validation.{ending}", rows[1:])
-    found = load_language_rows(str(tmp_path), "instruct")
+    found = load_language_rows(Source(str(tmp_path), "instruct"))
     assert found.train is not None
     assert found.evaluation is not None
-    assert [loaded(line) for line in found.train["value"]] == [
+    assert [row_of(line) for line in found.train["value"]] == [
         TURN,
         chat("user: r", "assistant: b"),
     ]
@@ -171,7 +181,7 @@ def test_a_named_column_that_is_not_there(tmp_path: Path) -> None:
 def test_splits_must_be_of_one_format(tmp_path: Path) -> None:
     path = folder(tmp_path, train=[EQUAL["alpaca"][0]], validation=[EQUAL["messages"][0]])
     with pytest.raises(SiftError, match=r"^data: the validation split has no column 'instruction'"):
-        load_language_rows(path, "instruct")
+        load_language_rows(Source(path, "instruct"))
 
 
 # What rows become
@@ -213,9 +223,9 @@ def test_what_a_table_fills_in_is_taken_out_again(tmp_path: Path) -> None:
     turns = [ASKED, {**ANSWERED, "tool_calls": [call]}]
     path = tmp_path / "train.parquet"
     write(path, [{"messages": turns}])
-    found = load_language_rows(str(path), "instruct", evaluate=False).train
+    found = load_language_rows(Source(str(path), "instruct"), evaluate=False).train
     assert found is not None
-    row = loaded(found["value"][0])
+    row = row_of(found["value"][0])
     assert isinstance(row, Conversation)
     assert row.messages[0].shown() == ASKED
     assert row.messages[1].more["tool_calls"][0]["function"]["arguments"] == {"x": 1}
@@ -260,9 +270,10 @@ def test_whole_numbers_are_read_as_text(tmp_path: Path) -> None:
         tmp_path / "rows.csv",
         [{"instruction": "q", "output": 7}, {"instruction": "r", "output": 8}],
     )
-    found = load_language_rows(str(tmp_path / "rows.csv"), "instruct", evaluate=False).train
+    source = Source(str(tmp_path / "rows.csv"), "instruct")
+    found = load_language_rows(source, evaluate=False).train
     assert found is not None
-    assert loaded(found["value"][1]) == chat("user: r", "assistant: 8")
+    assert row_of(found["value"][1]) == chat("user: r", "assistant: 8")
     said = refusal(tmp_path, {"instruction": "q", "output": 7.5})
     assert said.endswith("row 0: 'output' is 7.5, not text")
 
@@ -289,7 +300,7 @@ ROWS = st.one_of(
 
 @given(ROWS)
 def test_a_row_comes_back_from_its_line(row: Row) -> None:
-    assert loaded(dumped(row)) == row
+    assert row_of(line_of(row)) == row
 
 
 # What is wrong with rows
@@ -391,5 +402,5 @@ def test_many_wrong_rows_are_counted_and_named_by_their_source_numbers(tmp_path:
     text = refusal(tmp_path, *rows)
     assert "row 1: no answer" in text
     assert text.endswith("; and 15 more")
-    text = refusal(tmp_path, *rows, max_train_rows=39, seed=1)
+    text = refusal(tmp_path, *rows, source={"max_train_rows": 39, "seed": 1})
     assert all(int(part.split(":")[0]) % 2 for part in text.split("row ")[1:])

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sift_cli.tasks import tokens
 from sift_cli.tasks.classification import Classification
 from sift_cli.tasks.labelled import load_task
 from sift_cli.tasks.metrics import REGRESSION
-from sift_cli.tasks.sources import BUILTIN
+from sift_cli.tasks.sources import BUILTIN, Source
 from sift_cli.tasks.table import TASKS
 from sift_cli.tasks.tokens import encode
 from tests.support.models import VOCABULARY, WORDS, tiny_tokenizer
@@ -57,14 +58,20 @@ def rows(*labels: Any, key: str = "sentence", label: str = "label") -> list[Row]
     return [{key: f"text {at}", label: value} for at, value in enumerate(labels)]
 
 
+def read(path: str, task: str, **options: Any) -> Classification:
+    """The task of a source, whose `options` are those of both."""
+    own = {one.name: options.pop(one.name) for one in fields(Source) if one.name in options}
+    return load_task(Source(path, task, **own), **options)
+
+
 def refusal(path: str, task: str = "sst2", **options: Any) -> str:
     with pytest.raises(SiftError) as caught:
-        load_task(path, task, **options)
+        read(path, task, **options)
     return str(caught.value)
 
 
 def custom(path: str, **options: Any) -> Classification:
-    return load_task(path, "custom", text=["words"], label="mark", **options)
+    return read(path, "custom", text=["words"], label="mark", **options)
 
 
 # Sources
@@ -73,7 +80,7 @@ def custom(path: str, **options: Any) -> Classification:
 @pytest.mark.parametrize("ending", FORMATS)
 def test_a_folder_of_each_format(tmp_path: Path, ending: str) -> None:
     path = folder(tmp_path, ending, train=rows(0, 1, 1), validation=rows(1, 0))
-    task = load_task(path, "sst2")
+    task = read(path, "sst2")
     assert task.train is not None
     expected = {"text": ["text 0", "text 1", "text 2"], "label": [0, 1, 1], "row": [0, 1, 2]}
     assert task.train.to_dict() == expected
@@ -95,7 +102,7 @@ def test_a_folder_of_each_format(tmp_path: Path, ending: str) -> None:
 def test_a_single_file_is_the_training_split(tmp_path: Path, ending: str) -> None:
     folder(tmp_path, ending, rte=rows(0, 1, 1, 0))
     path = str(tmp_path / f"rte.{ending}")
-    task = load_task(path, "sst2", holdout=0.25)
+    task = read(path, "sst2", holdout=0.25)
     assert task.train is not None
     assert (len(task.train), len(task.evaluation[""])) == (3, 1)
     assert refusal(path) == (
@@ -114,7 +121,7 @@ def test_files_named_as_the_hub_names_them(tmp_path: Path) -> None:
             "training_notes": rows(9),
         },
     )
-    task = load_task(path, "sst2")
+    task = read(path, "sst2")
     assert task.train is not None
     assert task.train["label"][:] == [0, 1, 1, 1, 0]
     assert task.train["row"][:] == [0, 1, 2, 3, 4]
@@ -124,7 +131,7 @@ def test_files_named_as_the_hub_names_them(tmp_path: Path) -> None:
 def test_a_name_that_goes_on_with_a_number(tmp_path: Path) -> None:
     """As `test200.jsonl`; a file that is called just like the split comes before it."""
     path = folder(tmp_path, train=rows(0, 1, 1), validation2=rows(0, 1), train50=rows(0, 1))
-    task = load_task(path, "sst2")
+    task = read(path, "sst2")
     assert task.train is not None
     assert (len(task.train), len(task.evaluation[""])) == (3, 2)
 
@@ -138,7 +145,7 @@ def test_a_folder_with_a_folder_of_the_task(tmp_path: Path) -> None:
     folder(tmp_path / "sst2", train=rows(0, 1), validation=rows(1))
     folder(tmp_path / "cola", train=rows(1, 0, 1), validation=rows(1))
     for task, size in (("sst2", 2), ("cola", 3)):
-        train = load_task(str(tmp_path), task).train
+        train = read(str(tmp_path), task).train
         assert train is not None
         assert len(train) == size
     assert refusal(str(tmp_path), "rte").startswith(f"data.path: {tmp_path} holds no train or ")
@@ -146,7 +153,7 @@ def test_a_folder_with_a_folder_of_the_task(tmp_path: Path) -> None:
 
 def test_splits_may_differ_in_columns_that_no_task_reads(tmp_path: Path) -> None:
     extra = [{**row, "topic": "x", "row": "own"} for row in rows(1, 0, 1)]
-    task = load_task(folder(tmp_path, train=rows(0, 1), validation=extra), "sst2")
+    task = read(folder(tmp_path, train=rows(0, 1), validation=extra), "sst2")
     assert task.evaluation[""].to_dict() == {
         "text": ["text 0", "text 1", "text 2"],
         "label": [1, 0, 1],
@@ -249,7 +256,7 @@ def test_a_missing_split_has_a_way_out_where_there_is_one(tmp_path: Path) -> Non
 
 def test_evaluation_needs_no_training_split(tmp_path: Path) -> None:
     path = folder(tmp_path, validation=rows(0, 1), test=rows(1, 1, 1))
-    task = load_task(path, "sst2", train=False, split="test")
+    task = read(path, "sst2", train=False, split="test")
     assert task.train is None
     assert task.evaluation[""]["label"][:] == [1, 1, 1]
     assert refusal(path) == f"{path}: no split 'train'; there is test, validation"
@@ -259,7 +266,7 @@ def test_holdout_parts_the_training_rows(tmp_path: Path) -> None:
     path = folder(tmp_path, train=rows(*[0, 1] * 10), validation=rows(1))
 
     def parted(seed: int) -> tuple[list[int], list[int]]:
-        task = load_task(path, "sst2", holdout=0.2, seed=seed)
+        task = read(path, "sst2", holdout=0.2, seed=seed)
         assert task.train is not None
         for part in (task.train, task.evaluation[""]):
             for row in part:
@@ -276,7 +283,7 @@ def test_holdout_parts_the_training_rows(tmp_path: Path) -> None:
 
 def test_holdout_leaves_another_split_alone(tmp_path: Path) -> None:
     path = folder(tmp_path, train=rows(*[0, 1] * 5), test=rows(1, 0, 0))
-    task = load_task(path, "sst2", holdout=0.5, split="test")
+    task = read(path, "sst2", holdout=0.5, split="test")
     assert task.train is not None
     assert (len(task.train), len(task.evaluation[""])) == (10, 3)
 
@@ -290,7 +297,7 @@ def test_max_train_rows_is_a_seeded_sample_with_the_numbers_of_its_source(tmp_pa
     path = folder(tmp_path, train=rows(*[0, 1] * 20), validation=rows(*[0, 1] * 20))
 
     def sample(seed: int, count: int = 10) -> list[int]:
-        task = load_task(path, "sst2", max_train_rows=count, seed=seed)
+        task = read(path, "sst2", max_train_rows=count, seed=seed)
         assert task.train is not None
         assert all(row["text"] == f"text {row['row']}" for row in task.train)
         assert len(task.evaluation[""]) == 40
@@ -315,12 +322,12 @@ def test_mnli_has_two_evaluation_splits(tmp_path: Path) -> None:
         validation_mismatched=pairs(2, 2, 2),
         test=pairs(1),
     )
-    task = load_task(path, "mnli")
+    task = read(path, "mnli")
     assert {suffix: part["label"][:] for suffix, part in task.evaluation.items()} == {
         "": [0, 1],
         "_mismatched": [2, 2, 2],
     }
-    alone = load_task(path, "mnli", split="validation_mismatched")
+    alone = read(path, "mnli", split="validation_mismatched")
     assert {suffix: len(part) for suffix, part in alone.evaluation.items()} == {"": 3}
     (tmp_path / "validation_mismatched.jsonl").unlink()
     assert "no split 'validation'; there is test, train, validation_matched" in refusal(
@@ -347,7 +354,7 @@ def test_a_missing_column_lists_those_there_are(tmp_path: Path) -> None:
 def test_columns_may_be_named(tmp_path: Path) -> None:
     named = rows(0, 1, key="review", label="stars")
     path = folder(tmp_path, train=named, validation=named)
-    task = load_task(path, "sst2", text=["review"], label="stars", metrics=["f1", "matthews"])
+    task = read(path, "sst2", text=["review"], label="stars", metrics=["f1", "matthews"])
     assert task.train is not None
     assert task.train["text"][:] == ["text 0", "text 1"]
     assert task.metrics == ("f1", "matthews")
@@ -356,7 +363,7 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
 def test_two_text_columns_keep_their_order(tmp_path: Path) -> None:
     pairs = [{"b": f"b{at}", "a": f"a{at}", "label": at % 2} for at in range(3)]
     path = folder(tmp_path, train=pairs, validation=pairs)
-    task = load_task(path, "sst2", text=["a", "b"])
+    task = read(path, "sst2", text=["a", "b"])
     assert task.train is not None
     assert task.train.column_names == ["text", "pair", "label", "row"]
     assert task.train["text"][:] == ["a0", "a1", "a2"]
@@ -387,7 +394,7 @@ def test_labels_that_are_all_equal_are_refused(tmp_path: Path) -> None:
     assert refusal(path) == (
         f"{path}: all 3 training rows have the label 1; nothing can be learnt from them"
     )
-    assert load_task(path, "sst2", train=False).evaluation[""]["label"][:] == [0, 0]
+    assert read(path, "sst2", train=False).evaluation[""]["label"][:] == [0, 0]
 
 
 def test_missing_text_is_refused(tmp_path: Path) -> None:
@@ -419,7 +426,7 @@ def test_targets_that_are_no_numbers_are_refused(tmp_path: Path, wrong: Any) -> 
 
 def test_regression_has_real_targets_and_one_output(tmp_path: Path) -> None:
     pairs = [{"sentence1": "a", "sentence2": "b", "label": value} for value in (1, 2.5)]
-    task = load_task(folder(tmp_path, train=pairs, validation=pairs), "stsb")
+    task = read(folder(tmp_path, train=pairs, validation=pairs), "stsb")
     assert task.train is not None
     assert (task.labels, task.width, task.metrics) == (None, 1, REGRESSION)
     assert task.train["label"][:] == [1.0, 2.5]
@@ -448,7 +455,7 @@ def test_string_labels_are_mapped_to_the_codes_of_the_task(tmp_path: Path) -> No
         for name in ("not_entailment", "entailment", "not_entailment")
     ]
     for task, codes in (("rte", [1, 0, 1]), ("wnli", [0, 1, 0])):
-        train = load_task(folder(tmp_path, train=pairs, validation=pairs), task).train
+        train = read(folder(tmp_path, train=pairs, validation=pairs), task).train
         assert train is not None
         assert train["label"][:] == codes
 
@@ -657,7 +664,7 @@ def words_of(sentence: str) -> tuple[str, ...]:
 
 
 def test_reviews_load_as_sst2(reviews: dict[str, list[Row]]) -> None:
-    task = load_task("builtin:reviews", "sst2")
+    task = read("builtin:reviews", "sst2")
     assert task.train is not None
     for split, part in (("train", task.train), ("validation", task.evaluation[""])):
         assert part["text"][:] == [row["sentence"] for row in reviews[split]]
@@ -700,7 +707,7 @@ def test_codes_of_a_class_label_follow_its_names_not_its_order(tmp_path: Path) -
     rows = rows.cast_column("label", ClassLabel(names=["positive", "negative"]))
     for split in ("train", "validation"):
         rows.to_parquet(tmp_path / f"{split}.parquet")
-    task = load_task(str(tmp_path), "sst2")
+    task = read(str(tmp_path), "sst2")
     assert task.train is not None
     assert list(task.train["label"]) == [1, 0, 0]
 
@@ -710,11 +717,11 @@ def test_a_column_of_ids_is_not_taken_for_labels(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(lines)
     (tmp_path / "validation.jsonl").write_text(lines)
     with pytest.raises(SiftError, match=r"name them in data\.labels, or write 3\.0 for 3 where"):
-        load_task(str(tmp_path), "custom", text=["t"], label="y")
+        read(str(tmp_path), "custom", text=["t"], label="y")
 
 
 def test_whole_numbers_outside_the_labels_come_with_what_they_mean(tmp_path: Path) -> None:
     for split, last in (("train", 2), ("validation", 3)):
         write(tmp_path / f"{split}.csv", [{"t": "x", "y": code} for code in (0, 1, last)])
     with pytest.raises(SiftError, match=r"labels outside .*codes of classes; 3\.0 is a number"):
-        load_task(str(tmp_path), "custom", text=["t"], label="y")
+        read(str(tmp_path), "custom", text=["t"], label="y")

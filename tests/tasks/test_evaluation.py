@@ -12,6 +12,7 @@ from sift_cli.runs.session import Session, open_session
 from sift_cli.tasks.evaluation import collect_outputs, probe
 from sift_cli.tasks.kinds import load_as_it_is, task_of_config
 from sift_cli.tasks.labelled import load_task
+from sift_cli.tasks.sources import Source
 from sift_cli.tasks.tokens import encode
 from tests.support.models import save_base
 
@@ -74,6 +75,6 @@ def test_the_probe_marks_a_model(architecture: str, tmp_path: Path) -> None:
 
 
 def test_a_second_split_can_be_scored(data: Path, base: Path) -> None:
-    task = load_task(str(data), "sst2", split="train", train=False)
+    task = load_task(Source(str(data), "sst2", split="train"), train=False)
     rows = encode(task.evaluation[""], load_tokenizer(base), 16)
     assert len(rows) == 48

@@ -94,6 +94,7 @@ def test_settings_that_a_model_ships_are_neither_obeyed_nor_lost(
 
 
 def test_the_cache_is_on_after_training_turned_it_off() -> None:
+    # rule 3.8
     model = talker()
     model.config.use_cache = False
     lengths = []
@@ -105,7 +106,7 @@ def test_the_cache_is_on_after_training_turned_it_off() -> None:
 
 
 def test_an_answer_ends_at_the_token_that_ended_the_turns_it_learnt() -> None:
-    # trap 3.3: what training puts at an answer's end and what generation stops at are one token
+    # rule 3.3: what training puts at an answer's end and what generation stops at are one token
     model = talker()
     made = expected(model, CODER, ASKED, 20)
     stop = made[5]
@@ -133,7 +134,7 @@ def test_a_prompt_of_nothing() -> None:
 
 
 def test_two_beginnings_are_refused() -> None:
-    # trap 3.1: a template's own and the tokenizer's
+    # rule 3.1: a template's own and the tokenizer's
     for one, row in (
         (coder(TWO_BEGINNINGS, begins=True), ASKED),
         (coder(begins=True), Text(f"{BEGIN}a")),

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from sift_cli.tasks.metrics import (
     CLASSIFICATION,
-    LANGUAGE,
     LOSS,
     METRICS,
+    OF_TOKENS,
     REGRESSION,
     Metric,
     better,
@@ -111,8 +111,8 @@ def test_metrics_come_by_name_in_the_order_asked_for() -> None:
     found = compute_metrics(["f1", "accuracy"], PREDICTED, LABELS)
     assert list(found) == ["f1", "accuracy"]
     assert all(type(value) is float for value in found.values())
-    assert (*CLASSIFICATION, *REGRESSION, *LANGUAGE) == tuple(METRICS)
-    assert LANGUAGE == (LOSS, "perplexity", "token_accuracy")
+    assert (*CLASSIFICATION, *REGRESSION, *OF_TOKENS) == tuple(METRICS)
+    assert OF_TOKENS == (LOSS, "perplexity", "token_accuracy")
     with pytest.raises(KeyError, match="recall"):
         compute_metrics(["recall"], PREDICTED, LABELS)
 
@@ -149,7 +149,7 @@ def test_the_loss_is_the_mean_of_the_rows() -> None:
 def test_metrics_of_tokens_by_hand_weigh_tokens_alike() -> None:
     """A row of one target and one of nine; the mean over rows would be 5.5 and .61."""
     rows = np.array([[10.0, 1, 1], [9.0, 9, 2], [0, 0, 0]], dtype=np.float32)
-    found = score_tokens(LANGUAGE, rows)
+    found = score_tokens(OF_TOKENS, rows)
     assert found == {
         LOSS: pytest.approx(1.9),
         "perplexity": pytest.approx(math.exp(1.9)),
@@ -159,12 +159,12 @@ def test_metrics_of_tokens_by_hand_weigh_tokens_alike() -> None:
 
 
 def test_metrics_of_no_target_are_undefined_and_so_is_a_perplexity_beyond_numbers() -> None:
-    assert set(score_tokens(LANGUAGE, np.zeros((2, 3))).values()) == {None}
-    found = score_tokens(LANGUAGE, np.array([[1000.0, 1, 0]]))
+    assert set(score_tokens(OF_TOKENS, np.zeros((2, 3))).values()) == {None}
+    found = score_tokens(OF_TOKENS, np.array([[1000.0, 1, 0]]))
     assert found == {LOSS: 1000, "perplexity": None, "token_accuracy": 0}
 
 
 def test_sums_of_many_rows_lose_no_token() -> None:
     rows = np.full((300_000, 3), (0.25, 100, 33), dtype=np.float32)
-    assert score_tokens(LANGUAGE, rows)["token_accuracy"] == 0.33
+    assert score_tokens(OF_TOKENS, rows)["token_accuracy"] == 0.33
     assert score_tokens([LOSS], rows)[LOSS] == 0.0025

@@ -71,6 +71,7 @@ def oracle(row: Conversation, tokenizer: PreTrainedTokenizerFast) -> tuple[list[
 @pytest.mark.parametrize("template", [CHATML, chats.MARKED, chats.MARKS_LINE_END])
 def test_every_answer_is_learnt_with_its_end_of_turn_and_no_line_end(template: str) -> None:
     """TRL#1623: without the end-of-turn token a model never stops."""
+    # rule 3.3
     assert learnt(coder(template), TURNS) == ["two<|im_end|>", "four<|im_end|>"]
     assert learnt(coder(template, train_on="last-answer"), TURNS) == ["four<|im_end|>"]
     every = coded(coder(template, train_on="all-tokens"), TURNS)
@@ -160,6 +161,7 @@ def test_tools_that_a_template_does_not_show_are_not_lost_without_a_word() -> No
 
 
 def test_ids_are_those_of_one_call_of_the_template() -> None:
+    # rule 3.1
     one = coder()
     whole = [message.shown() for message in TURNS.messages]
     expected = one.tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)
@@ -168,6 +170,7 @@ def test_ids_are_those_of_one_call_of_the_template() -> None:
 
 def test_pad_is_eos_and_the_end_is_learnt_all_the_same() -> None:
     """The end token pads as well: comparing ids with it would unlearn every end."""
+    # rule 3.4
     one = coder()
     assert one.tokenizer.pad_token_id == one.tokenizer.eos_token_id == one.stops[0]
     found = coded(one, TURNS)
@@ -199,6 +202,7 @@ BY_PREFIX, BY_MARKS, LINE_END = (coder(one) for one in (CHATML, chats.MARKED, ch
 @given(st.lists(conversations(), min_size=1, max_size=3))
 def test_the_mask_covers_exactly_the_answers(rows: list[Conversation]) -> None:
     """In batches of random conversations, against ids put together from parts."""
+    # rule 3.2
     for one in (BY_PREFIX, BY_MARKS, LINE_END):
         for row, found in zip(rows, code(one, rows), strict=True):
             assert isinstance(found, Coded), found
@@ -225,6 +229,7 @@ def test_a_token_across_the_boundary_is_no_answers_alone() -> None:
 
 def test_marks_without_prefixes_and_prefixes_without_marks() -> None:
     """transformers' mask of a template without marks is all zero; it is not asked for one."""
+    # rule 3.2
     assert learnt(coder(CHATML), TURNS) == learnt(coder(chats.MARKED), TURNS)
 
 
@@ -234,6 +239,7 @@ THINKS = chat(
 
 
 def test_a_template_that_drops_earlier_thinking_is_refused_with_the_way_out() -> None:
+    # rule 3.2
     said = refusal(coder(chats.DROPS_THINKING), THINKS)
     assert "rewrites what came before an answer" in said
     assert "data.train_on: last-answer" in said
@@ -264,6 +270,7 @@ def test_a_template_that_does_not_end_turns_is_an_error() -> None:
 
 
 def test_turns_must_end_with_a_token_at_which_generation_stops() -> None:
+    # rule 3.3
     other = replace(coder(), stops=(coder().tokenizer.convert_tokens_to_ids("<|endoftext|>"),))
     with pytest.raises(
         SiftError, match=r"end with '<\|im_end\|>', and generation stops at '<\|endof"
@@ -289,6 +296,7 @@ def test_a_good_template_passes_the_probe(template: str) -> None:
 
 def test_two_beginnings_are_an_error() -> None:
     """OpenRLHF#393: a beginning by the template and one by the tokenizer."""
+    # rule 3.1
     assert refusal(coder(chats.TWO_BEGINNINGS), TURNS).startswith(f"it begins with two '{BEGIN}'")
     assert refusal(coder(begins=True), Text(f"{BEGIN}a")).startswith("it begins with two")
     single = coder("{{ bos_token }}" + CHATML, begins=True)
@@ -350,6 +358,7 @@ def test_rows_of_several_kinds_come_back_in_order() -> None:
 
 
 def test_a_prompt_is_what_training_has_before_the_answer() -> None:
+    # rule 3.1
     for template in (CHATML, chats.MARKED):
         one = coder(template, system="s")
         found = coded(one, TURNS)
@@ -435,6 +444,7 @@ def test_a_template_of_a_file(tmp_path: Path) -> None:
 
 def test_a_template_that_needs_a_token_the_vocabulary_lacks_is_an_error(tmp_path: Path) -> None:
     """No vocabulary is made larger for it."""
+    # rule 3.4
     tokenizer = byte_tokenizer(None, lacks=(START,))
     said = r"chatml needs the token <\|im_start\|>, which the model's vocabulary lacks"
     with pytest.raises(SiftError, match=said):

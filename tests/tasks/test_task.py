@@ -73,6 +73,7 @@ def test_micro_batches_make_one_step(
 
 def test_a_mean_over_tokens_is_that_of_all_targets(completions: Recipe) -> None:
     """Each row alone and without padding; means of means would weigh short answers more."""
+    # rule 3.6
     session = open_session(completions)
     assert session.train is not None
     model = session.model.eval()
@@ -112,6 +113,7 @@ def test_what_is_counted_of_rows_is_what_their_loss_is_the_sum_of(
 
 def test_a_run_keeps_the_lowest_of_a_metric_that_falls(completions: Recipe, tmp_path: Path) -> None:
     """From choosing entries to the delta, with a task that has no classes."""
+    # rule 3.7
     summary = train(completions, tmp_path / "run")
     logged = [json.loads(one) for one in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     evaluated = {one["step"]: one["metrics"]["perplexity"] for one in logged if "metrics" in one}

@@ -324,6 +324,7 @@ def test_what_a_recipe_asks_for() -> None:
 
 def test_pad_equals_eos_and_no_label_is_lost() -> None:
     """Labels come from spans: EOS within a row, and at its end, stays a target."""
+    # rule 3.4
     batch = padded(ROWS, EOS)
     shifted = batch["labels"][:, 1:]
     assert int((shifted != UNSEEN).sum()) == sum(count_targets(row["labels"]) for row in ROWS)
@@ -454,6 +455,7 @@ def step(model: PreTrainedModel, micro: Sequence[Batch], how: Chunks | None) -> 
 @pytest.mark.usefixtures("exactly")
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "gemma2", "qwen3"])
 def test_one_of_eight_equals_four_of_two_equals_packed(architecture: str) -> None:
+    # rule 3.6
     model = causal_model(architecture)
     rows = causal_rows(8, seed=3)
     wanted = own_loss(model, rows) / sum(count_targets(row["labels"]) for row in rows)
@@ -646,6 +648,7 @@ def test_right_tokens_are_counted() -> None:
 
 
 def test_perplexity_is_that_of_all_targets_and_no_mean_over_rows() -> None:
+    # rule 3.7
     model = causal_model("llama")
     outputs = torch.cat([token_outputs(model, packed([row]), chunks(model)) for row in ROWS])
     found = score_tokens(["loss", "perplexity"], outputs.float().numpy())

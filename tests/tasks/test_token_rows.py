@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.tasks import tokens
 from sift_cli.tasks.coder import TRAIN_ON, Coded, Coder
-from sift_cli.tasks.conversations import Completion, Conversation, Message, Row, Text, dumped
+from sift_cli.tasks.conversations import Completion, Conversation, Message, Row, Text, line_of
 from sift_cli.tasks.supervision import code
 from sift_cli.tasks.token_rows import (
     CUT_AWAY,
@@ -35,7 +35,7 @@ from tests.tasks.test_supervision import TURNS, coder, conversations
 
 def source(*rows: Row) -> Dataset:
     numbers = [100 + at for at in range(len(rows))]
-    return Dataset.from_dict({"value": [dumped(row) for row in rows], "row": numbers})
+    return Dataset.from_dict({"value": [line_of(row) for row in rows], "row": numbers})
 
 
 def encoded(rows: Sequence[Row], length: int = 999, too_long: str = "drop") -> Encoded:
@@ -77,6 +77,7 @@ def test_a_target_is_predicted_from_something() -> None:
 @given(conversations(), st.integers(1, 80))
 def test_cuts_at_every_length_keep_the_mask(row: Conversation, length: int) -> None:
     """TRL#3927: a mask that is made after the cut breaks off; it comes before."""
+    # rule 3.2
     (whole,) = code(coder(), [row])
     assert isinstance(whole, Coded)
     found = fit(whole.ids, whole.labels, Limit(length, "cut-end"))
@@ -135,6 +136,7 @@ def test_an_error_where_any_row_is_too_long() -> None:
 
 
 def test_rows_with_nothing_to_learn_are_dropped_and_counted() -> None:
+    # rule 3.5
     untrained = Conversation((Message("user", "q"), Message("assistant", "a", train=False)))
     data = encoded([*[TURNS] * 4, untrained])
     assert data.dropped == {NOTHING: [104]}
@@ -158,6 +160,7 @@ def test_an_empty_answer_of_a_whole_row_is_dropped_and_counted(train_on: str) ->
 
 def test_more_than_a_fifth_dropped_is_an_error() -> None:
     """A loss of 0.0 over no token succeeds elsewhere: trl#6668, unsloth#2900."""
+    # rule 3.5
     short = len(encoded([asked(2)]).rows["input_ids"][0])
     fifth = [*[asked(2)] * 8, *[asked(3)] * 2]
     assert len(encoded(fifth, short)) == 8

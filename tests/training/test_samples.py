@@ -15,7 +15,7 @@ from sift_cli.convert.merge import merge
 from sift_cli.errors import SiftError
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import load_recipe
-from sift_cli.runs.samples import answered, prompts_of, write_samples
+from sift_cli.runs.samples import answered, draw_samples, write_samples
 from sift_cli.runs.session import open_session
 from sift_cli.training import train
 from tests.support.chats import CHATS, END, byte_tokenizer, save_chat_recipe, write_chats
@@ -49,6 +49,7 @@ def plainly(folder: Path, prompt: str) -> tuple[str, bool]:
 
 
 def test_answers_of_a_run_are_those_of_a_plain_loop(chat: Path, tmp_path: Path) -> None:
+    # rule 3.8
     write_chats(tmp_path / "chats/train.jsonl", [[row[0], ("assistant", "y")] for row in CHATS])
     changes = ["train.max_steps=18", "train.learning_rate=0.05", "eval.every=9", "eval.keep=last"]
     train(load_recipe(chat, [*ASKED, *changes, "selection.density=1.0"]), tmp_path / "run")
@@ -93,13 +94,13 @@ def test_samples_move_nothing_of_training(chat: Path, tmp_path: Path, how: str) 
 def test_the_model_and_random_states_are_left_as_they_were(chat: Path, checkpointing: bool) -> None:
     session = open_session(load_recipe(chat), device="cpu")
     prepare_model(session.model, session.device, checkpointing)
-    prompts = prompts_of(session, 2)
+    samples = draw_samples(session, 2)
     model = session.model
     model.generation_config.temperature = 0.3
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     before = model.config.to_dict(), model.generation_config.to_dict(), model.training
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    assert len(answered(session, prompts, 4)) == 2
+    assert len(answered(session, samples, 4)) == 2
     assert (model.config.to_dict(), model.generation_config.to_dict(), model.training) == before
     assert model.training
     assert model.config.use_cache == (not checkpointing)
@@ -172,7 +173,7 @@ def test_prompts_end_before_the_last_answer(chat: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     write_chats(tmp_path / "chats/validation.jsonl", rows)
     session = open_session(load_recipe(chat, ["data.train_on=all-tokens"]), device="cpu")
-    (one,) = prompts_of(session, 4)
+    (one,) = draw_samples(session, 4)
     assert (one.number, one.expected) == (0, "no\u2028more")
     assert one.asked == "system: be brief\nuser: hi\nassistant: hello\nuser: and?"
     lines = answered(session, [one], 2)
@@ -187,7 +188,7 @@ def test_a_text_is_gone_on_from_its_beginning(chat: Path, tmp_path: Path) -> Non
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
         (tmp_path / f"chats/{split}.jsonl").write_text("".join(lines))
     session = open_session(load_recipe(chat, ["data.task=text"]), device="cpu")
-    found = prompts_of(session, 9)
+    found = draw_samples(session, 9)
     assert [one.asked for one in found] == [texts[0][:25], "ab", "x"]
     assert [one.asked + one.expected for one in found] == texts
     assert len(answered(session, found, 2)) == 3
