@@ -28,6 +28,7 @@ from sift_cli.training import train
 from sift_cli.training.batches import Steps
 from sift_cli.training.choosing import Chooser, rule_of
 from sift_cli.training.dense import Adapted, Dense
+from sift_cli.training.rates import share_of
 
 
 def train_adapted(
@@ -38,7 +39,7 @@ def train_adapted(
         recipe,
         out,
         build=lambda resolved: partial(build, method, resolved),
-        narrow=usual_rate_of(method, recipe.selection.share),
+        narrow=usual_rate_of(method, share_of(recipe)),
         device=device,
         resume=resume,
     )

@@ -21,11 +21,12 @@ from sift_cli.analysis.table import (
 )
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.recipe import AUTO, Rate, Recipe
+from sift_cli.recipe import AUTO, DEFAULT_POLICY, Rate, Recipe
 from sift_cli.runs.session import tell_emulated
 from sift_cli.runs.summary import Summary
 from sift_cli.selection.policies import POLICIES
 from sift_cli.tasks.metrics import better
+from sift_cli.tasks.table import LANGUAGE
 from sift_cli.training.choosing import rule_of
 from sift_cli.training.rates import with_rate
 
@@ -44,7 +45,7 @@ def compare(
     recipe: Recipe,
     out: Path,
     *,
-    methods: Sequence[str],
+    methods: Sequence[str] | None = None,
     seeds: int = 3,
     densities: Sequence[float] = (),
     rates: Mapping[str, Rate] | None = None,
@@ -56,11 +57,13 @@ def compare(
 ) -> Comparison:
     """Trains with every method and seed; writes compare.json, .md and .png to `out`.
 
-    `methods` are names of policies and of METHODS, `seeds` counts up from the recipe's. At each of
-    `densities` (the recipe's own budget if empty) LoRA and SHiRA get the rank that comes nearest to
-    as many entries. `rates` are learning rates by method; with `sweep` so many are tried around
-    each on the first seed, and the one with the best metric runs on the others. What has finished
-    in `out` is not run again. Runs that diverge are told in the table, and the others go on.
+    `methods` are names of policies and of METHODS, the `usual_methods` if not given; the recipe's
+    own policy is the reference, or the first where it is not among them. `seeds` counts up from the
+    recipe's. At each of `densities` (the recipe's own budget if empty) LoRA and SHiRA get the rank
+    that comes nearest to as many entries. `rates` are learning rates by method; with `sweep` so
+    many are tried around each on the first seed, and the one with the best metric runs on the
+    others. What has finished in `out` is not run again. Runs that diverge are told in the table,
+    and the others go on.
 
     Raises SiftError for what cannot be compared, and (exit code 4) where every run diverged.
     """
@@ -68,9 +71,11 @@ def compare(
     rates = rates or {}
     recipe = with_rate(recipe)
     rule_of(recipe.selection, allow_code)
+    if methods is None:
+        methods = usual_methods(recipe)
     check_methods([*methods, *rates])
     if not methods:
-        raise SiftError("--methods: name one at least, such as sift,random,lora")
+        raise SiftError("--methods: name one at least, such as sign-descent,random,lora")
     for method in rates:
         if method not in methods:
             raise SiftError(f"--lr {method}=RATE: it is none of --methods {','.join(methods)}")
@@ -88,7 +93,14 @@ def compare(
     lost += more
     if not runs:
         raise diverged_error(lost)
-    return write(out, tabulated(runs, notes, lost))
+    return write(out, tabulated(runs, notes, lost, recipe.selection.policy))
+
+
+def usual_methods(recipe: Recipe) -> list[str]:
+    """The recipe's own policy, a random mask, and each of METHODS that trains something."""
+    headless = recipe.data.task in LANGUAGE
+    others = [method for method in METHODS if not (headless and method == "head-only")]
+    return list(dict.fromkeys([recipe.selection.policy, "random", *others]))
 
 
 def notes_on_rates(chosen: Sequence[Job]) -> list[str]:
@@ -195,6 +207,7 @@ def diverged_error(lost: Sequence[Diverged]) -> SiftError:
 def compare_runs(folders: Sequence[Path], out: Path | None = None) -> Comparison:
     """The same table of runs that have finished; those that differ in their seed alone are one row.
 
+    Others are held against the default policy, or the method of the first where it is not there.
     Writes nothing unless `out` is given. Raises SiftError for a folder that holds no finished run,
     and for runs that were not scored on the same rows by the same metrics.
     """
@@ -206,7 +219,7 @@ def compare_runs(folders: Sequence[Path], out: Path | None = None) -> Comparison
         name = names.setdefault(one.row, str(one.folder) if name in names.values() else name)
         method, density, rate = one.summary.policy, one.density, one.rate
         runs.append(FinishedRun(one.summary, method, density, rate, name, differs))
-    comparison = tabulated(runs, [])
+    comparison = tabulated(runs, [], own=DEFAULT_POLICY)
     return write(out, comparison) if out else comparison
 
 

@@ -29,6 +29,7 @@ from sift_cli.runs.sinks import logged
 from sift_cli.runs.summary import Summary
 from sift_cli.system.stopping import hears
 from sift_cli.tasks.metrics import shown
+from sift_cli.training.rates import share_of
 
 HALF_DECADE = 10**0.5
 
@@ -224,10 +225,11 @@ def rates_of(
     that of the recipe's own policy and density. Raises SiftError where there is more than one to
     try of a rate that is left open.
     """
-    selection, own = recipe.selection, recipe.train.learning_rate
+    own = recipe.train.learning_rate
     assert own is not None
     if not isinstance(own, str):
-        times = usual_rate_of(method, density or selection.share) / selection.usual_rate
+        policy, share = recipe.selection.policy, share_of(recipe)
+        times = usual_rate_of(method, density or share) / usual_rate_of(policy, share)
         own = float(f"{own * times:.2g}") if times != 1 else own
     middle = given.get(method, own)
     if sweep <= 1:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from rich.console import Console
 
 from sift_cli.analysis.memory import Batch, PeakMemory, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, rank_for
-from sift_cli.analysis.planned import PlannedRows, read_task
+from sift_cli.analysis.planned import Passes, PlannedRows, read_task
 from sift_cli.analysis.sizes import accounting, delta_bytes, grouped
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.models.loading import DTYPES, UNLOADABLE, model_folder, quiet
+from sift_cli.models.loading import DTYPES, model_folder, on_meta
 from sift_cli.models.names import head_of
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import Recipe
@@ -64,7 +65,7 @@ def plan(
     result |= memory_of(outline, where, console)
     result["device"] = fits(result, where, memory)
     if measure:
-        result["measured"] = measured(recipe, where, allow_code)
+        result["measured"] = measured(recipe, where, allow_code, console)
     return result
 
 
@@ -98,7 +99,7 @@ class Outline:
         config = task.configure(folder)
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0
-        build = builder(folder, task.auto, config, DTYPES[recipe.model.dtype])
+        build = partial(on_meta, folder, task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
         rows = PlannedRows.of(recipe, task, missing, folder, model)
         new = head_of(model) if task.new_head else []
@@ -119,6 +120,12 @@ class Outline:
         """How many entries train, without the modules that train whole."""
         return sum(self.counts.values())
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of the targeted entries train, so that none has to be chosen."""
+        sizes = {name: weight.numel() for name, weight in self.model.named_parameters()}
+        return all(count == sizes[name] for name, count in self.counts.items())
+
     def counted(self) -> dict[str, Any]:
         """All of a plan but memory and time: entries, rows, steps and the delta's bytes."""
         recipe, counts = self.recipe, self.counts
@@ -133,9 +140,10 @@ class Outline:
             "total_entries": sum(sizes.values()),
             "by_layer": grouped(counts, sizes, 0),
             "by_kind": grouped(counts, sizes, 1),
-            "only_in_sum": recipe.selection.scope == "global",
+            "whole": self.whole,
+            "only_in_sum": recipe.selection.scope == "global" and not self.whole,
             "head_start": self.rows.head(self.head_start),
-            "data": self.rows.about(recipe),
+            "data": self.rows.about(recipe, self.parts.rule),
             "delta_bytes": delta_bytes(counts, sizes, self.dense, recipe.model.dtype),
             "published_accounting": accounting(self.model, self.entries),
         }
@@ -148,23 +156,6 @@ def _require_beginning(recipe: Recipe, rows: PlannedRows, parts: Parts) -> None:
         targets_for(start, rows.task, rows.train)
     if chosen.schedule == "after-warmup":
         warmed(chosen.warmup_trains == "all", [*parts.sparse, *parts.vectors], parts.dense)
-
-
-def builder(folder: Path, auto: Any, config: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    """Makes the Auto class's model of a configuration on the meta device, without weights.
-
-    Raises what `load_model` raises for an architecture without such a head.
-    """
-
-    def build() -> Any:
-        with torch.device("meta"), quiet():
-            return auto.from_config(config, dtype=dtype)
-
-    try:
-        build()
-    except UNLOADABLE as error:
-        raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
-    return build
 
 
 def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[str, Any]:
@@ -295,15 +286,22 @@ def device_memory(device: torch.device) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str, Any]:
-    """The time of three steps, and of an epoch by the tokens of its batches."""
+def measured(
+    recipe: Recipe, device: torch.device, allow_code: bool, console: Console
+) -> dict[str, Any]:
+    """The time until entries are chosen, of three steps, and of an epoch and all steps by tokens.
+
+    `run_s` has that of the trials of learning rates as well, but no evaluation.
+    """
     session = open_session(recipe, device=str(device))
     assert session.train is not None
     lengths = session.train.lengths
     batches = steps_of(recipe.train, lengths, session.task.packs)
-    method = selecting(at_usual_rate(recipe), allow_code)(session, batches)
+    method = selecting(at_usual_rate(recipe), allow_code, console)(session, batches)
     prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
+    begun = perf_counter()
     optimizer = method.begin()
+    begin_s = perf_counter() - begun
     watch, limit = Watch(session), recipe.train.max_grad_norm
     timing, tokens = Timing(), []
     for step, rows in enumerate(islice(batches.endless(), STEPS + 1), start=1):
@@ -316,10 +314,14 @@ def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str
     per_token = sum(times) / sum(tokens[1:])
     epoch = islice(batches.endless(), batches.steps_per_epoch)
     all_tokens = sum(computed(rows, lengths, session.task.packs) for rows in epoch)
+    epoch_s = per_token * all_tokens / 1e3
+    passes = Passes.of(recipe, rule_of(recipe.selection, allow_code), batches.steps)
     return {
+        "begin_s": begin_s,
         "steps": len(times),
         "step_time_ms": median(times),
-        "epoch_s": per_token * all_tokens / 1e3,
+        "epoch_s": epoch_s,
+        "run_s": passes.seconds(begin_s, epoch_s / batches.steps_per_epoch),
         "tokens_per_second": 1e3 / per_token,
     }
 

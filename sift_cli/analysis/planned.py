@@ -13,14 +13,16 @@ from sift_cli.errors import NotHere
 from sift_cli.models.loading import check_length, load_tokenizer
 from sift_cli.recipe import AUTO, EvalSection, Recipe, TrainSection
 from sift_cli.runs.session import by_split, encoded, load_rows
+from sift_cli.selection.select import Rule
 from sift_cli.tasks.kinds import expected_task
 from sift_cli.tasks.language import Language
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.token_rows import SplitCounts
 from sift_cli.tasks.tokens import Encoded
 from sift_cli.training.batches import PACK, Steps, steps_of
+from sift_cli.training.choosing import choices_of
 from sift_cli.training.head import ROWS
-from sift_cli.training.rates import require_enough_rows, trial_steps
+from sift_cli.training.rates import require_enough_rows, steps_of_trial, trials_of
 
 
 def read_task(recipe: Recipe) -> tuple[Task, str | None]:
@@ -102,7 +104,7 @@ class PlannedRows:
             rows = min(ROWS, len(self.train))
         return {"kind": start, "rows": rows}
 
-    def about(self, recipe: Recipe) -> dict[str, Any]:
+    def about(self, recipe: Recipe, rule: Rule) -> dict[str, Any]:
         """Counts of rows, of rows cut to `data.max_length`, and of steps; of a language task more.
 
         That is the format of its rows, how they become tokens, and how many these are.
@@ -124,9 +126,69 @@ class PlannedRows:
             "truncated": {name: rows.truncated for name, rows in splits.items()},
             "max_length": recipe.data.max_length,
             "steps": batches.steps,
-            "trial_steps": trial_steps(recipe, batches.steps),
             "steps_per_epoch": batches.steps_per_epoch,
+            **Passes.of(recipe, rule, batches.steps).to_json(),
         }
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a run of `steps` runs forward and backward beside them, in batches as large as a step's.
+
+    `choices` are the batches that each choice of entries looks at, of those `asked` for as many as
+    there are steps left, `warmup` the steps before the first. Each of the `trials` of learning
+    rates warms up too, and looks at `trial_choices` in `trial_steps`.
+    """
+
+    steps: int
+    warmup: int
+    asked: int
+    choices: Sequence[int]
+    trials: int
+    trial_steps: int
+    trial_choices: Sequence[int]
+
+    @classmethod
+    def of(cls, recipe: Recipe, rule: Rule, steps: int) -> Passes:
+        """Those of a recipe whose run has so many steps."""
+        selection, short = recipe.selection, steps_of_trial(steps)
+        return cls(
+            steps=steps,
+            warmup=selection.warmup_steps or 0,
+            asked=selection.batches,
+            choices=choices_of(selection, rule, steps),
+            trials=trials_of(recipe),
+            trial_steps=short,
+            trial_choices=choices_of(selection, rule, short),
+        )
+
+    @property
+    def in_trials(self) -> int:
+        """All that the trials take beside their steps."""
+        return self.trials * (self.warmup + sum(self.trial_choices))
+
+    def to_json(self) -> dict[str, Any]:
+        """As a plan holds it; `passes` is all of it together."""
+        trial_steps = self.trials * self.trial_steps
+        chosen, more = sum(self.choices), self.warmup + self.in_trials
+        return {
+            "warmup_steps": self.warmup,
+            "selection_batches": {
+                "asked": self.asked,
+                "first": next(iter(self.choices), 0),
+                "all": chosen,
+            },
+            "trial_steps": trial_steps,
+            "trial_passes": trial_steps + self.in_trials,
+            "passes": self.steps + chosen + trial_steps + more,
+        }
+
+    def seconds(self, begin_s: float, step_s: float) -> float:
+        """The time of the run and its trials, where what comes before the first step takes
+        `begin_s`, and a step with what is chosen anew in it `step_s`."""
+        first, in_trial = (next(iter(one), 0) for one in (self.choices, self.trial_choices))
+        begins = self.trials * (in_trial + self.warmup) / max(first + self.warmup, 1)
+        return (1 + begins) * begin_s + (self.steps + self.trials * self.trial_steps) * step_s
 
 
 def full(settings: TrainSection | EvalSection, tokens: int) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from sift_cli.recipe import AUTO, Rate
 from sift_cli.runs.summary import Summary
 from sift_cli.tasks.metrics import METRICS, shown
 
-REFERENCE = "sift"
 SELECTION = "selection."  # keys of what belongs to a method
 FEW_SEEDS = 6  # with fewer, the notes say what p is worth
 
@@ -68,9 +67,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The mean difference from `sift` over the `seeds` that both have, and a paired t-test's p.
+    """The mean difference from the reference over the `seeds` that both have, and p.
 
-    p is None with fewer than two seeds, or where all differences are the same.
+    That is of a paired t-test; None with fewer than two seeds, or where all differences are the
+    same.
     """
 
     difference: float
@@ -99,7 +99,7 @@ class TableRow:
     delta_bytes: float
     trained_entries: float
     dense_entries: float
-    against_sift: PairedDifference | None = None
+    against: PairedDifference | None = None
     diverged: int = 0
     differs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -134,11 +134,13 @@ class TableRow:
 class Comparison:
     """What compare.json holds: `metric` is the one that decides, `notes` what to know of it.
 
-    `diverged` are the runs that came to nothing; a method of which all did has no row.
+    `reference` is the method that rows of others are held `against`. `diverged` are the runs that
+    came to nothing; a method of which all did has no row.
     """
 
     task: str
     metric: str
+    reference: str
     rows: list[TableRow]
     notes: list[str]
     diverged: list[Diverged] = field(default_factory=list)
@@ -163,9 +165,17 @@ class Comparison:
 
 
 def tabulated(
-    runs: Sequence[FinishedRun], notes: Sequence[str], diverged: Sequence[Diverged] = ()
+    runs: Sequence[FinishedRun],
+    notes: Sequence[str],
+    diverged: Sequence[Diverged] = (),
+    own: str | None = None,
 ) -> Comparison:
-    """A row for each group of runs, all of one task, with its difference from `sift`."""
+    """A row for each group of runs, all of one task, with its difference from the reference.
+
+    That is the method `own` where it is among them, else the method of the first run.
+    """
+    reference = own if own in {run.method for run in runs} else runs[0].method
+    assert reference is not None
     metrics = list(runs[-1].summary.metrics)
     grouped: dict[tuple[Any, ...], list[FinishedRun]] = {}
     for run in runs:
@@ -174,9 +184,9 @@ def tabulated(
     alone = [TableRow.of(group, metrics) for group in groups]
     rows = []
     for row, group in zip(alone, groups, strict=True):
-        reference = reference_of(row, alone)
-        if reference is not None and alone[reference] is not row:
-            row = replace(row, against_sift=paired(group, groups[reference], metrics[0]))
+        place = reference_of(row, alone, reference)
+        if alone[place] is not row:
+            row = replace(row, against=paired(group, groups[place], metrics[0]))
         lost = sum((one.method, one.density) == (row.method, row.density) for one in diverged)
         rows.append(replace(row, diverged=lost))
     notes = [
@@ -185,7 +195,7 @@ def tabulated(
         *notes_on_seeds(rows),
         *(one.sentence() for one in diverged),
     ]
-    return Comparison(runs[0].summary.task, metrics[0], rows, notes, list(diverged))
+    return Comparison(runs[0].summary.task, metrics[0], reference, rows, notes, list(diverged))
 
 
 def notes_on_seeds(rows: Sequence[TableRow]) -> list[str]:
@@ -214,19 +224,19 @@ def _told(value: Any) -> str:
     return "unset" if value is None else str(value)
 
 
-def reference_of(row: TableRow, rows: Sequence[TableRow]) -> int | None:
-    """The place of the row of `sift` that `row` is held against: at its density, else the one with
-    the most entries; None where `sift` is not among them. Of several, the first, or for another
-    method the one trained under its conditions."""
+def reference_of(row: TableRow, rows: Sequence[TableRow], method: str) -> int:
+    """The place of the row of `method` that `row` is held against: at its density, else the one
+    with the most entries. Of several, the first, or for another method the one trained under its
+    conditions."""
 
     def conditions(one: TableRow) -> list[tuple[str, Any]]:
         return [item for item in one.differs.items() if not item[0].startswith(SELECTION)]
 
-    own = [place for place, one in enumerate(rows) if one.method == REFERENCE]
-    if row.method != REFERENCE:
+    own = [place for place, one in enumerate(rows) if one.method == method]
+    if row.method != method:
         own.sort(key=lambda place: conditions(rows[place]) != conditions(row))
     same = [place for place in own if rows[place].density == row.density]
-    return next(iter(same or sorted(own, key=lambda place: -rows[place].trained_entries)), None)
+    return (same or sorted(own, key=lambda place: -rows[place].trained_entries))[0]
 
 
 def paired(
@@ -267,16 +277,16 @@ def shown_rate(rate: Rate) -> str:
     return rate if rate == AUTO else f"{rate:g}"
 
 
-HEADINGS = ("method", "entries", "rate", "metric", "to sift", "p", "ms", "MB", "kB")
+HEADINGS = ("method", "entries", "rate", "metric", "to reference", "p", "ms", "MB", "kB")
 LEGEND = (
-    "entries: trained, without the head; to sift: mean difference from it; ms: median step; MB: "
+    "entries: trained, without the head; to {}: mean difference from it; ms: median step; MB: "
     "peak memory of the process (on a GPU: of the device); kB: the file with what was trained."
 )
 
 
 def cells(row: TableRow, metric: str) -> list[str]:
     """The cells of one row under HEADINGS."""
-    score, against = row.metrics[metric], row.against_sift
+    score, against = row.metrics[metric], row.against
     spread = "" if score.std is None else f" ± {score.std:.4f}"
     rank = "" if row.rank is None else f", r {row.rank}"
     lost = f", {row.diverged} of {row.seeds + row.diverged} diverged" if row.diverged else ""
@@ -294,16 +304,20 @@ def cells(row: TableRow, metric: str) -> list[str]:
 
 
 def headings(comparison: Comparison) -> list[str]:
-    """HEADINGS with the name of the metric and the number of seeds."""
+    """HEADINGS with the names of the metric and the reference, and the number of seeds."""
     seeds = sorted({row.seeds for row in comparison.rows})
     counted = "-".join(str(count) for count in (seeds[0], seeds[-1])[: len(seeds)])
-    metric = f"{comparison.metric} (n={counted})"
-    return [metric if one == "metric" else one for one in HEADINGS]
+    own = {
+        "metric": f"{comparison.metric} (n={counted})",
+        "to reference": f"to {comparison.reference}",
+    }
+    return [own.get(one, one) for one in HEADINGS]
 
 
 def legend(comparison: Comparison) -> str:
     """What the columns are, and which way is better where that is down."""
-    return LEGEND + (f" A lower {comparison.metric} is better." if comparison.falls else "")
+    said = LEGEND.format(comparison.reference)
+    return said + (f" A lower {comparison.metric} is better." if comparison.falls else "")
 
 
 def markdown(comparison: Comparison) -> str:

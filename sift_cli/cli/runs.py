@@ -128,7 +128,7 @@ def _show_numbers(summary: "Summary", folder: Path, page: Path | None) -> None:
 
 @contextmanager
 def telling_how_to_resume(folder: Path) -> Iterator[None]:
-    """Adds to an interruption the command that goes on, where there is something to go on from."""
+    """Adds to an interruption the command that goes on, or that there is nothing to go on from."""
     try:
         yield
     except (KeyboardInterrupt, SiftError) as error:
@@ -141,6 +141,8 @@ def telling_how_to_resume(folder: Path) -> Iterator[None]:
         if any((folder / CHECKPOINTS).glob("*.safetensors")) or (folder / RATES).is_dir():
             given = [arg for arg in sys.argv[1:] if arg not in ("--overwrite", "--resume")]
             message += f"\nGo on with: {shlex.join(['sift', *given, '--resume'])}"
+        else:
+            message += "; nothing is saved yet, and the same command begins anew"
         raise SiftError(message, code) from None
 
 

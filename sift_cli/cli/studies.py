@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from sift_cli.recipe.schema import Rate
 
 Methods = Annotated[
-    str, typer.Option(help="Policies, and lora, shira, full, head-only; with commas.")
+    str | None,
+    typer.Option(
+        help="Policies, and lora, shira, full, head-only; with commas. If not given, the recipe's "
+        "own policy, random, and these four; without head-only where there is no head."
+    ),
 ]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each, from train.seed up.")]
 Densities = Annotated[
@@ -135,7 +139,7 @@ def compare(
     what: Annotated[
         list[str], typer.Argument(help="A recipe, or folders of finished runs to tabulate.")
     ],
-    methods: Methods = "sift,random,current-batch,lora,shira,full,head-only",
+    methods: Methods = None,
     seeds: Seeds = 3,
     densities: Densities = "",
     rates: Rates = None,
@@ -151,7 +155,7 @@ def compare(
 ) -> None:
     """Put methods side by side on your task: same rows, batches and budget.
 
-    Example: sift compare glue/rte --methods sift,random,lora --seeds 3
+    Example: sift compare glue/rte --methods sign-descent,random,lora --seeds 3
     """
     finished = all(Path(one).is_dir() for one in what)
     if finished:
@@ -170,7 +174,7 @@ def compare(
         comparison = run(
             resolved,
             out,
-            methods=names(methods),
+            methods=None if methods is None else names(methods),
             seeds=seeds,
             densities=shares,
             rates=given,

@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 def show_plan(plan: Mapping[str, Any], show_all: bool) -> None:
     """Prints a plan as a person reads it; `show_all` lists the values that are defaults as well."""
     _show_recipe(plan, show_all)
+    known = not plan["only_in_sum"]
     for groups, title in (
         (plan["by_kind"], "kind of module"),
         (together(plan["by_layer"]), "layer"),
     ):
-        table = Table(title, "trained", "of", "share")
+        table = Table(title, *(("trained", "of", "share") if known else ("entries",)))
         for name, group in groups.items():
-            share = f"{group['trained'] / group['of']:.3%}"
-            table.add_row(name, f"{group['trained']:,}", f"{group['of']:,}", share)
+            trained, of = group["trained"], group["of"]
+            own = (f"{trained:,}", f"{of:,}", f"{trained / of:.3%}") if known else (f"{of:,}",)
+            table.add_row(name, *own)
         _right(table)
         print_table(table)
     _show_memory(plan)
@@ -38,8 +40,9 @@ def _show_recipe(plan: Mapping[str, Any], show_all: bool) -> None:
     table = Table("key", "value", "from", title=f"{plan['model']}, {plan['architecture']}")
     table.columns[0].no_wrap = True
     for name, origin in plan["origins"].items():
-        if show_all or origin != "default":
-            section, _, key = name.partition(".")
+        section, _, key = name.partition(".")
+        idle = plan["whole"] and section == "selection" and origin.startswith("policy ")
+        if show_all or not (idle or origin == "default"):
             table.add_row(name, str(plan["recipe"][section][key]), _short(origin))
     print_table(table)
     defaults = sum(origin == "default" for origin in plan["origins"].values())
@@ -104,7 +107,12 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
         f"will take about {size(plan['delta_bytes'])}."
     ]
     if plan["only_in_sum"]:
-        lines.append("All weights compete for one budget: entries per layer are in proportion.")
+        lines.append(
+            "All weights compete for one budget: how many entries of each train shows when they "
+            "are chosen."
+        )
+    if plan["whole"]:
+        lines.append("All of the targeted entries train: none is chosen.")
     head = plan["head_start"]
     if head["kind"] != "random":
         rows = f" of {head['rows']:,} rows" if head["rows"] else ""
@@ -121,11 +129,7 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
             cut = sum(data["truncated"].values())
             most = data["max_length"]
             lines.append(f"{rows} rows, {cut:,} of them cut to {most} tokens; {steps}.")
-        if data["trial_steps"]:
-            lines.append(
-                f"The learning rate is left open: {data['trial_steps']:,} more steps try rates "
-                "before, or up to two fifths more where the best one lies at the edge."
-            )
+        lines += _passes_sentences(plan)
     passes = ", ".join(
         f"{name} {size(parts['peak'])}" for name, parts in plan["memory_of_passes"].items()
     )
@@ -145,9 +149,35 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
     if "measured" in plan:
         timed = plan["measured"]
         lines.append(
-            f"Measured: {timed['step_time_ms']:.0f} ms a step (median of {timed['steps']}), about "
-            f"{timed['epoch_s']:.0f} s an epoch."
+            f"Measured: {timed['begin_s']:.0f} s until entries are chosen, "
+            f"{timed['step_time_ms']:.0f} ms a step (median of {timed['steps']}), about "
+            f"{timed['epoch_s']:.0f} s an epoch; {timed['run_s']:.0f} s in all, evaluations aside."
         )
+    return lines
+
+
+def _passes_sentences(plan: Mapping[str, Any]) -> list[str]:
+    """What runs forward and backward beside the steps: warm-up, choices, trials of rates."""
+    data, lines = plan["data"], []
+    first, chosen = data["selection_batches"]["first"], data["selection_batches"]["all"]
+    asked = data["selection_batches"]["asked"]
+    if data["warmup_steps"]:
+        lines.append(f"{data['warmup_steps']:,} steps warm up before entries are chosen.")
+    if chosen > 1:
+        all_ = f" (selection.batches is {asked:,}: the run has no more)" if first < asked else ""
+        later = f", and anew by {chosen - first:,} along the run" if chosen > first else ""
+        lines.append(
+            f"Entries are chosen by {first:,} batches{all_}{later}, each run forward and backward."
+        )
+    if data["trial_steps"]:
+        beside = data["trial_passes"] - data["trial_steps"]
+        more = f", and {beside:,} batches ahead of them," if beside else ""
+        lines.append(
+            f"The learning rate is left open: {data['trial_steps']:,} more steps{more} try rates "
+            "before, or up to two fifths more where the best one lies at the edge."
+        )
+    if data["passes"] > data["steps"]:
+        lines.append(f"In all {data['passes']:,} batches run forward and backward.")
     return lines
 
 

@@ -239,6 +239,18 @@ def _new_parameters(model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, 
     return tuple(name for name, _ in model.named_parameters() if name in lacking)
 
 
+def on_meta(folder: Path, auto: Any, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """The Auto class's model of a configuration on the meta device, without weights.
+
+    Raises what `load_model` raises for an architecture without such a head; `folder` is its place.
+    """
+    try:
+        with torch.device("meta"), quiet():
+            return auto.from_config(config, dtype=dtype)
+    except UNLOADABLE as error:
+        raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps transformers' progress bars and load reports off the terminal for a while."""

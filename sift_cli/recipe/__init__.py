@@ -11,11 +11,18 @@ from sift_cli.recipe.schema import (
     Recipe,
     TrainSection,
 )
-from sift_cli.recipe.selection import AXES, OPTIONS, SelectionSection, usual_rate
+from sift_cli.recipe.selection import (
+    AXES,
+    DEFAULT_POLICY,
+    OPTIONS,
+    SelectionSection,
+    usual_rate,
+)
 
 __all__ = [
     "AUTO",
     "AXES",
+    "DEFAULT_POLICY",
     "OPTIONS",
     "ROW_OPTIONS",
     "CheckpointSection",

@@ -9,9 +9,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sift_cli.errors import SiftError
-from sift_cli.recipe.schema import ROW_OPTIONS, Recipe, TrainSection
+from sift_cli.recipe.schema import LABEL_KEYS, ROW_OPTIONS, TOKEN_KEYS, Recipe, TrainSection
 from sift_cli.recipe.selection import AXES, OPTIONS, policy_row, row_options
 from sift_cli.selection.policies import POLICIES
+from sift_cli.tasks.table import LANGUAGE
 
 KeyPlace = tuple[str | int, ...]
 
@@ -104,7 +105,8 @@ def _parse(
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems += [_describe(one, places, source) for one in error.errors()]
+        idle = _idle(values)
+        problems += [_describe(one, places, source, idle) for one in error.errors()]
     if problems:
         lines = dict.fromkeys(f"{where} {what}" for where, what in problems)
         raise SiftError("\n".join(lines))
@@ -262,7 +264,9 @@ def _filled_in(section: Mapping[str, Any]) -> list[str]:
     return [key for key, value in usual.items() if section.get(key) in (value, None)]
 
 
-def _describe(error: Any, places: dict[KeyPlace, str], source: str) -> tuple[str, str]:
+def _describe(
+    error: Any, places: dict[KeyPlace, str], source: str, idle: set[str]
+) -> tuple[str, str]:
     """The place of a validation error of pydantic, and its message in the terms of recipes."""
     kind, message = error["type"], str(error["msg"])
     place = error["loc"]
@@ -272,7 +276,7 @@ def _describe(error: Any, places: dict[KeyPlace, str], source: str) -> tuple[str
             key, _, message = message.partition(": ")
             place = (*place, *key.split("."))
     elif kind == "extra_forbidden":
-        message = "unknown key" + _nearest_key(place)
+        message = "unknown key" + _nearest_key(place, idle)
     elif kind == "missing":
         message = "missing" + _hint(place)
     elif kind == "model_type":
@@ -302,17 +306,36 @@ def _fields(place: KeyPlace) -> dict[str, Any]:
     return dict(section.model_fields)
 
 
-def _nearest_key(place: KeyPlace) -> str:
-    """The valid key nearest to an unknown one: among its siblings first, then anywhere."""
+def _nearest_key(place: KeyPlace, idle: set[str]) -> str:
+    """The valid key nearest to an unknown one, none of `idle`.
+
+    One of the same name in another section comes first, then siblings, then any.
+    """
     key, parent = str(place[-1]), place[:-1]
     siblings = {_dotted((*parent, name)): name for name in _fields(parent)}
     everywhere = {f"{top}.{name}": name for top in Recipe.model_fields for name in _fields((top,))}
-    for known in (siblings, everywhere):
-        near = difflib.get_close_matches(key, list(known.values()), n=1)
+    for known, cutoff in ((everywhere, 1.0), (siblings, 0.6), (everywhere, 0.6)):
+        useful = {dotted: name for dotted, name in known.items() if dotted not in idle}
+        near = difflib.get_close_matches(key, list(useful.values()), n=1, cutoff=cutoff)
         if near:
-            full = next(dotted for dotted, name in known.items() if name == near[0])
+            full = next(dotted for dotted, name in useful.items() if name == near[0])
             return f"; did you mean {full}?"
     return f"; known here: {', '.join(siblings.values())}"
+
+
+def _idle(values: Mapping[str, Any]) -> set[str]:
+    """The keys that would do nothing in a recipe with these values, by section.key."""
+    data, selection = (
+        one if isinstance(one := values.get(name), dict) else {} for name in ("data", "selection")
+    )
+    row = policy_row(selection)
+    axes = {axis: selection.get(axis) or getattr(row, axis) for axis in AXES}
+    idle = {f"selection.{key}" for key, option in OPTIONS.items() if not option.applies(axes)}
+    task = str(data.get("task"))
+    idle |= {f"data.{key}" for key, usual in ROW_OPTIONS.items() if task not in usual}
+    if task in LANGUAGE:
+        return idle | {f"data.{key}" for key in LABEL_KEYS}
+    return idle | {f"{section}.{key}" for section, keys in TOKEN_KEYS.items() for key in keys}
 
 
 def _hint(place: KeyPlace) -> str:

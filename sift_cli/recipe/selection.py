@@ -221,11 +221,10 @@ class SelectionSection(Section):
             )
         if self.score in COMPARING and self.batches == 1:
             raise ValueError(f"batches: score {self.score} compares batches; give at least 2")
-        steps = 1 if self.schedule == "every-batch" else self.every or self.batches
-        if self.score == "sign-descent" and steps < self.batches:
+        if self.score == "sign-descent" and (self.period or self.batches) < self.batches:
             raise ValueError(
-                f"schedule: a descent of {self.batches} batches every {steps} steps; give another "
-                "score, such as score: gradient, fewer batches, or a larger every"
+                f"schedule: a descent of {self.batches} batches every {self.period} steps; give "
+                "another score, such as score: gradient, fewer batches, or a larger every"
             )
         if self.score == "change" and self.warmup_trains != "all":
             raise ValueError(
@@ -235,16 +234,9 @@ class SelectionSection(Section):
         return self
 
     @property
-    def usual_rate(self) -> float:
-        """The rate to begin with, of its density and policy, on a narrow model."""
-        return usual_rate(self.share, POLICIES[self.policy].pace)
-
-    @property
-    def share(self) -> float:
-        """The share of entries to train; a usual one where a budget counts them instead."""
-        if isinstance(self.density, dict):
-            return self.density["default"]
-        return USUAL_DENSITY if self.density is None else self.density
+    def period(self) -> int | None:
+        """Steps between two choices of entries; None where they are chosen once."""
+        return 1 if self.schedule == "every-batch" else self.every
 
 
 def usual_rate(density: float, pace: float = 1.0) -> float:

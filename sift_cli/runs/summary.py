@@ -21,6 +21,8 @@ from sift_cli.tasks.metrics import Metrics
 
 LEFT_OUT = (
     "rank",
+    "learning_rate",
+    "learning_rate_from",
     "language",
     "splits",
     "changed_entries",
@@ -35,9 +37,9 @@ class Summary:
     `policy` is the policy, or the method that is no policy (`lora`), with its `rank`. `labels` are
     None for a regression. Of the entries, `trained` are those of the supports at the end, `changed`
     those that are not equal to the base, `dense` those of the modules that train whole, which the
-    other two leave out. `truncated` counts the rows cut to `data.max_length` by split, `resumed_at`
-    lists the steps after which the run was resumed, `step_time_ms` is the median. `splits` are what
-    the rows of a language task come to.
+    other two leave out. `learning_rate_from` is `recipe`, `usual` or `auto`. `truncated` counts the
+    rows cut to `data.max_length` by split, `resumed_at` lists the steps after which the run was
+    resumed, `step_time_ms` is the median. `splits` are what the rows of a language task come to.
 
     Fields with a default are those that baselines or the runs of older versions lack.
     """
@@ -46,6 +48,8 @@ class Summary:
     policy: str
     rank: int | None = None
     seed: int
+    learning_rate: float | None = None
+    learning_rate_from: str | None = None
     labels: list[str] | None = None
     language: dict[str, Any] | None = None
     metrics: Metrics
@@ -144,6 +148,8 @@ def summarize(
     *,
     policy: str,
     seed: int,
+    learning_rate: float,
+    learning_rate_from: str,
     metrics_before: Metrics,
     metrics: Metrics,
     kept_step: int,
@@ -161,6 +167,8 @@ def summarize(
         policy=policy,
         rank=written.rank,
         seed=seed,
+        learning_rate=learning_rate,
+        learning_rate_from=learning_rate_from,
         **task.header(),
         metrics=dict(metrics),
         metrics_before=dict(metrics_before),

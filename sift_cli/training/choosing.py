@@ -34,7 +34,7 @@ from sift_cli.training.head import start_head, start_of
 from sift_cli.training.method import Build
 from sift_cli.training.packing import Packed, entries_in, supports_in
 from sift_cli.training.randomness import kept_randomness
-from sift_cli.training.step import backward_passes, forward_passes
+from sift_cli.training.step import backward_passes, forward_passes, watched
 from sift_cli.training.warmup import WarmUp, warm_up
 
 SCALE_BATCHES = 8  # enough for root mean squares over their tokens
@@ -91,6 +91,13 @@ class Parts:
         return planned(model, self.sparse, self.rule) | whole
 
 
+def choices_of(selection: SelectionSection, rule: Rule, steps: int) -> list[int]:
+    """How many batches each choice of entries looks at in a run of so many steps, in order."""
+    if not rule.score.needs_data:
+        return []
+    return [min(selection.batches, steps - at) for at in range(0, steps, selection.period or steps)]
+
+
 def selecting(recipe: Recipe, allow_code: bool = False, console: Console | None = None) -> Build:
     """The method that trains what a recipe selects; refuses a score that cannot be, at once."""
     rule = rule_of(recipe.selection, allow_code)
@@ -138,7 +145,7 @@ class Chooser:
             session=session,
             batches=batches,
             parts=Parts.of(selection, session.model, session.new, rule),
-            every=1 if selection.schedule == "every-batch" else selection.every,
+            every=selection.period,
             drop=selection.drop or 1.0,
             console=console or Console(stderr=True, quiet=True),
         )
@@ -197,10 +204,10 @@ class Chooser:
                 touched,
             )
         norms = self.norms if self.selection.batches == 1 else None
-        looks = min(self.selection.batches, self.batches.steps)
-        if looks > 1 and self.rule.score.needs_data:
-            self.console.print(f"entries: chosen by {looks} batches", highlight=False)
         supports = self.supports(1, change=change, norms=norms)
+        looks = next(iter(choices_of(self.selection, self.rule, self.batches.steps)), 0)
+        if looks > 1:
+            self.console.print(f"entries: chosen by {looks} batches", highlight=False)
         return self._optimizer(self._attach(supports, touched, self.scales()))
 
     def restore(self, saved: Checkpoint) -> SparseAdamW:
@@ -247,13 +254,19 @@ class Chooser:
         """
         model = self.session.model
         batches = islice(self.batches.since(step), self.selection.batches)
-        with frozen(model), kept_randomness(self.session.device):
+        passes = backward_passes(self.session, batches)
+        console = self.console if step == 1 else None  # later the training's own bar is there
+        with (
+            watched(passes, "choosing entries", console) as backward,
+            frozen(model),
+            kept_randomness(self.session.device),
+        ):
             chosen = select(
                 model,
                 self.sparse,
                 self.rule,
                 seed=self.train.seed,
-                backward=backward_passes(self.session, batches),
+                backward=backward,
                 change=change,
                 retained=held,
                 norms=norms,

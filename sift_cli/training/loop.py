@@ -27,7 +27,13 @@ from sift_cli.system.stopping import Stop
 from sift_cli.training.batches import Steps, steps_of
 from sift_cli.training.choosing import selecting
 from sift_cli.training.method import Build, Method
-from sift_cli.training.rates import at_best_rate, remove_trials, usual_rate_for, with_rate
+from sift_cli.training.rates import (
+    at_best_rate,
+    rate_from,
+    remove_trials,
+    usual_rate_for,
+    with_rate,
+)
 from sift_cli.training.schedule import schedule_of
 from sift_cli.training.state import Kept, State, space_for
 from sift_cli.training.step import Rows, add_gradient, take_step
@@ -66,10 +72,11 @@ def train(
             remove_trials(out)
         elif not resume:
             checkpoints.require_none()
+        source = rate_from(recipe)
         if recipe.train.learning_rate == AUTO:
             one = partial(train, build=build, device=device, resume=True, allow_code=allow_code)
             recipe = at_best_rate(recipe, out, one, usual_rate_for(recipe, narrow), console)
-        recipe = with_rate(recipe, narrow)
+        recipe = with_rate(recipe, narrow, console)
         timing = Timing()
         if resume:
             policy = recipe.selection.policy if build is None else None
@@ -86,7 +93,7 @@ def train(
                 if run.saved is None:
                     checkpoints.remove()
                 take_steps(run, log, stop)
-            return finish(run, recipe)
+            return finish(run, recipe, source)
 
 
 @dataclass(frozen=True)
@@ -245,8 +252,11 @@ def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
         )
 
 
-def finish(run: Run, recipe: Recipe) -> Summary:
-    """Writes the run folder with the weights that are kept; returns what summary.json holds."""
+def finish(run: Run, recipe: Recipe, source: str) -> Summary:
+    """Writes the run folder with the weights that are kept; returns what summary.json holds.
+
+    `source` is where the learning rate came from.
+    """
     out, session, state = run.checkpoints.out, run.session, run.state
     state.kept.restore()
     state.parameters.detach()
@@ -261,6 +271,8 @@ def finish(run: Run, recipe: Recipe) -> Summary:
         state.timing,
         policy=run.method.name,
         seed=run.settings.seed,
+        learning_rate=run.settings.rate,
+        learning_rate_from=source,
         metrics_before=run.metrics_before,
         metrics=metrics,
         kept_step=state.kept.step,

@@ -9,20 +9,27 @@ from pathlib import Path
 from rich.console import Console
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.loading import model_folder, read_config
-from sift_cli.recipe import AUTO, Recipe
+from sift_cli.models.loading import DTYPES, model_folder, on_meta, read_config
+from sift_cli.models.names import head_of
+from sift_cli.recipe import AUTO, Recipe, usual_rate
 from sift_cli.runs.folder import DELTA_FILE, RATES, RATES_FILE, TRAINED_FILE
 from sift_cli.runs.session import load_rows
 from sift_cli.runs.summary import Summary
+from sift_cli.selection.policies import POLICIES
+from sift_cli.selection.select import check, planned
+from sift_cli.selection.targets import choose_weights
 from sift_cli.system.files import write_text
+from sift_cli.tasks.kinds import expected_task
 from sift_cli.tasks.metrics import LOSS
 from sift_cli.training.batches import steps_of
+from sift_cli.training.choosing import rule_of
 
 TRIED = 5  # rates, each APART from the next
 APART = 2.0
 MORE = 2  # beyond the edge of these, where the best one lies there
 SHARE = 0.1  # of the steps, and of the training rows, which are held out
 FEWEST_STEPS, FEWEST_ROWS = 10, 50
+FEW_HELD_OUT = 200  # rows; the loss on fewer cannot tell neighbouring rates apart
 WIDTH = 384  # of MiniLM, on which the usual rates were measured
 
 Trial = Callable[[Recipe, Path], Summary]  # a whole training into a folder; goes on where it can
@@ -43,6 +50,14 @@ def at_best_rate(
     rows = load_rows(recipe).train
     assert rows is not None
     require_enough_rows(len(rows))
+    held_out = ceil(SHARE * len(rows))
+    if held_out < FEW_HELD_OUT:
+        console.print(
+            f"train.learning_rate: auto has {held_out} rows to compare rates on; with fewer than "
+            f"{FEW_HELD_OUT} chance has a say in which is best, so give a number, or leave the "
+            "key out for the usual rate",
+            highlight=False,
+        )
     steps = steps_of_trial(steps_of(recipe.train, [1] * len(rows)).steps)
     said: list[str] = []
 
@@ -141,32 +156,72 @@ def at_rate(recipe: Recipe, rate: float) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=update)})
 
 
-def model_pace(recipe: Recipe) -> float:
-    """The rate that the recipe's model bears, beside that of the narrow one of the usual rates.
+def width_of(recipe: Recipe) -> int:
+    """The hidden size of the recipe's model, of which only its configuration is read; WIDTH where
+    that names none."""
+    config = read_config(_folder(recipe)).get_text_config()
+    width: int | None = getattr(config, "hidden_size", None)
+    return width or WIDTH
 
-    Adam's rate falls with the width of a model (Yang et al. 2022, arXiv 2203.03466): each output
-    sums over as many more inputs, all of which move by the rate. Of the model, only its
-    configuration is read.
+
+def share_of(recipe: Recipe) -> float:
+    """The share of the targeted entries that train.
+
+    For a budget, or densities by pattern, they are counted in a model on the meta device. Raises
+    SiftError where these do not fit it.
     """
-    folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
-    width = getattr(read_config(folder).get_text_config(), "hidden_size", None)
-    return WIDTH / max(width or WIDTH, WIDTH)
+    chosen = recipe.selection
+    if isinstance(chosen.density, float):
+        return chosen.density
+    task, folder = expected_task(recipe.data.task, recipe.data.labels), _folder(recipe)
+    model = on_meta(folder, task.auto, task.configure(folder), DTYPES[recipe.model.dtype])
+    new = head_of(model) if task.new_head else []
+    names, _ = choose_weights(model, chosen.target, chosen.exclude, chosen.dense, new)
+    rule = rule_of(chosen.model_copy(update={"score": "gradient"}))  # no code of a file runs here
+    check(model, names, rule)
+    sizes: dict[str, int] = {name: one.numel() for name, one in model.named_parameters()}
+    return sum(planned(model, names, rule).values()) / sum(sizes[name] for name in names)
 
 
 def usual_rate_for(recipe: Recipe, narrow: float | None = None) -> float:
     """The usual rate on the recipe's model, where that on a narrow one is `narrow`.
 
-    If that is not given, it is that of the recipe's density and policy.
+    If that is not given, it is that of the recipe's policy at the share of entries that train.
+    Adam's rate falls with the width of a model (Yang et al. 2022, arXiv 2203.03466): each output
+    sums over as many more inputs, all of which move by the rate.
     """
-    return rounded((narrow or recipe.selection.usual_rate) * model_pace(recipe))
+    narrow = narrow or usual_rate(share_of(recipe), POLICIES[recipe.selection.policy].pace)
+    return rounded(narrow * WIDTH / max(width_of(recipe), WIDTH))
 
 
-def with_rate(recipe: Recipe, narrow: float | None = None) -> Recipe:
-    """The recipe; where it says nothing of the rate, with the usual one."""
+def with_rate(
+    recipe: Recipe, narrow: float | None = None, console: Console | None = None
+) -> Recipe:
+    """The recipe; where it says nothing of the rate, with the usual one, which is told."""
     if recipe.train.learning_rate is not None:
         return recipe
-    update = {"learning_rate": usual_rate_for(recipe, narrow)}
+    rate = usual_rate_for(recipe, narrow)
+    if console is not None:
+        policy, share = recipe.selection.policy, f"{100 * share_of(recipe):.3g} % of the entries"
+        of = "this method on" if narrow else f"{policy} at {share} of"
+        console.print(
+            f"learning rate {rate:g}: the usual one of {of} a model {width_of(recipe)} wide",
+            highlight=False,
+        )
+    update = {"learning_rate": rate}
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=update)})
+
+
+def rate_from(recipe: Recipe) -> str:
+    """Where a run of the recipe has its learning rate from: recipe, usual, or auto."""
+    given = recipe.train
+    if AUTO in (given.learning_rate, given.learning_rate_from):
+        return AUTO
+    return "usual" if given.learning_rate is None else "recipe"
+
+
+def _folder(recipe: Recipe) -> Path:
+    return model_folder(recipe.model.path, recipe.model.revision, weights=False)
 
 
 def at_usual_rate(recipe: Recipe) -> Recipe:
@@ -181,9 +236,9 @@ def steps_of_trial(steps: int) -> int:
     return min(steps, max(FEWEST_STEPS, ceil(SHARE * steps)))
 
 
-def trial_steps(recipe: Recipe, steps: int) -> int:
-    """How many steps all trials take before a run of `steps`, if none lies beyond the edge."""
-    return TRIED * steps_of_trial(steps) if recipe.train.learning_rate == AUTO else 0
+def trials_of(recipe: Recipe) -> int:
+    """How many trainings come before the run to find its rate, if none lies beyond the edge."""
+    return TRIED if recipe.train.learning_rate == AUTO else 0
 
 
 def remove_trials(out: Path) -> None:

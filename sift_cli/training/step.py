@@ -1,9 +1,12 @@
 """One step, the same for all who take any: the loop, the warm-up, the probe, a measured plan."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -65,6 +68,25 @@ def backward_passes(session: Session, batches: Iterable[Rows]) -> list[Callable[
         total = session.counted(rows)
         passes += [partial(add_gradient, session, [part], total) for part in rows]
     return passes
+
+
+@contextmanager
+def watched(
+    passes: Sequence[Callable[[], object]], what: str, console: Console | None
+) -> Iterator[list[Callable[[], object]]]:
+    """The same passes; on a terminal, several of them move a bar that is gone with this context."""
+    if console is None or console.quiet or not console.is_terminal or len(passes) == 1:
+        yield list(passes)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(what, total=len(passes))
+
+        def run(one: Callable[[], object]) -> None:
+            one()
+            bar.advance(task)
+
+        yield [partial(run, one) for one in passes]
 
 
 def forward_passes(session: Session, batches: Iterable[Rows]) -> list[Callable[[], object]]:

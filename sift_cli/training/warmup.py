@@ -51,7 +51,10 @@ def warmed(everything: bool, sparse: Sequence[str], dense: Sequence[str]) -> lis
     """
     names = [*(sparse if everything else ()), *dense]
     if not names:
-        raise SiftError("selection.warmup_trains: no module trains whole, so there is no head")
+        raise SiftError(
+            "selection.warmup_trains: no module trains whole, so there is no head to warm up; set "
+            "it to all, or selection.schedule to first-batch"
+        )
     return names
 
 

@@ -19,7 +19,13 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from sift_cli.analysis.adapted import main, train_adapted
-from sift_cli.analysis.compare import best_rate, compare, compare_runs, notes_on_rates
+from sift_cli.analysis.compare import (
+    best_rate,
+    compare,
+    compare_runs,
+    notes_on_rates,
+    usual_methods,
+)
 from sift_cli.analysis.jobs import Job, Runner, rates_of
 from sift_cli.analysis.methods import adapted_layers, rank_for
 from sift_cli.analysis.table import (
@@ -157,11 +163,11 @@ def test_a_comparison(recipe_file: Path, tmp_path: Path, here: list[str]) -> Non
     other, own = rows["random", 0.1], rows["sift", 0.1]
     assert other.trained_entries == own.trained_entries
     scores = [row.metrics["accuracy"].values for row in (other, own)]
-    against = other.against_sift
+    against = other.against
     assert against.difference == pytest.approx(sum(scores[0]) / 2 - sum(scores[1]) / 2)
     if against.p is not None:
         assert against.p == pytest.approx(stats.ttest_rel(*scores).pvalue)
-    assert own.against_sift is None
+    assert own.against is None
     alone = load_recipe(recipe_file, ["train.max_steps=2", "selection.density=0.1"])
     single = train(alone, tmp_path / "single")
     assert own.metrics["accuracy"].values[0] == single.metrics["accuracy"]
@@ -229,6 +235,15 @@ def test_rates_lie_around_the_recipe_s() -> None:
     published = parse_recipe(text, "r.yaml", ["selection.policy=sift"])
     assert rates_of(published, "sift", None, {}, 1) == [1e-3]
     assert rates_of(published, "sign-descent", None, {}, 1) == [4e-3]
+
+
+def test_a_budget_is_a_share_for_the_rates_of_others(recipe_file: Path) -> None:
+    same = ["selection.budget=218", "train.learning_rate=1e-3"]  # 5 % of 4,352
+    budget = load_recipe(recipe_file, same)
+    density = load_recipe(recipe_file, same[1:])
+    for method in ("sift", "random", "lora", "full"):
+        rates = [rates_of(recipe, method, None, {}, 1) for recipe in (budget, density)]
+        assert rates[0] == pytest.approx(rates[1], rel=0.06)  # of two digits each
 
 
 def test_a_method_that_diverges_is_told(recipe_file: Path, tmp_path: Path, here: list[str]) -> None:
@@ -322,7 +337,10 @@ def test_finished_runs_side_by_side(recipe_file: Path, tmp_path: Path) -> None:
     train_adapted(load_recipe(recipe_file, changes), "head-only", tmp_path / "head")
     head = compare_runs([*folders, tmp_path / "head"]).rows[-1]
     assert (head.method, head.density) == ("head-only", None)  # whatever the recipe says
-    assert head.against_sift.seeds == 1
+    assert head.against.seeds == 1
+    assert compare_runs([folders[2], folders[0]]).reference == "random"  # the first
+    own = finished(tmp_path / "own", run("sign-descent", 1, task="sst2", accuracy=0.5))
+    assert compare_runs([*folders, own]).reference == "sign-descent"  # the default
     wrong = sift("compare", folders[0], tmp_path / "none")
     assert wrong.returncode == 2
     assert "no such run folder" in wrong.stderr
@@ -366,14 +384,46 @@ def test_rows_are_held_against_sift_at_their_density_by_seed() -> None:
         "f1": Spread(0.5, 0.0, [0.5, 0.5]),
         "loss": Spread(None, None, [None] * 2),
     }
-    assert small.against_sift is large.against_sift is None
-    assert same.against_sift.difference == pytest.approx(0.2)
-    assert other.against_sift == PairedDifference(pytest.approx(0.2), 2, None)  # from sift at 0.2
+    assert small.against is large.against is None
+    assert same.against.difference == pytest.approx(0.2)
+    assert other.against == PairedDifference(pytest.approx(0.2), 2, None)  # from sift at 0.2
     assert undefined.metrics["f1"] == Spread(None, None, [None, 0.4])
-    assert undefined.against_sift == PairedDifference(pytest.approx(-0.1), 1, None)
+    assert undefined.against == PairedDifference(pytest.approx(-0.1), 1, None)
     assert found.notes[0] == "a note"
     assert found.notes[1].startswith("p: paired t-test over 2 seeds")
     assert "| random at 0.1 | 100 | 0.001 | undefined | -0.1000 |  | 1 | 0 | 0 |" in markdown(found)
+
+
+def test_rows_are_held_against_the_own_policy_or_the_first_method() -> None:
+    scores = {"random": 0.5, "sign-descent": 0.75, "lora": 0.25}
+    runs = [run(method, 1, f1=score) for method, score in scores.items()]
+
+    def differences(own: str | None) -> tuple[str, list[float | None]]:
+        found = tabulated(runs, [], own=own)
+        return found.reference, [row.against and row.against.difference for row in found.rows]
+
+    assert differences("sign-descent") == ("sign-descent", [-0.25, None, -0.5])
+    assert differences("sift") == differences(None) == ("random", [None, 0.25, -0.25])
+    table = markdown(tabulated(runs, [], own="sign-descent"))
+    assert "| f1 (n=1) | to sign-descent | p |" in table
+    assert "to sign-descent: mean difference from it" in table
+    assert tabulated(runs, [], own="lora").to_json()["reference"] == "lora"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of SHiRA's sparse tensors
+def test_the_usual_methods(recipe_file: Path, tmp_path: Path, here: list[str]) -> None:
+    changes = ["--set", "selection.policy=sign-descent", "--set", "train.max_steps=1"]
+    args = ["--seeds", "1", "--out", tmp_path / "out", "--json", *changes]
+    done = sift("compare", recipe_file, *args)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    methods = ["sign-descent", "random", "lora", "shira", "full", "head-only"]
+    assert [row["method"] for row in found["rows"]] == methods
+    assert found["reference"] == "sign-descent"
+    random = load_recipe(recipe_file, ["selection.policy=random"])
+    assert usual_methods(random) == methods[1:]
+    text = "model: {path: m}\ndata: {path: d, task: instruct}\n"
+    assert usual_methods(parse_recipe(text, "r")) == methods[:-1]  # there is no head
 
 
 def finished(folder: Path, one: FinishedRun, recipe: str = "") -> Path:
@@ -445,7 +495,7 @@ def test_the_table_tells_in_what_rows_differ(recipe_text: str, tmp_path: Path) -
     assert "| sift at 0.05 (short) |" in table
     assert "- plain: train.max_steps unset" in table
     assert "- short: train.max_steps 2" in table
-    differences = [row.against_sift and row.against_sift.difference for row in found.rows]
+    differences = [row.against and row.against.difference for row in found.rows]
     assert differences == [None, -0.25, 0.0, 0.25]  # each from what was trained as long
 
 

@@ -207,7 +207,7 @@ def test_a_lower_loss_is_the_better_row(run: Path, tmp_path: Path) -> None:
     assert "**1.5000**" in text
     assert text.count("**") == 2
     assert "A lower loss is better." in text
-    assert Comparison("cola", "matthews", found.rows, []).falls is False
+    assert Comparison("cola", "matthews", "sift", found.rows, []).falls is False
 
 
 def test_runs_on_other_rows_stand_in_no_table(run: Path, chat: Path, tmp_path: Path) -> None:

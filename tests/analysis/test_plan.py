@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe, parse_recipe, trace_recipe
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Rule, planned
-from sift_cli.training import train
+from sift_cli.training import rates, step, train
 from tests.support.command import sift
 from tests.support.models import roberta_large
+from tests.support.rows import write_rows
 
 GIB = 2**30
 
@@ -94,7 +96,9 @@ def test_a_plan_is_what_training_does(recipe_file: Path, tmp_path: Path) -> None
     assert found["data"]["truncated"] == summary.truncated
     assert found["delta_bytes"] == pytest.approx(summary.delta_bytes, rel=0.5)
     assert found["measured"]["steps"] == 3
-    assert found["measured"]["epoch_s"] > 0
+    timed = found["measured"]
+    assert timed["epoch_s"] > 0
+    assert timed["run_s"] == pytest.approx(timed["begin_s"] + timed["epoch_s"])  # one epoch
     memory = found["memory_bytes"]
     assert memory["peak"] == sum(size for part, size in memory.items() if part != "peak")
     assert memory["masters"] == 4 * (summary.trained_entries + summary.dense_entries)
@@ -129,6 +133,81 @@ def test_what_is_offloaded_is_not_counted_for_a_gpu(recipe_file: Path) -> None:
     assert on_host.isdisjoint(found["sift"])
     assert on_host.isdisjoint(found["sift, checkpointing"])
     assert {"gradients", "moments"} <= set(found["full"])
+
+
+PASSES = {
+    "sift": ["selection.policy=sift"],
+    "sign-descent": ["selection.policy=sign-descent"],
+    "random": ["selection.policy=random"],
+    "current-batch": ["selection.policy=current-batch"],
+    "drop-grow": ["selection.policy=drop-grow", "selection.every=4", "selection.batches=3"],
+    "lottery": ["selection.policy=lottery", "selection.warmup_steps=5"],
+    "whole": ["selection.policy=sign-descent", "selection.density=1.0"],
+    "auto": ["selection.policy=sign-descent", "train.learning_rate=auto"],
+    "warm-auto": ["selection.schedule=after-warmup", "train.learning_rate=auto"],
+}
+
+
+@pytest.mark.parametrize("changes", PASSES.values(), ids=PASSES)
+def test_every_pass_of_a_run_is_counted(
+    changes: list[str],
+    recipe_file: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_rows(data / "train.jsonl", 96, seed=1)
+    recipe = load_recipe(recipe_file, [*changes, "eval.keep=last"])
+    planned = plan(recipe)["data"]
+    ran, loss = [], step._loss
+
+    def counted(*args: Any) -> Any:
+        ran.append(args)
+        return loss(*args)
+
+    monkeypatch.setattr(step, "_loss", counted)
+    monkeypatch.setattr(rates, "MORE", 0)  # trials beyond the edge are told of, not counted
+    train(recipe, tmp_path / "run")
+    assert planned["passes"] == len(ran)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            ["selection.policy=sign-descent"],
+            "Entries are chosen by 6 batches (selection.batches is 128: the run has no more), "
+            "each run forward and backward. In all 12 batches run forward and backward.",
+        ),
+        (
+            ["selection.policy=drop-grow", "selection.every=2", "selection.batches=3"],
+            "Entries are chosen by 3 batches, and anew by 5 along the run, each run",
+        ),
+        (["selection.policy=lottery"], "200 steps warm up before entries are chosen. In all 206"),
+    ],
+)
+def test_what_runs_beside_the_steps_is_told(
+    changes: list[str], said: str, recipe_file: Path
+) -> None:
+    args = [word for change in changes for word in ("--set", change)]
+    assert said in " ".join(sift("plan", recipe_file, *args).stdout.split())
+
+
+def test_where_all_entries_train_nothing_is_chosen(recipe_file: Path) -> None:
+    changes = ["--set", "selection.policy=sign-descent", "--set", "selection.density=1.0"]
+    shown = " ".join(sift("plan", recipe_file, *changes).stdout.split())
+    assert "All of the targeted entries train: none is chosen." in shown
+    assert "one budget" not in shown
+    assert "selection.score" not in shown
+    assert "trained of share" in shown
+
+
+def test_what_a_common_budget_gives_each_layer_is_not_foretold(recipe_file: Path) -> None:
+    shown = sift("plan", recipe_file, "--set", "selection.policy=sign-descent").stdout
+    assert "All weights compete for one budget: how many entries of each train shows" in shown
+    assert "kind of module\tentries" in shown
+    assert "share" not in shown
+    assert "kind of module\ttrained\tof\tshare" in sift("plan", recipe_file).stdout
 
 
 def test_what_it_prints(recipe_file: Path) -> None:

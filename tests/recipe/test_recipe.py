@@ -43,6 +43,16 @@ def errors(added: str = "", *overrides: str) -> list[str]:
             "7:3 train.densty: unknown key; did you mean selection.density?",
         ),
         ("trian:\n  epochs: 3\n", "6:1 trian: unknown key; did you mean train?"),
+        # a key of the same name elsewhere, and never one that would do nothing here
+        (
+            "selection:\n  warmup: .1\n",
+            "7:3 selection.warmup: unknown key; did you mean train.warmup?",
+        ),
+        ("warmup_steps: 9\n", "6:1 warmup_steps: unknown key; did you mean train.warmup?"),
+        (
+            "selection:\n  schedule: after-warmup\n  warmupsteps: 9\n",
+            "8:3 selection.warmupsteps: unknown key; did you mean selection.warmup_steps?",
+        ),
         (
             "log: {xyzzy: 1}\n",
             "6:7 log.xyzzy: unknown key; known here: every, tensorboard, wandb, report",
@@ -507,18 +517,6 @@ def test_another_policy_for_a_resolved_recipe_trains_in_its_own_way() -> None:
         assert parse_recipe(scaled.to_yaml(), "r", order).train.step_scale == "input"
     own = parse_recipe(HEAD + "train: {step_scale: input}\n", "r", [back])
     assert own.train.step_scale == "input"  # no policy said so: the recipe did
-
-
-def test_the_usual_rate_follows_the_density() -> None:
-    def rate(text: str, *changes: str) -> object:
-        return parse_recipe(HEAD + text, "r", changes).selection.usual_rate
-
-    assert rate("") == 4e-3
-    assert rate("selection: {density: 1.0}\n") == 1e-4
-    assert rate("selection: {density: {default: 0.01, '*.query': 0.5}}\n") == 4e-3
-    assert rate("selection: {budget: 500}\n") == 4e-3
-    assert rate("", "selection.density=0.001") == 0.032
-    assert rate("", "selection.policy=sift") == 1e-3
 
 
 def test_a_rate_may_be_left_open() -> None:

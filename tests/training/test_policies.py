@@ -3,8 +3,10 @@
 import copy
 import json
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from sift_cli.selection.policies import CHANGING, POLICIES, STRUCTURES
 from sift_cli.selection.structures import Units
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.optimizer import HISTORIES
-from sift_cli.training import train
+from sift_cli.training import choosing, train
 from sift_cli.training.batches import Batches
 from sift_cli.training.choosing import Chooser, Parts, rule_of
 from sift_cli.training.schedule import schedule_of
@@ -493,14 +495,37 @@ def test_one_batch_alone_cannot_agree(recipe_file: Path) -> None:
 
 @pytest.mark.parametrize(("steps", "looks"), [(3, 3), (9, 5)])
 def test_how_many_batches_are_looked_at_is_told(
-    recipe_file: Path, tmp_path: Path, steps: int, looks: int
+    recipe_file: Path, tmp_path: Path, steps: int, looks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many as are asked for, and no more than the run has steps."""
     changes = [f"train.max_steps={steps}", "train.epochs=9", "selection.batches=5"]
     recipe = load_recipe(recipe_file, ["selection.policy=sign-descent", *changes])
-    said = StringIO()
+    said, before = StringIO(), []
+    choose = choosing.select
+
+    def select(*args: Any, **more: Any) -> Any:
+        before.append(said.getvalue())
+        return choose(*args, **more)
+
+    monkeypatch.setattr(choosing, "select", select)
     train(recipe, tmp_path / "run", console=Console(file=said))
     assert f"entries: chosen by {looks} batches\n" in said.getvalue()
+    assert len(before) == 1
+    assert "entries" not in before[0]  # told when it is so
+
+
+def test_the_first_choice_moves_a_bar_on_a_terminal(recipe_file: Path) -> None:
+    _, chooser = opened(resolved(recipe_file, "drop-grow", "entry", "selection.batches=3"))
+
+    def shown(step: int, **console: Any) -> str:
+        said = StringIO()
+        replace(chooser, console=Console(file=said, width=100, **console)).supports(step)
+        return said.getvalue()
+
+    assert "choosing entries" in shown(1, force_terminal=True)
+    assert "3/3" in shown(1, force_terminal=True)
+    assert shown(3, force_terminal=True) == ""  # the bar of the training is there
+    assert shown(1) == shown(1, force_terminal=True, quiet=True) == ""
 
 
 def test_the_rate_of_a_sign_descent_follows_the_training_s(recipe_file: Path) -> None:

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,14 +27,16 @@ from sift_cli.runs.folder import RATES_FILE, RECIPE_FILE, SUMMARY_FILE, TRAINED_
 from sift_cli.runs.session import load_rows, open_session
 from sift_cli.runs.summary import Summary
 from sift_cli.runs.tuned import load_tuned
+from sift_cli.selection.policies import POLICIES
 from sift_cli.tasks.metrics import LOSS
 from sift_cli.training import rates as module
 from sift_cli.training import train
 from sift_cli.training.rates import (
+    at_best_rate,
     search,
     steps_of_trial,
     trial_of,
-    trial_steps,
+    usual_rate_for,
     with_rate,
 )
 from tests.support.command import ENV, sift, until
@@ -81,18 +85,82 @@ def test_fewer_entries_take_larger_steps() -> None:
     assert usual_rate(0.1) == pytest.approx(math.sqrt(1e-4 * 4e-3), rel=0.02)
     assert usual_rate(1e-5) == 0.032  # what was not tried is not guessed
     assert usual_rate(0.01, 0.5) == 2e-3
-    text = "model: {path: m}\ndata: {path: d, task: rte}\nselection: {policy: %s}"
-    rates = {
-        name: parse_recipe(text % name, "r").selection.usual_rate
-        for name in ("sift", "sign-descent")
+
+
+def test_the_usual_rate_is_that_of_the_policy_at_the_share_that_trains(recipe_file: Path) -> None:
+    def rate(*changes: str) -> float:
+        return with_rate(
+            load_recipe(recipe_file, ["train.learning_rate=null", *changes])
+        ).train.rate
+
+    def at(share: float) -> float:
+        return usual_rate(share, POLICIES["sift"].pace)
+
+    session = open_session(load_recipe(recipe_file))
+    linear = {
+        name: module.weight.numel()
+        for name, module in session.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "classifier"
     }
-    assert rates == {"sift": 1e-3, "sign-descent": 4e-3}  # what it bears (docs/quality.md)
-    of = {"density: 0.1": 0.1, "density: {default: 0.02, a: 1}": 0.02, "budget: 9": 0.01}
-    for text, share in of.items():
-        recipe = parse_recipe(
-            f"model: {{path: m}}\ndata: {{path: d, task: rte}}\nselection: {{{text}}}", "r"
-        )
-        assert recipe.selection.share == share
+    total = sum(linear.values())
+    query = sum(size for name, size in linear.items() if name.endswith("query"))
+    assert rate() == at(0.05) != rate("selection.policy=random") == usual_rate(0.05)
+    assert rate("selection.density=1.0") == at(1.0)
+    assert rate(f"selection.budget={total // 20}") == pytest.approx(at(0.05), rel=0.05)
+    assert rate(f"selection.budget={total // 2}") == pytest.approx(at(0.5), rel=0.05)
+    vectors = [f"selection.budget={total // 2}", "selection.vectors=true"]
+    assert rate(*vectors) == pytest.approx(at(0.5), rel=0.05)
+    mixed = "selection.density={default: 0.01, query: 1.0}"
+    share = (query + 0.01 * (total - query)) / total
+    assert rate(mixed) == pytest.approx(at(share), rel=0.05)
+    with pytest.raises(SiftError, match=r"^selection.budget: 9,999,999 entries asked for"):
+        rate("selection.budget=9999999")
+
+
+def test_a_budget_runs_no_code_of_a_file(recipe_file: Path, tmp_path: Path) -> None:
+    own = tmp_path / "mine.py"
+    own.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef own(weight): return weight")
+    changes = ["train.learning_rate=null", f"selection.score={own}:own", "selection.budget=99"]
+    with pytest.raises(SiftError, match="--allow-code"):
+        train(load_recipe(recipe_file, changes), tmp_path / "run")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "source"), [("0.01", "recipe"), ("null", "usual"), ("auto", "auto")]
+)
+def test_where_the_rate_comes_from_is_told(
+    given: str, source: str, auto: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(auto, [f"train.learning_rate={given}", "train.max_steps=2"])
+    said = StringIO()
+    found = train(recipe, tmp_path / "run", console=Console(file=said, width=200))
+    stored = json.loads((tmp_path / "run" / SUMMARY_FILE).read_text())
+    rate = load_recipe(tmp_path / "run" / RECIPE_FILE).train.rate
+    assert (stored["learning_rate"], stored["learning_rate_from"]) == (rate, source)
+    assert (found.learning_rate, found.learning_rate_from) == (rate, source)
+    usual = (
+        "learning rate 0.00028: the usual one of sift at 5 % of the entries of a model 16 wide\n"
+    )
+    assert (usual in said.getvalue()) is (source == "usual")
+
+
+@pytest.mark.parametrize(("rows", "few"), [(120, True), (1990, True), (2000, False)])
+def test_few_rows_to_compare_rates_on_are_told(
+    rows: int, few: bool, auto: Path, data: Path, tmp_path: Path
+) -> None:
+    write_rows(data / "train.jsonl", rows, seed=1)
+    (tmp_path / "run").mkdir()
+    said = StringIO()
+    at_best_rate(
+        load_recipe(auto),
+        tmp_path / "run",
+        lambda recipe, folder: SimpleNamespace(metrics={LOSS: 1.0}),
+        1e-3,
+        Console(file=said, width=300),
+    )
+    warned = f"auto has {rows // 10} rows to compare rates on; with fewer than 200 chance"
+    assert (warned in said.getvalue()) is few
 
 
 @pytest.mark.parametrize(
@@ -265,7 +333,7 @@ def test_a_rate_that_diverges_is_the_worst(
     auto: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(auto)
-    middle = recipe.selection.usual_rate
+    middle = usual_rate_for(recipe)
     counted(monkeypatch, lambda rate: rate > middle / 3)
     train(recipe, tmp_path / "run")
     found = json.loads((tmp_path / "run" / RATES_FILE).read_text())
@@ -318,9 +386,10 @@ def test_a_baseline_finds_its_own(method: str, auto: Path, tmp_path: Path) -> No
 def test_plan_counts_the_trials_and_no_command_needs_a_number(auto: Path, tmp_path: Path) -> None:
     found = plan(load_recipe(auto), measure=True)
     assert found["data"]["trial_steps"] == 50
-    assert trial_steps(load_recipe(auto, ["train.learning_rate=1"]), 15) == 0
+    assert found["data"]["trial_passes"] == 55  # each trial chooses by one batch
+    assert plan(load_recipe(auto, ["train.learning_rate=1"]))["data"]["trial_steps"] == 0
     done = sift("plan", auto)
-    assert "50 more steps try rates" in done.stdout
+    assert "50 more steps, and 5 batches ahead of them, try rates" in done.stdout
     assert sift("probe", auto, "--steps", 2, "--out", tmp_path / "probe").returncode == 0
     late = ["--set", "selection.policy=sift", "--set", "selection.schedule=after-warmup"]
     out = ["--out", tmp_path / "run", "--set", "train.max_steps=2", "--quiet"]
