@@ -21,7 +21,7 @@ from sift_cli.analysis.ledger import Ledger
 from sift_cli.models.attention import replace_sdpa
 from sift_cli.models.devices import autocast
 from sift_cli.models.dropout import first_part_alone, quicken_dropout
-from sift_cli.models.prepare import recompute_activations
+from sift_cli.models.prepare import Recompute, recompute_activations
 from sift_cli.selection.evidence import observed_gradients
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.kernels import CROWDED, Axis, Kernel, dense, product, samples, take, widen
@@ -95,7 +95,7 @@ class PeakMemory:
 
     build: Callable[[], Any]
     batch: Batch
-    checkpointing: bool = False
+    checkpointing: Recompute = False
     bf16: bool = False
     gpu: bool = False
 
@@ -168,8 +168,7 @@ class PeakMemory:
         if self.gpu:  # first: attention that is not torch's own stays as it is
             replace_sdpa(model, GPU_ATTENTION, _gpu_attention, _mask)
         quicken_dropout(model)
-        if self.checkpointing:
-            recompute_activations(model)
+        recompute_activations(model, self.checkpointing)
         ledger = Ledger()
         ledger.phase = "weights"
         for tensor in (*model.parameters(), *model.buffers()):

@@ -25,7 +25,7 @@ from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import DTYPES, model_folder, on_meta
 from sift_cli.models.names import head_of
-from sift_cli.models.prepare import prepare_model
+from sift_cli.models.prepare import Recompute, prepare_model, recompute_of
 from sift_cli.recipe import Recipe
 from sift_cli.runs.language import with_template
 from sift_cli.runs.session import autocasts, open_session
@@ -116,6 +116,11 @@ class Outline:
         return self.parts.dense
 
     @property
+    def recompute(self) -> Recompute:
+        """What `train.gradient_checkpointing` means for this model."""
+        return recompute_of(self.model, self.recipe.train.gradient_checkpointing)
+
+    @property
     def entries(self) -> int:
         """How many entries train, without the modules that train whole."""
         return sum(self.counts.values())
@@ -170,7 +175,7 @@ def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[
     )
     batch = outline.rows.largest(recipe, task)
     methods = memory_of_methods(outline, batch, device, console)
-    checkpointing = recipe.train.gradient_checkpointing
+    checkpointing = outline.recompute is True
     return {
         "batch": {"rows": batch.rows, "tokens": batch.tokens},
         "memory_bytes": methods["sift, checkpointing" if checkpointing else "sift"],
@@ -182,7 +187,7 @@ def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[
 def memory_of_methods(
     outline: Outline, batch: Batch, device: torch.device, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Bytes of a step of the recipe, LoRA and full training, each with and without checkpointing.
+    """Bytes of a step of the recipe, LoRA and full training, each also with full checkpointing.
 
     `missing` in place of the bytes says why a method cannot be counted.
     """
@@ -206,8 +211,9 @@ def memory_of_methods(
     }
     methods: dict[str, dict[str, Any]] = {}
     for method, (make, ready) in prepare.items():
-        for checkpointing in (False, True):
-            key = f"{method}, checkpointing" if checkpointing else method
+        own = outline.recompute
+        for checkpointing in (False if own is True else own, True):
+            key = f"{method}, checkpointing" if checkpointing is True else method
             with console.status(f"counting the memory of {key}"):
                 try:
                     parts = PeakMemory(make, batch, checkpointing, bf16, gpu).step(ready)
@@ -230,7 +236,7 @@ def memory_of_passes(
     with console.status("counting the memory of selection and evaluation"):
         score = find_score(chosen.score or "gradient", allow_code=True)
         if score.needs_data:
-            ranking = PeakMemory(build, batch, recipe.train.gradient_checkpointing, bf16, gpu)
+            ranking = PeakMemory(build, batch, outline.recompute, bf16, gpu)
             parts = ranking.selection(
                 outline.parts.sparse,
                 chosen.batches,

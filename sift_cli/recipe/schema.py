@@ -244,7 +244,12 @@ class TrainSection(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="bfloat16 autocast or none; auto: bfloat16 on a GPU that has it"
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["wide", "auto"] = Field(
+        "auto",
+        description="activations that the backward pass computes again, so as not to keep them: "
+        "all, or those that are cheap or wider than a layer's input; auto: wide for causal "
+        "language models, none for others",
+    )
     offload_optimizer: bool = Field(
         False,
         description="masters, gradients and moments of what trains on the host: 16 bytes an entry "

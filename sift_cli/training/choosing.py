@@ -29,6 +29,7 @@ from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, att
 from sift_cli.sparse.coordinates import Coordinates, InputScale
 from sift_cli.sparse.parameters import whole_supports
 from sift_cli.system.files import write_text
+from sift_cli.system.heap import trim_heap
 from sift_cli.training.batches import Steps
 from sift_cli.training.head import start_head, start_of
 from sift_cli.training.method import Build
@@ -272,6 +273,7 @@ class Chooser:
                 norms=norms,
                 descent_rate=self.descent_rate if self.rule.score.descends else 0.0,
             )
+        trim_heap()  # of the dense gradients, more than steps need
         return chosen | whole_supports(model, [*self.vectors, *self.dense])
 
     def scales(self) -> dict[str, InputScale]:

@@ -13,7 +13,7 @@ from sift_cli.analysis.ledger import Ledger
 from sift_cli.analysis.memory import PARTS, Batch, PeakMemory, hit, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, trained
 from sift_cli.models.dropout import quicken_dropout
-from sift_cli.models.prepare import recompute_activations
+from sift_cli.models.prepare import Recompute, recompute_activations
 from sift_cli.selection.budget import share
 from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.tasks.language import Language
@@ -91,8 +91,9 @@ def test_a_sparse_step_holds_what_was_counted(architecture: str, density: float)
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("chunk_loss", ["off", 16])
+@pytest.mark.parametrize("recompute", [False, "wide"])
 def test_a_step_of_a_language_model_holds_what_was_counted(
-    chunk_loss: int | str, layout: str
+    recompute: Recompute, chunk_loss: int | str, layout: str
 ) -> None:
     """Its logits are the largest of all; some of the tokens are learnt."""
     config = CAUSAL_CONFIGS["llama-tied"]()
@@ -110,6 +111,7 @@ def test_a_step_of_a_language_model_holds_what_was_counted(
     rows = [{"input_ids": [3] * 24, "labels": [UNSEEN] * 14 + [3] * 10} for _ in range(4)]
     rows[0] = {key: values[:-2] for key, values in rows[0].items()}  # else there is no mask
     model = build("cpu").train()
+    recompute_activations(model, recompute)
     ledger = Ledger()
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.note(tensor)
@@ -129,7 +131,7 @@ def test_a_step_of_a_language_model_holds_what_was_counted(
     assert learnt == 38
     high, wide = real["input_ids"].shape
     batch = Batch(high, wide, task=task, learnt=learnt, packed=layout == "packed")
-    found = sum(PeakMemory(build, batch).step(sparse(counts, [])).values())
+    found = sum(PeakMemory(build, batch, recompute).step(sparse(counts, [])).values())
     assert found == pytest.approx(ledger.peak(start)[0], rel=0.05)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sift_cli.models.attention import leave_masks_unread
 from sift_cli.models.dropout import quicken_dropout
-from sift_cli.models.prepare import recompute_activations
+from sift_cli.models.prepare import Recompute, recompute_activations, recompute_of
 from sift_cli.models.readout import Readout, hidden_states, inputs_of, readout_of
 from sift_cli.selection.evidence import OF_TOKENS, observed_inputs
 from sift_cli.selection.scores import SCORES
@@ -40,6 +40,7 @@ from tests.support.causal import (
     causal_model,
     causal_rows,
 )
+from tests.support.models import tiny_model
 
 Rows = Sequence[Mapping[str, list[int]]]
 Batch = Mapping[str, Tensor]
@@ -575,13 +576,58 @@ def test_chunks_change_nothing_for_scores_of_inputs_but_at_the_head(score: str) 
     assert sum(map(len, found.values())) > 100
 
 
+@pytest.mark.parametrize("recompute", [True, "wide"])
 @pytest.mark.parametrize("how", ["chunked", "whole"])
-def test_recomputed_activations_change_nothing(how: str) -> None:
-    model = causal_model("llama-tied").train()
+@pytest.mark.parametrize("architecture", CHUNKED)
+def test_recomputed_activations_change_nothing(
+    architecture: str, how: str, recompute: Recompute
+) -> None:
+    model = causal_model(architecture).train()
     chosen = chunks(model) if how == "chunked" else None
-    wanted = gradients(model, token_loss(model, packed(ROWS), chosen).sum)
-    recompute_activations(model)
-    assert_equal(gradients(model, token_loss(model, packed(ROWS), chosen).sum), wanted, 1e-12)
+    wanted = gradients(model, token_loss(model, padded(ROWS, EOS), chosen).sum)
+    recompute_activations(model, recompute)
+    found = gradients(model, token_loss(model, padded(ROWS, EOS), chosen).sum)
+    assert_equal(found, wanted, 1e-12)
+
+
+def test_wide_activations_are_computed_again_and_narrow_products_are_not() -> None:
+    """Of a layer of Llama, gate and up are wider than the states; all else is made once."""
+    model = causal_model("llama").train()
+    batch = packed(ROWS)
+    layers = len(model.base_model.layers)
+    counts = {}
+    for how in (False, "wide", True):
+        recompute_activations(model, how)
+        with Counted() as forward:
+            loss = token_loss(model, batch, chunks(model, 10_000)).sum
+        with Counted() as both:
+            loss.backward()
+        counts[how] = forward.products, both.products
+    assert counts[False][0] == counts["wide"][0] == counts[True][0]
+    assert counts["wide"][1] - counts[False][1] == 2 * layers
+    assert counts[True][1] - counts[False][1] > 5 * layers
+
+
+class Counted(TorchDispatchMode):
+    """Counts the products of matrices within."""
+
+    products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("model", "meant"),
+    [(causal_model("llama"), "wide"), (tiny_model("llama"), False), (tiny_model("bert"), False)],
+    ids=["causal", "classifier", "encoder"],
+)
+def test_causal_models_recompute_what_is_wide_unless_told_otherwise(
+    model: PreTrainedModel, meant: Recompute
+) -> None:
+    assert recompute_of(model, "auto") == meant
+    assert [recompute_of(model, asked) for asked in (True, False, "wide")] == [True, False, "wide"]
 
 
 @pytest.mark.parametrize("how", ["chunked", "whole"])
