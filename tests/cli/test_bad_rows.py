@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from tests.support.chats import SHOWS_NO_ANSWER, TWO_BEGINNINGS, save_chat_model
 from tests.support.command import sift
@@ -126,6 +131,28 @@ def test_files(what: str, base: Path, refused: Callable[..., str]) -> None:
     name, content, told = FILES[what]
     other = name.replace("train", "validation")
     assert told in refused(base, **{name: content, other: LINES})
+
+
+@pytest.mark.parametrize("task", ["instruct", "sst2"])
+def test_tokens_that_the_model_has_no_embedding_of(
+    task: str, tmp_path: Path, base: Path, refused: Callable[..., str]
+) -> None:
+    """A tokenizer that was made longer than its model; the plan finds what training does."""
+    folder, rows = base, lines(*[GOOD] * 3)
+    if task == "sst2":
+        folder = save_base(tmp_path / "bert")
+        rows = lines(*({"sentence": f"good {at}", "label": at % 2} for at in range(4)))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<product>"])
+    tokenizer.save_pretrained(folder)
+    files = {"train_jsonl": rows.replace("good 1", "<product>"), "validation_jsonl": rows}
+    if task == "instruct":
+        files["train_jsonl"] = rows.replace('"x"', '"<product>"')
+    told = refused(folder, task=task, **files)
+    assert "data: the train split has tokens beyond the" in told
+    assert "rows, such as row" in told
+    done = sift("plan", tmp_path / "r.yaml")
+    assert (done.returncode, done.stderr.replace(str(tmp_path), "")) == (2, told + "\n")
 
 
 def test_templates(tmp_path: Path, base: Path, refused: Callable[..., str]) -> None:
