@@ -133,26 +133,20 @@ def test_files(what: str, base: Path, refused: Callable[..., str]) -> None:
     assert told in refused(base, **{name: content, other: LINES})
 
 
-@pytest.mark.parametrize("task", ["instruct", "sst2"])
 def test_tokens_that_the_model_has_no_embedding_of(
-    task: str, tmp_path: Path, base: Path, refused: Callable[..., str]
+    tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    """A tokenizer that was made longer than its model; the plan finds what training does."""
-    folder, rows = base, lines(*[GOOD] * 3)
-    if task == "sst2":
-        folder = save_base(tmp_path / "bert")
-        rows = lines(*({"sentence": f"good {at}", "label": at % 2} for at in range(4)))
+    """A tokenizer that was made longer than its model."""
+    folder = save_base(tmp_path / "bert")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<product>"])
     tokenizer.save_pretrained(folder)
+    rows = lines(*({"sentence": f"good {at}", "label": at % 2} for at in range(4)))
     files = {"train_jsonl": rows.replace("good 1", "<product>"), "validation_jsonl": rows}
-    if task == "instruct":
-        files["train_jsonl"] = rows.replace('"x"', '"<product>"')
-    told = refused(folder, task=task, **files)
-    assert "data: the train split has tokens beyond the" in told
-    assert "rows, such as row" in told
-    done = sift("plan", tmp_path / "r.yaml")
-    assert (done.returncode, done.stderr.replace(str(tmp_path), "")) == (2, told + "\n")
+    changes = ("data.max_length=16", "train.learning_rate=0.01")
+    told = refused(folder, *changes, task="sst2", **files)
+    assert told.startswith("data: the train split has tokens beyond the ")
+    assert told.endswith("1 rows, such as row 1, counted from 0")
 
 
 def test_templates(tmp_path: Path, base: Path, refused: Callable[..., str]) -> None:
