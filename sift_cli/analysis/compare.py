@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -219,8 +220,23 @@ def compare_runs(folders: Sequence[Path], out: Path | None = None) -> Comparison
         name = names.setdefault(one.row, str(one.folder) if name in names.values() else name)
         method, density, rate = one.summary.policy, one.density, one.rate
         runs.append(FinishedRun(one.summary, method, density, rate, name, differs))
-    comparison = tabulated(runs, [], own=DEFAULT_POLICY)
+    comparison = tabulated(told_apart(runs), [], own=DEFAULT_POLICY)
     return write(out, comparison) if out else comparison
+
+
+def told_apart(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """The runs; those that differ from others of their method in the rate alone say so."""
+
+    def alike(one: FinishedRun, other: FinishedRun) -> bool:
+        return (one.method, one.density) == (other.method, other.density)
+
+    return [
+        replace(one, differs={"train.learning_rate": one.rate})
+        if not one.differs
+        and any(alike(one, other) and one.settings != other.settings for other in runs)
+        else one
+        for one in runs
+    ]
 
 
 def check_methods(methods: Sequence[str]) -> None:

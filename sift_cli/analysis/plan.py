@@ -23,7 +23,7 @@ from sift_cli.analysis.planned import Passes, PlannedRows, read_task
 from sift_cli.analysis.sizes import accounting, delta_bytes, grouped
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.models.loading import DTYPES, model_folder, on_meta
+from sift_cli.models.loading import DTYPES, model_folder, on_meta, padding_of
 from sift_cli.models.names import head_of
 from sift_cli.models.prepare import Recompute, prepare_model, recompute_of
 from sift_cli.recipe import Recipe
@@ -97,8 +97,8 @@ class Outline:
         expected_task(recipe.data.task, recipe.data.labels).configure(folder)  # or it raises
         task, missing = read_task(recipe)
         config = task.configure(folder)
-        if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = 0
+        if padding_of(config) is None:
+            config.get_text_config().pad_token_id = 0
         build = partial(on_meta, folder, task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
         rows = PlannedRows.of(recipe, task, missing, folder, model)

@@ -59,7 +59,8 @@ class PlannedRows:
         except NotHere as error:
             return cls(task, None, {}, missing or str(error).splitlines()[0])
         check_length(recipe.data.max_length, model, tokenizer)
-        return cls(task, *encoded(task, tokenizer, recipe.data.max_length), missing)
+        most, split = recipe.data.max_length, recipe.eval.split
+        return cls(task, *encoded(task, tokenizer, model.config, most, split), missing)
 
     def batches(self, recipe: Recipe) -> Steps | None:
         """The training batches of the run; None without rows."""

@@ -1,13 +1,20 @@
 """A finished run on the model hub."""
 
+import json
+import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from sift_cli.analysis.report import report
+from sift_cli.delta.file import load_delta, save_delta
 from sift_cli.errors import SiftError
+from sift_cli.recipe import load_recipe
+from sift_cli.runs.cards import without_places
 from sift_cli.runs.folder import (
     CARD_FILE,
     DELTA_FILE,
@@ -44,9 +51,10 @@ def push(run: Path, repo: str, *, private: bool = True, texts: bool = False) -> 
         raise SiftError("push: no token for the hub; run `hf auth login`, or set HF_TOKEN")
     api = HfApi()
     with tempfile.TemporaryDirectory() as made:
-        page = report(run, out=Path(made), texts=texts)
-        pictures = sorted((Path(made) / PLOTS).iterdir())
-        files = {name: run / name for name in FILES} | {REPORT_FILE: page}
+        copy = public_copy(run, Path(made) / run.resolve().name)
+        page = report(copy, texts=texts)
+        pictures = sorted((copy / PLOTS).iterdir())
+        files = {name: copy / name for name in FILES} | {REPORT_FILE: page}
         files |= {f"{PLOTS}/{picture.name}": picture for picture in pictures}
         adding = [CommitOperationAdd(name, path) for name, path in files.items()]
         try:
@@ -57,6 +65,32 @@ def push(run: Path, repo: str, *, private: bool = True, texts: bool = False) -> 
         except REFUSALS as error:
             raise SiftError(f"push: the hub at {api.endpoint}: {_first_line(error)}") from None
     return str(made_at)
+
+
+def public_copy(run: Path, out: Path) -> Path:
+    """A copy of a finished run without the places of this machine: local paths by their last part.
+
+    Neither the card, which has none, nor the weights of the delta change; its header does.
+    """
+    out.mkdir()
+    for file in [run / CARD_FILE, *run.glob("*.jsonl")]:
+        shutil.copyfile(file, out / file.name)
+    recipe = load_recipe(run / RECIPE_FILE).model_dump(mode="json")
+    text = yaml.safe_dump(without_places(recipe), sort_keys=False, allow_unicode=True)
+    (out / RECIPE_FILE).write_text(text, encoding="utf-8")
+    delta = load_delta(run / DELTA_FILE)
+    header = delta.header
+    base = header.base.model_copy(update={"path": Path(header.base.path).name})
+    if header.recipe is not None:
+        shown = without_places(header.recipe)
+        base = header.base.model_copy(update={"path": shown["model"]["path"]})
+        header = header.model_copy(update={"recipe": shown})
+    header = header.model_copy(update={"base": base})
+    mark = save_delta(out / DELTA_FILE, replace(delta, header=header))
+    summary = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))
+    summary |= {"delta_sha256": mark, "delta_bytes": (out / DELTA_FILE).stat().st_size}
+    (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return out
 
 
 def _first_line(error: Exception) -> str:

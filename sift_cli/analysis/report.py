@@ -17,6 +17,7 @@ from sift_cli.analysis.probe import PROBE_FILE
 from sift_cli.analysis.spoken import Spoken
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, parse_recipe
+from sift_cli.runs.cards import dataset_name
 from sift_cli.runs.folder import (
     GRADIENT_FILE,
     METRICS_FILE,
@@ -68,6 +69,7 @@ def report(
         run=run,
         shown=shown,
         base=recorded.recipe.model.path,
+        rows=dataset_name(recorded.recipe.data.model_dump()),
         summary=summary,
         tiles=_tiles(summary),
         charts=drawn,

@@ -10,10 +10,11 @@ import typer
 from rich.table import Table
 
 from sift_cli.cli import asking, chatting, deltas, recipes, rows, runs, sharing, studies
+from sift_cli.cli.checks import check_arguments
 from sift_cli.cli.options import Json, print_json, print_table
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.system.faults import fault_of
-from sift_cli.system.terminal import visible
+from sift_cli.system.terminal import spell_out, visible
 
 app = typer.Typer(
     help="Sparse fine-tuning: adapt a model by changing 1 % of its entries, and ship the change.",
@@ -103,7 +104,9 @@ def main() -> None:
     untouched = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if untouched and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up, exit 130
+    spell_out()
     try:
+        check_arguments(sys.argv[1:])
         app(prog_name="sift")
     except SiftError as error:
         if debug:

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from sift_cli.cli.checks import check_tuned
 from sift_cli.cli.options import (
     BaseModelPath,
     Device,
@@ -63,6 +64,7 @@ def predict(
     if pair and len(pair) != len(texts):
         raise SiftError(f"{len(texts)} texts, but {len(pair)} --pair; give one for each")
     require_new_lines(output)
+    check_tuned(tuned, device)
     from sift_cli.models.devices import pick_device
     from sift_cli.runs.tuned import load_tuned, task_of_loaded
     from sift_cli.tasks.classification import Classification

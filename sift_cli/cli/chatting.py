@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sift_cli.cli.checks import check_tuned
 from sift_cli.cli.options import BaseModelPath, Device, Longest, Tuned, print_json, stderr
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.system.terminal import visible
@@ -42,6 +43,7 @@ def chat(
 
     Example: sift chat runs/chats --once "Tea with Kofi on Thursday at four."
     """
+    check_tuned(tuned, device)
     talks = once is None and sys.stdin.isatty()
     if talks and as_json:
         raise SiftError('--json tells one answer; ask with --once "..."')

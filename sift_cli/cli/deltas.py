@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from sift_cli.cli.checks import check_delta, check_tuned
 from sift_cli.cli.options import BaseModelPath, Json, print_json, print_table, size, stdout
 from sift_cli.errors import SiftError
 from sift_cli.tasks.metrics import shown
@@ -56,6 +57,8 @@ def merge(
 
     Example: sift merge runs/rte/delta.safetensors --out runs/rte/merged
     """
+    for delta in deltas:
+        check_delta(delta)
     from sift_cli.convert.merge import merge as run
 
     merged = run(
@@ -166,6 +169,8 @@ def diff(
 
     Example: sift diff roberta-base my-tuned-model --out delta.safetensors
     """
+    for model in (base, tuned):
+        check_tuned(model)
     from sift_cli.convert.difference import difference
 
     made = difference(base, tuned, out, density=density, scope=scope, dtype=dtype)
@@ -211,6 +216,7 @@ def export(
     """
     if to != "peft":
         raise SiftError(f"--to {to}: sift writes peft")
+    check_delta(delta)
     from sift_cli.convert.export import export as run
     from sift_cli.runs.folder import delta_file
 
@@ -245,6 +251,7 @@ def inspect(
 
     Example: sift inspect runs/rte --out runs/rte/density.png
     """
+    check_delta(delta)
     from sift_cli.analysis.inspect import bands
     from sift_cli.analysis.inspect import inspect as run
     from sift_cli.runs.folder import delta_file

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sift_cli.cli import shipped
+from sift_cli.cli.checks import check_recipe
 from sift_cli.cli.options import Json, Overrides, RecipeArg, print_json, print_table, stdout
 from sift_cli.system.terminal import visible
 
@@ -34,10 +35,13 @@ def show(
 
     Example: sift data show glue/rte --row 3
     """
-    from sift_cli.analysis.rows import show_row
     from sift_cli.recipe import load_recipe
 
-    shown = show_row(load_recipe(shipped.find(recipe), overrides or []), row, split)
+    resolved = load_recipe(shipped.find(recipe), overrides or [])
+    check_recipe(resolved)
+    from sift_cli.analysis.rows import show_row
+
+    shown = show_row(resolved, row, split)
     if as_json:
         print_json(shown.to_json())
         return

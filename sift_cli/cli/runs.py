@@ -22,6 +22,7 @@ from sift_cli.cli.benchmarks import (
     asked_of,
     evaluate_tasks,
 )
+from sift_cli.cli.checks import check_recipe, check_rows, check_tuned
 from sift_cli.cli.options import (
     AllowCode,
     BaseModelPath,
@@ -77,6 +78,7 @@ def train(
     path = shipped.find(recipe)
     resolved = load_recipe(path, changes)
     folder = out or Path(resolved.out or f"runs/{path.stem}")
+    check_recipe(resolved, device, data=not resume)
     from sift_cli.training import train as run
 
     with telling_how_to_resume(folder):
@@ -164,6 +166,9 @@ def evaluate(
         Path | None, typer.Option(help="The recipe with the data, if none travels along.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split; eval.split if not given.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Other rows: all of a file, or the split of a folder.")
+    ] = None,
     overrides: Overrides = None,
     base: BaseModelPath = None,
     tasks: Tasks = None,
@@ -179,12 +184,15 @@ def evaluate(
 ) -> None:
     """Score a run, a delta on its base, or any model folder: on its data, or on tasks of lm-eval.
 
-    Example: sift eval runs/rte --split train
+    Example: sift eval runs/rte --data new.csv
     """
+    check_tuned(tuned, device)
     asked = asked_of(tasks, tasks_path, limit, num_fewshot, template, batch_size)
     if asked is not None:
-        if recipe or split or overrides:
-            raise SiftError("--tasks brings its own data; leave --recipe, --split and --set out")
+        if recipe or split or data or overrides:
+            raise SiftError(
+                "--tasks brings its own data; leave --recipe, --split, --data and --set out"
+            )
         evaluate_tasks(
             tuned, asked, base=base, device=device, out=out, quiet=quiet, as_json=as_json
         )
@@ -194,19 +202,23 @@ def evaluate(
     from sift_cli.recipe import load_recipe, parse_recipe
 
     given = load_recipe(recipe, overrides or []) if recipe else None
+    if data is not None:
+        check_rows(data, "custom")
     from sift_cli.runs.session import open_session
-    from sift_cli.runs.tuned import load_tuned
+    from sift_cli.runs.tuned import load_tuned, with_rows
 
     loaded, own = load_tuned(tuned, base)
     if given is None and own is None:
         raise SiftError(f"{tuned} carries no recipe; name the data with --recipe")
     chosen = given or parse_recipe(own.to_yaml(), tuned, overrides or [])  # type: ignore[union-attr]
+    if data is not None:
+        chosen, split = with_rows(chosen, data, split, loaded.model.config)
     session = open_session(chosen, device=device, train=False, split=split, tuned=loaded)
     metrics = session.evaluate()
-    if as_json:
-        print_json({"metrics": metrics})
-        return
     rows = sum(map(len, session.evaluation.values()))
+    if as_json:
+        print_json({"metrics": metrics} | ({} if data is None else {"rows": rows}))
+        return
     table = Table("metric", "value", title=f"{session.task.name}, {rows:,} rows")
     for name, value in metrics.items():
         table.add_row(name, shown(value))

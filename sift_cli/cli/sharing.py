@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sift_cli.cli.checks import check_runs
 from sift_cli.cli.options import Json, print_json, stderr, stdout
 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
@@ -23,6 +24,7 @@ def report(
 
     Example: sift report runs/rte
     """
+    check_runs([run])
     from sift_cli.analysis.report import report as make
 
     stdout.print(f"{make(run, probe=probe, texts=texts)}")
@@ -43,6 +45,7 @@ def push(
 
     Example: sift push runs/rte --repo me/rte-sift
     """
+    check_runs([run])
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from sift_cli.analysis.push import push as run_push

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sift_cli.cli import shipped
+from sift_cli.cli.checks import check_recipe, check_runs
 from sift_cli.cli.options import (
     AllowCode,
     Device,
@@ -71,6 +72,7 @@ def probe(
     path = shipped.find(recipe)
     resolved = load_recipe(path, overrides or [])
     folder = out or Path(f"runs/{path.stem}-probe")
+    check_recipe(resolved, device)
     from sift_cli.analysis import probe as run
     from sift_cli.analysis.probe import PROBE_FILE
 
@@ -114,6 +116,7 @@ def plan(
 
     resolved, origins = trace_recipe(shipped.find(recipe), overrides or [])
     capacity = None if memory is None else parse_size(memory)
+    check_recipe(resolved, device, data=False)
     from sift_cli.analysis import plan as run
 
     planned = run(
@@ -159,6 +162,7 @@ def compare(
     """
     finished = all(Path(one).is_dir() for one in what)
     if finished:
+        check_runs([Path(one) for one in what])
         from sift_cli.analysis import compare_runs
 
         comparison = compare_runs([Path(one) for one in what], out)
@@ -169,6 +173,7 @@ def compare(
         resolved = load_recipe(path, overrides or [])
         shares, given = numbers("--densities", densities), learning_rates(rates or [])
         out = out or Path(f"runs/{path.stem}-compare")
+        check_recipe(resolved, device)
         from sift_cli.analysis import compare as run
 
         comparison = run(

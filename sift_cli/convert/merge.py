@@ -38,6 +38,7 @@ from sift_cli.models.loading import (
     INDEX_FILE,
     load_tokenizer,
     quiet,
+    settle_padding,
 )
 from sift_cli.models.names import tensor_names
 from sift_cli.models.stored import stored_kinds
@@ -158,8 +159,7 @@ def _config(inputs: Inputs) -> PretrainedConfig:
         config = inputs.task.configure(inputs.folder)
         if header.architecture is not None:
             config.architectures = [header.architecture]
-        if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = load_tokenizer(inputs.folder).pad_token_id
+        settle_padding(config, load_tokenizer(inputs.folder))
     config.dtype = DTYPES[header.base.dtype]
     return config  # type: ignore[no-any-return]
 

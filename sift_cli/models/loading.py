@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -33,6 +33,7 @@ MODEL_FILES = ["*.json", WEIGHTS, "*.txt", "*.model", "*.jinja", "LICENSE*", "NO
 INDEX_FILE = "model.safetensors.index.json"
 # What transformers raises for bad folders.
 UNLOADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, StrictDataclassError)
+UNLIMITED = 2**30  # tokens; tokenizers count no further than 2**32
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ["tokenizer*", "vocab*", "*.model"]
 # What brings the packages of the shipped recipes; the second with its own, which it can do without,
@@ -153,11 +154,14 @@ def read_config(folder: Path, **more: Any) -> PretrainedConfig:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer; it pads with what the folder's model takes for padding.
+    """The folder's tokenizer; it pads with what the folder's model takes for padding, at the end.
 
-    Where the model's configuration does not say, it pads with its own padding token, else with the
-    end-of-text token. Raises NotHere where the folder holds none (transformers would make up one
-    without words), and SiftError for one that cannot be used.
+    Where the model's configuration names no token that it has, it pads with its own padding token,
+    else with the end-of-text token. At the end, since models with learned positions count them from
+    the first place; those whose head reads the last one (XLNet) are padded before it.
+
+    Raises NotHere where the folder holds none (transformers would make up one without words), and
+    SiftError for one that cannot be used.
     """
     if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         raise NotHere(f"{folder} holds no tokenizer; copy its files beside the weights")
@@ -169,15 +173,42 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise SiftError(f"{folder}: no usable tokenizer: {said}") from error
     if "input_ids" not in tokenizer.model_input_names:
         raise SiftError(f"{folder}: no usable tokenizer: it makes {tokenizer.model_input_names}")
-    code = getattr(config, "pad_token_id", None)
-    if code is not None and code != tokenizer.pad_token_id and 0 <= code < len(tokenizer):
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
+    choices = (padding_of(config), tokenizer.pad_token_id, *_ends(tokenizer))
+    usual = (one for one in choices if _is_padding(one, config) and one < len(tokenizer))
+    if (code := next(usual, None)) is None:
         raise SiftError(f"{folder}: the tokenizer has no token to pad with; set its pad_token")
+    if code != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(code)
+    tokenizer.padding_side = "left" if getattr(config, "summary_type", "") == "last" else "right"
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
+
+
+def _ends(tokenizer: Any) -> tuple[int | None, int | None]:
+    return tokenizer.eos_token_id, tokenizer.unk_token_id
+
+
+def padding_of(config: PretrainedConfig) -> int | None:
+    """The token that a configuration names for padding; None where it names none of the model's."""
+    code: int | None = getattr(config.get_text_config(), "pad_token_id", None)
+    return code if _is_padding(code, config) else None
+
+
+def _is_padding(code: object, config: PretrainedConfig) -> TypeGuard[int]:
+    """Whether the model has the token, and its head tells it from the end of a text.
+
+    The heads of encoder-decoders count end-of-text tokens.
+    """
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if not isinstance(code, int) or code < 0 or (size is not None and code >= size):
+        return False
+    return not (config.is_encoder_decoder and code == config.eos_token_id)
+
+
+def settle_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Names the token that the tokenizer pads with where `config` names none that is usable."""
+    if padding_of(config) is None:
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def load_model(
@@ -194,8 +225,7 @@ def load_model(
     weight_files(folder)
     tokenizer = load_tokenizer(folder)
     config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
+    settle_padding(config, tokenizer)
     try:
         with quiet():
             model, info = auto.from_pretrained(
@@ -226,9 +256,14 @@ def positions_of(model: PreTrainedModel) -> int | None:
     return positions
 
 
+def longest_row(model: PreTrainedModel, tokenizer: Any) -> int:
+    """How many tokens of a text a model reads: those it has positions for."""
+    return min(int(tokenizer.model_max_length), positions_of(model) or UNLIMITED, UNLIMITED)
+
+
 def check_length(max_length: int, model: PreTrainedModel, tokenizer: Any) -> None:
     """Raises SiftError where `max_length` tokens are more than the model has positions for."""
-    longest = min(tokenizer.model_max_length, positions_of(model) or max_length)
+    longest = longest_row(model, tokenizer)
     if max_length > longest:
         raise SiftError(f"data.max_length: {max_length}, but the model takes {longest} tokens")
 

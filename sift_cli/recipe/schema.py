@@ -1,5 +1,6 @@
 """The schema of a recipe: its sections, keys, defaults and descriptions. Imports no torch."""
 
+import codecs
 import re
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from sift_cli.recipe.kinds import (
     or_list,
 )
 from sift_cli.recipe.selection import SelectionSection, policy_row
+from sift_cli.tasks.cells import TAB
 from sift_cli.tasks.conversations import FORMATS, NAMES
 from sift_cli.tasks.metrics import METRICS
 from sift_cli.tasks.table import LANGUAGE, TASKS
@@ -70,6 +72,24 @@ def _renamed(value: object) -> object:
     return given
 
 
+def _delimiter(value: object) -> object:
+    """One character; a tab may be spelt."""
+    value = TAB if value in ("tab", "\\t") else value
+    if value is None or (isinstance(value, str) and len(value) == 1 and value not in '"\r\n'):
+        return value
+    raise ValueError(f"give one character, or tab, got {value!r}")
+
+
+def _encoding(value: object) -> object:
+    """The name of an encoding of text."""
+    try:
+        if value is not None:
+            codecs.lookup(str(value))
+    except LookupError:
+        raise ValueError(f"no such encoding: {value!r}; cp1252 and utf-16 are some") from None
+    return value
+
+
 class DataSection(Section):
     """The dataset and how its rows become inputs."""
 
@@ -79,6 +99,12 @@ class DataSection(Section):
     )
     config: str | None = Field(
         None, description="configuration of a hub dataset; the task if unset"
+    )
+    delimiter: Annotated[str | None, BeforeValidator(_delimiter)] = Field(
+        None, description="what parts the cells of .csv and .tsv files; found if unset"
+    )
+    encoding: Annotated[str | None, BeforeValidator(_encoding)] = Field(
+        None, description="that of .csv and .tsv files, such as cp1252; UTF-8 if unset"
     )
     text: Names | None = Field(
         None, min_length=1, max_length=2, description="one or two text columns"

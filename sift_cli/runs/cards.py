@@ -14,9 +14,10 @@ from sift_cli.runs.folder import DELTA_FILE, REPORT_FILE
 from sift_cli.runs.summary import Summary
 from sift_cli.tasks.kinds import task_of
 from sift_cli.tasks.metrics import Metrics, shown
-from sift_cli.tasks.table import LANGUAGE, language_facts, text_columns
+from sift_cli.tasks.table import LANGUAGE, TASKS, language_facts, text_columns
 from sift_cli.tasks.task import Published
 
+GLUE = ("glue", "glue_data", *TASKS)  # what folders of its rows are called
 PAPER = "[SIFT, Song et al., ICML 2024](https://arxiv.org/abs/2312.11875)"
 BACK = """
 `sift merge DELTA --base THIS_FOLDER --undo --out base`, with the delta that made it, gives the
@@ -123,10 +124,10 @@ def _front(settings: Mapping[str, Any], metrics: Metrics, relation: str, said: P
         EvalResult(
             task_type=said.pipeline_tag,
             dataset_type=hub_data or "other",
-            dataset_name=_dataset(data),
+            dataset_name=dataset_name(data),
             dataset_split=settings["eval"]["split"],
             metric_type=name,
-            metric_value=value,
+            metric_value=round(value, 4),
         )
         for name, value in metrics.items()
         if value is not None
@@ -148,7 +149,7 @@ def _front(settings: Mapping[str, Any], metrics: Metrics, relation: str, said: P
 
 def _ending(settings: Mapping[str, Any], said: Published) -> str:
     """What it predicts, licence and recipe: the same on both cards."""
-    recipe = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
+    recipe = yaml.safe_dump(without_places(settings), sort_keys=False, allow_unicode=True).rstrip()
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))])
     license = settings["model"]["license"]
     told = "not stated" if license == "unknown" else license
@@ -165,12 +166,25 @@ Licence: {told}; that of the base, `{_base(settings)}`, holds too.
 
 
 def _title(settings: Mapping[str, Any]) -> str:
-    return f"{_dataset(settings['data'])} on {_base(settings)}"
+    return f"{dataset_name(settings['data'])} on {_base(settings)}"
 
 
-def _dataset(data: Mapping[str, Any]) -> str:
-    named = data["task"] in ("custom", *LANGUAGE)  # after its rows, not after a benchmark
-    return _name(data["path"]) if named else str(data["task"])
+def dataset_name(data: Mapping[str, Any]) -> str:
+    """What the rows of a recipe's `data` are called: by their task where they are GLUE's."""
+    name = _name(data["path"])
+    glue = data["task"] in TASKS and Path(name).name.lower().replace("-", "") in GLUE
+    return str(data["task"]) if glue else name
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values with the last part of local paths alone: the rest tells of a machine."""
+    model, data = settings["model"], settings["data"]
+    return {
+        **settings,
+        "model": {**model, "path": _base(settings)},
+        "data": {**data, "path": _hub_id(data["path"]) or _name(data["path"])},
+        "out": None,
+    }
 
 
 def _base(settings: Mapping[str, Any]) -> str:

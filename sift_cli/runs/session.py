@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import DTYPES, LoadedModel, check_length, load_model, model_folder
@@ -21,7 +21,7 @@ from sift_cli.tasks.metrics import Metrics
 from sift_cli.tasks.table import LANGUAGE
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.token_rows import SplitCounts
-from sift_cli.tasks.tokens import Encoded
+from sift_cli.tasks.tokens import Encoded, require_readable
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,9 @@ def open_session(
     check_length(data.max_length, tuned.model, tuned.tokenizer)
     settings = recipe.train
     task, said = task.ready(tuned, packs=settings.packs, chunk_loss=settings.chunk_loss)
-    rows, evaluation = encoded(task, tuned.tokenizer, data.max_length)
+    rows, evaluation = encoded(
+        task, tuned.tokenizer, tuned.model.config, data.max_length, split or recipe.eval.split
+    )
     return Session(
         task=task,
         model=tuned.model,
@@ -164,14 +166,25 @@ def open_session(
 
 
 def encoded(
-    task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    max_length: int,
+    split: str,
 ) -> tuple[Encoded | None, dict[str, Encoded]]:
-    """The task's rows as tokens: those to train on, None where it has none, and to evaluate on."""
-    train = None if task.train is None else task.encode(task.train, tokenizer, max_length)
-    evaluation = {
-        suffix: task.encode(rows, tokenizer, max_length) for suffix, rows in task.evaluation.items()
-    }
-    return train, evaluation
+    """The task's rows as tokens: those to train on, None where it has none, and to evaluate on.
+
+    `split` is what the last are called. Raises SiftError for rows that a model of `config` cannot
+    read.
+    """
+
+    def read(rows: Any, name: str) -> Encoded:
+        data = task.encode(rows, tokenizer, max_length)
+        require_readable(data, config, f"data: the {name} split has")
+        return data
+
+    train = None if task.train is None else read(task.train, "train")
+    return train, {key: read(rows, split + key) for key, rows in task.evaluation.items()}
 
 
 def by_split(train: Encoded | None, evaluation: Mapping[str, Encoded]) -> dict[str, Encoded]:

@@ -1,6 +1,7 @@
 """What a recipe says of where its rows come from, whatever they become."""
 
 from sift_cli.recipe import Recipe
+from sift_cli.tasks.cells import Cells
 from sift_cli.tasks.sources import Source
 
 
@@ -11,6 +12,7 @@ def source_of(recipe: Recipe, split: str | None = None) -> Source:
         path=data.path,
         task=data.task,
         config=data.config,
+        cells=Cells(data.delimiter, data.encoding),
         split=split or recipe.eval.split,
         holdout=data.holdout,
         inner_holdout=data.inner_holdout,

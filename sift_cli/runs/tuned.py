@@ -1,8 +1,10 @@
 """A tuned model from whatever holds it: a run folder, a delta file, or a model folder."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
+from transformers import PretrainedConfig
 
 from sift_cli.delta.file import load_delta
 from sift_cli.delta.serving import apply_delta
@@ -13,7 +15,9 @@ from sift_cli.models.stored import stored_kinds
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 from sift_cli.runs.folder import DELTA_FILE, RECIPE_FILE, delta_file
 from sift_cli.runs.language import language_of
+from sift_cli.tasks.classification import Classification
 from sift_cli.tasks.kinds import load_as_it_is, task_of, task_of_config
+from sift_cli.tasks.sources import find_rows
 from sift_cli.tasks.table import LANGUAGE
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.templates import TEMPLATE_FILE
@@ -40,6 +44,24 @@ def task_of_loaded(loaded: LoadedModel, recipe: Recipe | None) -> Task:
     if recipe is not None and recipe.data.task in LANGUAGE:
         return language_of(recipe)
     return task_of_config(loaded.model.config)
+
+
+def with_rows(
+    recipe: Recipe, path: str, split: str | None, config: PretrainedConfig
+) -> tuple[Recipe, str | None]:
+    """The recipe with other rows to score a model of `config` on, and their split.
+
+    All of a file's rows count, and nothing is held out of them. Labels are those of the model, by
+    their names: a file need not hold each of them.
+    """
+    source, task = find_rows(path, recipe.data.task), task_of_config(config)
+    gone = ["config", "holdout", "inner_holdout", "max_train_rows"]
+    gone += [] if source.cells else ["delimiter", "encoding"]
+    changes: dict[str, Any] = {"path": path, **dict.fromkeys(gone)}
+    if isinstance(task, Classification):
+        changes["labels"] = list(task.labels or ())
+    data = recipe.data.model_copy(update=changes)
+    return recipe.model_copy(update={"data": data}), split or ("train" if source.whole else None)
 
 
 def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | None]:

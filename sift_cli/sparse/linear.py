@@ -35,7 +35,10 @@ class _SelectedLinear(torch.autograd.Function):
         ctx.dtype, ctx.device = values.dtype, values.device
         kind = x.device.type
         with torch.autocast(kind, enabled=False):
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        # torch lets no one change a view in place that comes out of such a function.
+        whole: Tensor = torch.ops.aten._unsafe_view(out, out.shape)
+        return whole
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

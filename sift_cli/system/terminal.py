@@ -1,5 +1,7 @@
 """Text of others on a terminal."""
 
+import io
+import sys
 import unicodedata
 
 KEPT = "\n\t"
@@ -21,3 +23,10 @@ def visible(text: str, kept: str = KEPT) -> str:
 
 def _spelt(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
+
+
+def spell_out() -> None:
+    r"""Lets the console spell out what its encoding cannot say: `\u2192` for an arrow."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -18,16 +18,18 @@ from transformers import (
 )
 
 from sift_cli.errors import SiftError
-from sift_cli.models.loading import LoadedModel, read_config
+from sift_cli.models.loading import UNLIMITED, LoadedModel, longest_row, read_config
+from sift_cli.tasks.evaluation import collect
 from sift_cli.tasks.language import is_causal
 from sift_cli.tasks.metrics import REGRESSION, Metrics, better, compute_metrics, short
 from sift_cli.tasks.table import head_width
 from sift_cli.tasks.task import Loss, Published
-from sift_cli.tasks.tokens import Encoded, encode
+from sift_cli.tasks.tokens import Encoded, encode, require_readable
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+BATCH = 32  # texts that are predicted at once
 MISTAKES = 10  # so many rows of a split keep their text
 USE = """```python
 from transformers import pipeline
@@ -114,7 +116,7 @@ class Classification:
     """A task whose rows have a label each: a name out of `labels`, or a number where that is None.
 
     Its rows have the columns `text` (or `text` and `pair`), `label`, `row`. MNLI has two splits to
-    evaluate on, "" and "_mismatched"; other tasks have one.
+    evaluate on, "" and "_mismatched"; other tasks have one. `notes` are what to tell of the rows.
     """
 
     name: str
@@ -122,6 +124,7 @@ class Classification:
     metrics: tuple[str, ...]
     train: Dataset | None
     evaluation: dict[str, Dataset]
+    notes: tuple[str, ...] = ()
 
     auto: ClassVar[Any] = AutoModelForSequenceClassification
     packs: ClassVar[bool] = False
@@ -188,8 +191,8 @@ class Classification:
     def ready(
         self, loaded: LoadedModel, *, packs: bool, chunk_loss: int | str
     ) -> tuple[Classification, list[str]]:
-        """Itself."""
-        return self, []
+        """Itself, and its notes."""
+        return self, list(self.notes)
 
     def expected(
         self, config: PretrainedConfig, kind: str, *, packs: bool, chunk_loss: int | str
@@ -289,7 +292,6 @@ class Classification:
                 lines[at] |= {key: one[key] for key in ("text", "pair") if key in one}
         return lines
 
-    @torch.no_grad()
     def predict(
         self,
         loaded: LoadedModel,
@@ -299,15 +301,23 @@ class Classification:
         device: torch.device,
         max_length: int | None = None,
     ) -> list[dict[str, Any]]:
-        """One object per text: `label` and `probability`, or `score` for a regression."""
+        """One object per text: `label` and `probability`, or `score` for a regression.
+
+        Texts are cut to `max_length` tokens, or to what the model has positions for. Raises
+        SiftError for a text that the model cannot read.
+        """
+        from datasets import Dataset
+
         model, tokenizer = loaded.model, loaded.tokenizer
         model.to(device)  # type: ignore[arg-type]
-        model.eval()
-        inputs = [list(texts)] if pairs is None else [list(texts), list(pairs)]
-        batch = tokenizer(
-            *inputs, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-        ).to(device)
-        logits = self.outputs(model, batch).float().cpu()
+        numbers = range(len(texts))
+        columns: dict[str, Any] = {"text": texts} | ({} if pairs is None else {"pair": pairs})
+        rows = Dataset.from_dict({**columns, "label": [0] * len(texts), "row": numbers})
+        longest = min(max_length or UNLIMITED, longest_row(model, tokenizer))
+        data = self.encode(rows, tokenizer, longest)
+        require_readable(data, model.config, "predict: there are")
+        collate = partial(self.collate, tokenizer=tokenizer)
+        logits = collect(self.outputs, model, data, numbers, collate, batch_size=BATCH)
         out: list[dict[str, Any]] = []
         for at, text in enumerate(texts):
             one: dict[str, Any] = {"text": text} | ({"pair": pairs[at]} if pairs else {})

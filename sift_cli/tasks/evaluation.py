@@ -17,6 +17,8 @@ from sift_cli.tasks.tokens import Encoded, cut
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# Architectures that mix tokens past their mask: a row comes out as it does alone where it is alone.
+READ_PADDING = ("canine", "convbert", "fnet", "funnel", "yoso")
 Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
 Outputs = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # of a batch, [B, ...]
 
@@ -65,6 +67,8 @@ def collect(
     SiftError (exit code 4) where outputs are not finite, naming rows.
     """
     device = next(model.parameters()).device
+    if getattr(getattr(model, "config", None), "model_type", None) in READ_PADDING:
+        batch_size = 1
     order = sorted(range(len(rows)), key=lambda at: -data.lengths[rows[at]])
     parts = []
     with evaluating(model):
@@ -79,7 +83,8 @@ def collect(
     if bool(wrong.any()):
         numbers = data.numbers([rows[at] for at in wrong.nonzero().flatten().tolist()[:5]])
         raise SiftError(
-            f"evaluation: the model's outputs are not finite, such as for rows {numbers}",
+            f"evaluation: the model's outputs are not finite, such as for rows {numbers}, "
+            "counted from 0",
             ExitCode.NOT_FINITE,
         )
     return restored

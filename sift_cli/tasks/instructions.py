@@ -151,7 +151,8 @@ def read_split(rows: Dataset, split: str, layout: Layout, given: Mapping[str, st
     if wrong:
         shown = "; ".join(f"row {number}: {why}" for number, why in wrong[:TOLD])
         more = f"; and {len(wrong) - TOLD:,} more" if len(wrong) > TOLD else ""
-        raise SiftError(f"data: the {split} split, {layout.name} rows: {shown}{more}")
+        said = f"data: the {split} split, {layout.name} rows: {shown}{more}"
+        raise SiftError(f"{said}; rows are counted from 0")
     return Dataset.from_dict({"value": values, "row": numbers})
 
 

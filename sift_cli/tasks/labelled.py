@@ -6,7 +6,9 @@ Importing this module loads no dataset library; functions do when they need it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date, time
+from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
@@ -28,6 +30,8 @@ from sift_cli.tasks.table import TASKS, TaskSpec, text_columns
 if TYPE_CHECKING:
     from datasets import Dataset
 
+TEXTS = (str, Number, date, time)  # what stands for itself as text
+
 
 def load_task(
     source: Source,
@@ -40,15 +44,24 @@ def load_task(
 ) -> Classification:
     """Loads and checks the training rows (unless `train` is false) and those to evaluate on.
 
+    `labels` are names in code order; an empty list asks for numbers.
+
     Raises SiftError for a source that is not there, a missing split or column, an empty split,
     labels outside the range, all-equal training labels, missing text, targets that are not finite
     and metrics of classes for a regression.
     """
     path, task, spec = source.path, source.task, TASKS.get(source.task)
-    raw = read_rows(source)
     columns, column = text_columns(task, text), label or (spec.label if spec else "label")
+    original = spec.original if spec else {}
+    raw = read_rows(source, numbers=(column, original.get(column, column)))
+    for name, some in raw.items():
+        raw[name] = _usual_names(some, original)
     wanted = {name: take_split(raw, name, path) for name in evaluation_splits(raw, source.split)}
-    given = take_split(raw, "train", path) if train or spec is None else None
+    inferred = spec is None and labels is None
+    given = take_split(raw, "train", path) if train or inferred else None
+    notes: tuple[str, ...] = ()
+    if inferred and given is not None and set(metrics or ()).isdisjoint(REGRESSION):
+        labels, notes = _whole_floats(given, column)
     names = _labels(labels, spec, given, column)
     checked = {
         suffix: _check_rows(rows, where, columns, column, names)
@@ -60,7 +73,31 @@ def load_task(
         _refuse_one_label(rows, names, path)
     chosen = tuple(metrics or (spec.metrics if spec else task_of_labels(names).metrics))
     _refuse_other_metrics(chosen, names, column)
-    return Classification(task, names, chosen, rows, checked)
+    return Classification(task, names, chosen, rows, checked, notes)
+
+
+def _usual_names(rows: Dataset, original: Mapping[str, str]) -> Dataset:
+    """The rows of GLUE's own files under the names that its columns have elsewhere."""
+    there = set(rows.column_names)
+    renamed = {old: name for name, old in original.items() if old in there and name not in there}
+    return rows.rename_columns(renamed) if renamed else rows
+
+
+def _whole_floats(rows: Dataset, column: str) -> tuple[list[str] | None, tuple[str, ...]]:
+    """Labels where a column holds 0.0 and 1.0 alone, and what to tell of whole numbers in it.
+
+    So whole columns look that others made floats of: most often for a missing value.
+    """
+    require_columns(rows, "train", [column])
+    values = column_values(rows, "train", column)
+    known = [one for one in values if one is not None and one == one]
+    if not known or not all(isinstance(one, float) and one.is_integer() for one in known):
+        return None, ()
+    if set(known) == {0.0, 1.0}:
+        said = "is 0.0 or 1.0: two classes; for a number to predict set data.metrics: [pearson]"
+        return ["0", "1"], (f"data.label: {column!r} {said}",)
+    said = "holds whole numbers with a point, so it is a number to predict; classes have none"
+    return None, (f"data.label: {column!r} {said}",)
 
 
 def _labels(
@@ -68,7 +105,7 @@ def _labels(
 ) -> tuple[str, ...] | None:
     """Label names in code order, None for a regression: as given, the task's, or the data's."""
     if given is not None:
-        return tuple(given)
+        return tuple(given) or None
     if spec is not None:
         return spec.labels
     assert source is not None
@@ -78,7 +115,7 @@ def _labels(
 def _refuse_one_label(rows: Dataset, names: Sequence[str] | None, path: str) -> None:
     if names is not None and len(set(rows["label"])) == 1:
         raise SiftError(
-            f"{path}: all {len(rows):,} training rows have the label {rows['label'][0]}; "
+            f"{path}: all {len(rows):,} training rows have the label {names[rows['label'][0]]}; "
             "nothing can be learnt from them"
         )
 
@@ -134,9 +171,15 @@ def _check_rows(
     out: dict[str, list[Any]] = {}
     for key, column in zip(("text", "pair"), text, strict=False):
         values = column_values(rows, split, column)
-        refuse_rows(split, f"text in {column!r} is missing", numbers, [v is None for v in values])
+        missing = [value is None or value != value for value in values]
+        refuse_rows(split, f"text in {column!r} is missing", numbers, missing)
+        other = [not isinstance(value, TEXTS) for value in values]
+        refuse_rows(split, f"lists or objects in {column!r} where text belongs", numbers, other)
         out[key] = [str(value) for value in values]
     given = column_values(rows, split, label)
+    several = [isinstance(value, list | dict) for value in given]
+    said = f"several labels at once in {label!r} (sift learns one a row, or a number)"
+    refuse_rows(split, said, numbers, several)
     if names is None:
         numeric = [isinstance(value, int | float) for value in given]
         refuse_rows(split, "targets that are no numbers", numbers, [not one for one in numeric])
@@ -149,7 +192,9 @@ def _check_rows(
         if set(own) == set(names):  # the source's own codes, which may be in another order
             given = [own[code] if code in range(len(own)) else code for code in given]
         codes = {name: code for code, name in enumerate(names)}
-        coded = [codes.get(value, -1) if isinstance(value, str) else value for value in given]
+        coded = [
+            codes.get(value, -1) if isinstance(value, str) else _whole(value) for value in given
+        ]
         valid = [isinstance(code, int) and 0 <= code < len(names) for code in coded]
         said = f"labels outside {dict(enumerate(names))}"
         if all(name.isdigit() for name in names):
@@ -158,3 +203,8 @@ def _check_rows(
         out["label"] = [int(code) for code in coded]
     out["row"] = numbers
     return Dataset.from_dict(out)
+
+
+def _whole(value: Any) -> Any:
+    """A float without a fraction as a whole number: libraries make such of codes."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

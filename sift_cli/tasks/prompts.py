@@ -20,7 +20,7 @@ from sift_cli.tasks.conversations import (
 from sift_cli.tasks.instructions import AUTO, Layout, columns_of, recognise
 from sift_cli.tasks.sources import BUILDERS, NUMBER_COLUMN, load_splits
 
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 ANSWERS = {"alpaca": "output", "prompt": "completion"}  # the columns that hold them
 PLAIN = ("prompt", "text")  # columns of texts to ask with, where nothing else is there
 ASKING = ("user", "human", "tool")  # who is answered
@@ -118,7 +118,7 @@ def _rows(
             else:
                 raise UnusableRow(f"{alone!r} holds no text")
         except UnusableRow as error:
-            raise SiftError(f"row {number}: {error}") from None
+            raise SiftError(f"row {number}: {error}; rows are counted from 0") from None
         yield Prompt(asked, number, _place(path, number), expected)
 
 

@@ -5,16 +5,21 @@ Importing this module loads no dataset library; functions do when they need it.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import itertools
 import json
 import math
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import NotHere, SiftError
+from sift_cli.tasks.cells import AS_FOUND, Cells, read_cells, with_numbers
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -22,9 +27,17 @@ if TYPE_CHECKING:
 
 BUILTIN = Path(__file__).parent / "builtin"
 NUMBER_COLUMN = "__row__"  # row numbers, in source splits that may have a column `row` of their own
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+CELLS = "cells"
+BUILDERS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": CELLS,
+    ".tsv": CELLS,
+}
 # No hub id ends like this, so such a path is never looked for there.
-FILE_ENDINGS = (*BUILDERS, ".tsv", ".txt", ".arrow", ".xlsx", ".gz", ".zip")
+FILE_ENDINGS = (*BUILDERS, ".txt", ".arrow", ".xlsx", ".gz", ".zip")
+SAVED = ("dataset_dict.json", "state.json")  # in folders of `save_to_disk`
 TOLD = 5  # files or rows that one error names
 SPLIT_NAMES = {
     "train": ("train",),
@@ -39,14 +52,16 @@ SPLIT_NAMES = {
 class Source:
     """Where the rows of a task come from, and which of them are held out or left out.
 
-    `config` is that of a hub dataset, `split` the one to evaluate on. Where that is the validation
-    split, the share `holdout` of the training rows replaces it. The share `inner_holdout` of those
-    that are then left to train on replaces whichever split it is.
+    `config` is that of a hub dataset, `cells` how files of cells are read, `split` the one to
+    evaluate on. Where that is the validation split, the share `holdout` of the training rows
+    replaces it. The share `inner_holdout` of those that are then left to train on replaces
+    whichever split it is.
     """
 
     path: str
     task: str
     config: str | None = None
+    cells: Cells = AS_FOUND
     split: str = "validation"
     holdout: float | None = None
     inner_holdout: float | None = None
@@ -54,28 +69,94 @@ class Source:
     seed: int = 0
 
 
-def load_splits(path: str, task: str, config: str | None) -> DatasetDict:
+@dataclass(frozen=True)
+class Found:
+    """What a path leads to on this machine: files by split, or a folder that `datasets` saved.
+
+    It is neither for a hub id.
+    """
+
+    files: Mapping[str, list[Path]] = field(default_factory=dict)
+    saved: Path | None = None
+
+    @property
+    def here(self) -> bool:
+        """Whether it lies on this machine."""
+        return bool(self.files) or self.saved is not None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is one set of rows, which then is called the training split."""
+        saved = self.saved is not None and (self.saved / SAVED[1]).is_file()
+        return saved or self.files.keys() == {"train"}
+
+    @property
+    def cells(self) -> bool:
+        """Whether its files hold cells with a delimiter between them."""
+        return any(_builder(file) == CELLS for some in self.files.values() for file in some)
+
+
+def find_rows(path: str, task: str) -> Found:
+    """What the path leads to; needs no library.
+
+    Raises NotHere where nothing is there, and SiftError for files that cannot be read or are empty.
+    """
+    if (folder := _saved_folder(path)) is not None:
+        return Found(saved=folder)
+    files = _find_files(path, task) or {}
+    for split, some in files.items():
+        header = 1 if _builder(some[0]) == CELLS else 0
+        if some[0].suffix != ".parquet" and not any(_has_lines(file, header) for file in some):
+            raise SiftError(f"data.path: {some[0]}: the split {split!r} is empty")
+    return Found(files)
+
+
+def _builder(file: Path) -> str | None:
+    return BUILDERS.get(file.suffix.lower())
+
+
+def _saved_folder(path: str) -> Path | None:
+    folder = Path(path).expanduser()
+    return folder if any((folder / name).is_file() for name in SAVED) else None
+
+
+def load_splits(
+    path: str,
+    task: str,
+    config: str | None,
+    cells: Cells = AS_FOUND,
+    numbers: Sequence[str] = (),
+) -> DatasetDict:
     """Every split of a source, each row with its number under NUMBER_COLUMN.
 
-    Raises NotHere for a source that is not there, and SiftError for one that cannot be read.
+    Of files of cells, the columns `numbers` may be numbers; all others are text. Raises NotHere for
+    a source that is not there, and SiftError for one that cannot be read.
     """
+    found_at = find_rows(path, task)
+    _refuse_idle(path, found_at, cells)
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come as exceptions
-    files = _find_files(path, task)
     try:
-        if files is not None:
-            found = {split: _read_files(split, some) for split, some in files.items()}
+        if found_at.saved is not None:
+            saved = datasets.load_from_disk(found_at.saved)
+            found = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        elif found_at.cells:
+            found = {name: read_cells(some, cells, task) for name, some in found_at.files.items()}
+            found = with_numbers(found, numbers)
+        elif found_at.files:
+            found = {split: _read_files(split, some) for split, some in found_at.files.items()}
         else:
             if config is None and task in datasets.get_dataset_config_names(path):
                 config = task
-            found = datasets.load_dataset(path, config)
+            cache = _writable(str(datasets.config.HF_DATASETS_CACHE))
+            found = datasets.load_dataset(path, config, cache_dir=cache)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         said = str(cause).strip().splitlines() or [type(cause).__name__]
-        kind = "cannot be read" if files is not None else "is not on this machine nor on the hub"
-        lacks = files is None and isinstance(error, OSError)
+        kind = "cannot be read" if found_at.here else "is not on this machine nor on the hub"
+        lacks = not found_at.here and isinstance(error, OSError)
         raise (NotHere if lacks else SiftError)(f"data.path: {path} {kind}: {said[0]}") from error
     numbered = {
         name: rows.add_column(NUMBER_COLUMN, list(range(len(rows)))) for name, rows in found.items()
@@ -83,12 +164,19 @@ def load_splits(path: str, task: str, config: str | None) -> DatasetDict:
     return datasets.DatasetDict(numbered)
 
 
-def read_rows(source: Source) -> DatasetDict:
+def _refuse_idle(path: str, source: Found, cells: Cells) -> None:
+    """Raises SiftError where it is said how to read cells, and the source holds none."""
+    for key in ("delimiter", "encoding"):
+        if getattr(cells, key) is not None and not source.cells:
+            raise SiftError(f"data.{key}: it is for .csv and .tsv files, and {path} holds none")
+
+
+def read_rows(source: Source, numbers: Sequence[str] = ()) -> DatasetDict:
     """The splits of `load_splits`, some training rows held out or left out as the source says.
 
     Raises SiftError where that leaves none to train on.
     """
-    raw = load_splits(source.path, source.task, source.config)
+    raw = load_splits(source.path, source.task, source.config, source.cells, numbers)
     split, seed = source.split, source.seed
 
     def hold_out(key: str, share: float) -> None:
@@ -112,14 +200,12 @@ def _read_files(split: str, files: Sequence[Path]) -> Dataset:
     """The rows of one split's files; splits may differ in the columns that no task reads."""
     import datasets
 
-    header = 1 if files[0].suffix == ".csv" else 0
-    if files[0].suffix != ".parquet" and not any(_has_lines(file, header) for file in files):
-        raise SiftError(f"data.path: {files[0]}: the split {split!r} is empty")
     try:
         rows: Dataset = datasets.load_dataset(
-            BUILDERS[files[0].suffix],
+            _builder(files[0]),
             data_files={split: [str(file) for file in files]},
             split=split,
+            cache_dir=_writable(str(datasets.config.HF_DATASETS_CACHE)),
         )
     except datasets.exceptions.DatasetGenerationError:
         if broken := next(filter(None, map(_broken_json, files)), None):
@@ -128,14 +214,27 @@ def _read_files(split: str, files: Sequence[Path]) -> Dataset:
     return rows
 
 
+@functools.cache
+def _writable(cache: str) -> str:
+    """The cache's folder; where nothing can be written there, one for this process alone."""
+    try:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except OSError:
+        own = tempfile.mkdtemp(prefix="sift-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        return own
+
+
 def _broken_json(file: Path) -> str | None:
     """Where a file stops being JSON, or JSON Lines, and why; None where it does not."""
-    if BUILDERS[file.suffix] != "json":
+    if _builder(file) != "json":
         return None
     line = 1
     try:
         with file.open(encoding="utf-8-sig") as lines:
-            if file.suffix == ".json":
+            if file.suffix.lower() == ".json":
                 text = lines.read()
                 if text.lstrip().startswith("["):
                     json.loads(text)
@@ -149,7 +248,7 @@ def _broken_json(file: Path) -> str | None:
     except RecursionError:
         return f"{file}:{line}: nested too deeply"
     except UnicodeDecodeError as error:
-        return f"{file}: not UTF-8: {error}"
+        return f"{file}: not UTF-8: {error}; save it as UTF-8"
     return None
 
 
@@ -170,7 +269,7 @@ def _find_files(path: str, task: str) -> dict[str, list[Path]] | None:
     else:
         folder = Path(path).expanduser()
     if folder.is_file():
-        if folder.suffix not in BUILDERS:
+        if _builder(folder) is None:
             raise SiftError(f"data.path: {path} is not one of {', '.join(BUILDERS)}")
         return {"train": [folder]}
     if not folder.is_dir():
@@ -179,18 +278,25 @@ def _find_files(path: str, task: str) -> dict[str, list[Path]] | None:
             return None
         within = "" if folder.is_absolute() else f" in {Path.cwd()}"
         raise NotHere(f"data.path: {path}: no such folder or file{within}")
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in BUILDERS]
-    if not files and (folder / task).is_dir():
-        return _find_files(str(folder / task), task)
+    files = [file for file in sorted(folder.iterdir()) if _builder(file)]
+    if not files and (inner := _folder_of_task(folder, task)):
+        return _find_files(str(inner), task)
     found = _by_split(files, r"\d.*") | _by_split(files, r"([-_.].*)?")  # test200 if no test
+    found |= _by_split([file for file in files if file.suffix == ".tsv"], "")  # beside dev_ids.tsv
     if not found:
         there = "; it holds " + ", ".join(file.name for file in files[:TOLD]) if files else ""
         raise SiftError(
             f"data.path: {path} holds no train or validation file ({', '.join(BUILDERS)}){there}"
         )
-    if len({file.suffix for some in found.values() for file in some}) > 1:
+    if len({file.suffix.lower() for some in found.values() for file in some}) > 1:
         raise SiftError(f"data.path: {path} holds files of several formats; keep one")
     return found
+
+
+def _folder_of_task(folder: Path, task: str) -> Path | None:
+    """The folder within that is called like the task: `sst2`, or `SST-2` as GLUE has it."""
+    called = (one for one in folder.iterdir() if one.name.lower().replace("-", "") == task)
+    return next((one for one in called if one.is_dir()), None)
 
 
 def _by_split(files: Sequence[Path], after: str) -> dict[str, list[Path]]:
@@ -233,8 +339,12 @@ def require_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
     """Raises SiftError where a column is not there."""
     for column in columns:
         if column not in rows.column_names:
-            there = ", ".join(name for name in rows.column_names if name != NUMBER_COLUMN)
-            raise SiftError(f"data: the {split} split has no column {column!r}; it has {there}")
+            there = [name for name in rows.column_names if name != NUMBER_COLUMN]
+            hint = "; if that is several, say what parts them with data.delimiter"
+            raise SiftError(
+                f"data: the {split} split has no column {column!r}; it has {', '.join(there)}"
+                + (hint if len(there) == 1 else "")
+            )
 
 
 def column_values(rows: Dataset, split: str, column: str) -> list[Any]:
@@ -252,7 +362,17 @@ def refuse_rows(
     wrong: Sequence[bool],
     values: Sequence[Any] | None = None,
 ) -> None:
-    """Raises SiftError naming the rows that are `wrong`, with their `values`."""
+    """Raises SiftError naming the rows of a split that are `wrong`, with their `values`."""
+    refuse(f"data: the {split} split has {what}", numbers, wrong, values)
+
+
+def refuse(
+    said: str,
+    numbers: Sequence[int],
+    wrong: Sequence[bool],
+    values: Sequence[Any] | None = None,
+) -> None:
+    """Raises SiftError where rows are `wrong`: what is `said`, their numbers and `values`."""
     rows = [index for index, one in enumerate(wrong) if one]
     if not rows:
         return
@@ -260,4 +380,4 @@ def refuse_rows(
         f"{numbers[index]}" + (f" ({values[index]!r})" if values is not None else "")
         for index in rows[:TOLD]
     )
-    raise SiftError(f"data: the {split} split has {what}: {len(rows):,} rows, such as row {shown}")
+    raise SiftError(f"{said}: {len(rows):,} rows, such as row {shown}, counted from 0")

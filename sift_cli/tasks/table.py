@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What defines a task: text columns, label names in code order (None: regression), metrics."""
+    """What defines a task: text columns, label names in code order (None: regression), metrics.
+
+    `original` tells by the names of columns how GLUE's own files call them, where they differ.
+    """
 
     text: tuple[str, ...]
     labels: tuple[str, ...] | None
     metrics: tuple[str, ...]
     label: str = "label"
+    original: Mapping[str, str] = field(default_factory=dict)
 
 
 ENTAILMENT = ("entailment", "not_entailment")
@@ -22,11 +26,24 @@ SENTENCES = ("sentence1", "sentence2")
 TASKS: dict[str, TaskSpec] = {  # GLUE (Wang et al., ICLR 2019), with its official metrics
     "cola": TaskSpec(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
     "sst2": TaskSpec(("sentence",), ("negative", "positive"), ("accuracy",)),
-    "mrpc": TaskSpec(SENTENCES, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
-    "qqp": TaskSpec(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
-    "stsb": TaskSpec(SENTENCES, None, ("pearson", "spearman")),
+    "mrpc": TaskSpec(
+        SENTENCES,
+        ("not_equivalent", "equivalent"),
+        ("accuracy", "f1"),
+        original={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
+    ),
+    "qqp": TaskSpec(
+        ("question1", "question2"),
+        ("not_duplicate", "duplicate"),
+        ("accuracy", "f1"),
+        original={"label": "is_duplicate"},
+    ),
+    "stsb": TaskSpec(SENTENCES, None, ("pearson", "spearman"), original={"label": "score"}),
     "mnli": TaskSpec(
-        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",)
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+        original={"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
     ),
     "qnli": TaskSpec(("question", "sentence"), ENTAILMENT, ("accuracy",)),
     "rte": TaskSpec(SENTENCES, ENTAILMENT, ("accuracy",)),

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
+from sift_cli.tasks.sources import refuse
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 UNSEEN = -100  # the label of a token that no loss is taken of
 CACHED_FROM = 20_000  # rows; fewer are tokenised in about a second
@@ -95,6 +96,39 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     if max(lengths, default=0) > max_length:
         raise SiftError(f"data.max_length: {max_length} tokens leave no room for any text")
     return Encoded(encoded.remove_columns(["length", "cut"]), lengths, cut)
+
+
+def require_readable(data: Encoded, config: PretrainedConfig, having: str) -> None:
+    """Raises SiftError, with their numbers, for rows that a model of `config` cannot read.
+
+    These are rows of no token, rows with tokens that the model has no embedding of, and for
+    encoder-decoders, whose head reads the end of a text, rows with no end or several. `having`
+    begins the message, as in `the train split has`.
+    """
+    text = config.get_text_config()
+    size, end = getattr(text, "vocab_size", None), text.eos_token_id
+
+    def check(what: str, wrong: Callable[[list[int]], bool]) -> None:
+        refuse(f"{having} {what}", data.rows["row"][:], [wrong(x) for x in data.rows["input_ids"]])
+
+    if 0 in data.lengths:
+        check("rows of no token", lambda ids: not ids)
+    if size is not None and _highest(data) >= size:
+        check(
+            f"tokens beyond the {size:,} that the model has embeddings of (take the tokenizer of "
+            "its weights, or give it more embeddings)",
+            lambda ids: max(ids) >= size,
+        )
+    if config.is_encoder_decoder and isinstance(end, int) and not data.targets:
+        check(f"texts with no end token ({end}), or several", lambda ids: ids.count(end) != 1)
+
+
+def _highest(data: Encoded) -> int:
+    """The highest token id of all rows."""
+    from pyarrow import compute
+
+    ids = data.rows.with_format("arrow")[:]["input_ids"]
+    return compute.max(compute.list_flatten(ids)).as_py() or 0
 
 
 def cached(

@@ -1,5 +1,6 @@
 """`sift push` against a stand-in for the hub; no real host is asked."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,9 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 
+from sift_cli.delta.file import load_delta
 from sift_cli.recipe import load_recipe
+from sift_cli.system.files import sha256_of
 from sift_cli.training import train
 from tests.support.command import sift
 from tests.support.hub import Hub, hub
@@ -46,8 +50,15 @@ def test_it_uploads_delta_card_and_report(run: Path, there: Hub) -> None:
     files = repo["files"]
     assert {name for name in files if not name.startswith("plots/")} == SENT
     assert "plots/entries.png" in files
-    for name in SENT - {"report.html"}:
-        assert files[name] == (run / name).read_bytes()
+    for data in files.values():
+        assert str(run.parent).encode() not in data  # nor any other place of this machine
+    assert files["README.md"] == (run / "README.md").read_bytes()
+    sent = run.parent / "sent.safetensors"
+    sent.write_bytes(files["delta.safetensors"])
+    assert json.loads(files["summary.json"])["delta_sha256"] == sha256_of(sent)
+    delta, own = load_delta(sent), load_delta(run / "delta.safetensors")
+    assert delta.rest == own.rest
+    assert all(torch.equal(one.bits, own.weights[name].bits) for name, one in delta.weights.items())
     assert len(there.stored) == 1  # the delta went the way of large files
     assert b"most confident mistakes" not in files["report.html"]
     assert b"left out of this copy" in files["report.html"]

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from tests.support.chats import SHOWS_NO_ANSWER, TWO_BEGINNINGS, save_chat_model
 from tests.support.command import sift
@@ -126,6 +131,22 @@ def test_files(what: str, base: Path, refused: Callable[..., str]) -> None:
     name, content, told = FILES[what]
     other = name.replace("train", "validation")
     assert told in refused(base, **{name: content, other: LINES})
+
+
+def test_tokens_that_the_model_has_no_embedding_of(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """A tokenizer that was made longer than its model."""
+    folder = save_base(tmp_path / "bert")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<product>"])
+    tokenizer.save_pretrained(folder)
+    rows = lines(*({"sentence": f"good {at}", "label": at % 2} for at in range(4)))
+    files = {"train_jsonl": rows.replace("good 1", "<product>"), "validation_jsonl": rows}
+    changes = ("data.max_length=16", "train.learning_rate=0.01")
+    told = refused(folder, *changes, task="sst2", **files)
+    assert told.startswith("data: the train split has tokens beyond the ")
+    assert told.endswith("1 rows, such as row 1, counted from 0")
 
 
 def test_templates(tmp_path: Path, base: Path, refused: Callable[..., str]) -> None:

@@ -83,7 +83,29 @@ def test_a_base_goes_by_a_name_that_tells(
     summary = Summary.read(run)
     assert summary is not None
     recipe = load_recipe(recipe_file, [f"model.path={path}"])
-    assert f"# sst2 on {shown}\n" in delta_card(recipe, summary)
+    assert f"# data on {shown}\n" in delta_card(recipe, summary)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("builtin:reviews", "builtin:reviews"),
+        ("/data/glue", "sst2"),
+        ("/data/SST-2", "sst2"),
+        ("nyu-mll/glue", "sst2"),
+        ("/home/me/reviews.csv", "reviews.csv"),
+    ],
+)
+def test_a_card_names_its_rows_and_no_place(
+    run: Path, recipe_file: Path, path: str, name: str
+) -> None:
+    summary = Summary.read(run)
+    assert summary is not None
+    changes = [f"data.path={path}", "model.path=/home/me/bert", "out=/home/me/runs/x"]
+    card = delta_card(load_recipe(recipe_file, changes), summary)
+    assert f"# {name} on bert\n" in card
+    assert "/home" not in card
+    assert "/data" not in card
 
 
 def test_a_regression_and_a_recipe_with_fences(run: Path, recipe_file: Path) -> None:
@@ -111,7 +133,8 @@ def test_cards_of_a_language_run_say_how_to_use_it_and_go_back(task: str, tmp_pa
         card = ModelCard.load(folder / "README.md")
         assert card.data.pipeline_tag == "text-generation"
         results = card.data.eval_results or []
-        assert {one.metric_type: one.metric_value for one in results} == summary.metrics
+        found = {one.metric_type: one.metric_value for one in results}
+        assert found == {key: round(value or 0, 4) for key, value in summary.metrics.items()}
         assert {one.dataset_name for one in results} == {"chats"}
         assert card.text.lstrip().startswith("# chats on base\n")
         prose = card.text.partition("## The recipe")[0]

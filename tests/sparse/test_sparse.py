@@ -249,6 +249,32 @@ def test_a_frozen_linear_layer_keeps_no_dense_gradient() -> None:
     assert parameters.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 2, 3, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_of_a_layer_may_be_changed_in_place(shape: tuple[int, ...], bias: bool) -> None:
+    """As models do that add a residual, or take an activation, in place."""
+
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.relu_(self.layer(x * 1).add_(x))
+
+    torch.manual_seed(0)
+    x, model = torch.randn(shape, requires_grad=True), Changes()
+    model(x).square().sum().backward()
+    expected, expected_x = model.layer.weight.grad.clone(), x.grad.clone()
+    x.grad = None
+    chosen = Support.of((4, 4), torch.tensor([1, 6, 11]))
+    parameters = attach(model, {"layer.weight": chosen})
+    model(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected_x)
+    found = dict(parameters.gradients())["layer.weight"]
+    torch.testing.assert_close(found, chosen.gather(expected))
+
+
 def test_masters_keep_updates_that_a_bfloat16_weight_would_swallow() -> None:
     layer = nn.Linear(4, 1, bias=False)
     layer.weight.data.fill_(1.0)

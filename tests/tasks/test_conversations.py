@@ -275,7 +275,7 @@ def test_whole_numbers_are_read_as_text(tmp_path: Path) -> None:
     assert found is not None
     assert row_of(found["value"][1]) == chat("user: r", "assistant: 8")
     said = refusal(tmp_path, {"instruction": "q", "output": 7.5})
-    assert said.endswith("row 0: 'output' is 7.5, not text")
+    assert said.endswith("row 0: 'output' is 7.5, not text; rows are counted from 0")
 
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -401,6 +401,6 @@ def test_many_wrong_rows_are_counted_and_named_by_their_source_numbers(tmp_path:
     rows = [{"instruction": "q", "output": None if at % 2 else "a"} for at in range(40)]
     text = refusal(tmp_path, *rows)
     assert "row 1: no answer" in text
-    assert text.endswith("; and 15 more")
+    assert text.endswith("; and 15 more; rows are counted from 0")
     text = refusal(tmp_path, *rows, source={"max_train_rows": 39, "seed": 1})
     assert all(int(part.split(":")[0]) % 2 for part in text.split("row ")[1:])

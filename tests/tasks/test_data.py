@@ -138,7 +138,7 @@ def test_a_name_that_goes_on_with_a_number(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_split_says_what_it_holds(tmp_path: Path) -> None:
     path = folder(tmp_path, alpaca=rows(0, 1))
-    assert refusal(path).endswith("(.parquet, .jsonl, .json, .csv); it holds alpaca.jsonl")
+    assert refusal(path).endswith("(.parquet, .jsonl, .json, .csv, .tsv); it holds alpaca.jsonl")
 
 
 def test_a_folder_with_a_folder_of_the_task(tmp_path: Path) -> None:
@@ -195,9 +195,10 @@ def test_an_unknown_built_in_set_lists_those_there_are() -> None:
 def test_a_file_of_another_format(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
     path.write_text("text")
-    assert refusal(str(path)) == (f"data.path: {path} is not one of .parquet, .jsonl, .json, .csv")
+    known = ".parquet, .jsonl, .json, .csv, .tsv"
+    assert refusal(str(path)) == f"data.path: {path} is not one of {known}"
     assert refusal(str(tmp_path)) == (
-        f"data.path: {tmp_path} holds no train or validation file (.parquet, .jsonl, .json, .csv)"
+        f"data.path: {tmp_path} holds no train or validation file ({known})"
     )
 
 
@@ -212,7 +213,7 @@ def test_a_folder_of_several_formats(tmp_path: Path) -> None:
     [
         ("train.jsonl", b'{"sentence": \n', "/train.jsonl:1: not JSON: "),
         ("train.parquet", b"PAR1", " cannot be read: "),
-        ("train.csv", b'a,b\n1,"\n', " cannot be read: "),
+        ("train.csv", b'a,b\n1,"\n', "/train.csv:2: unexpected end of data"),
     ],
 )
 def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, told: str) -> None:
@@ -374,12 +375,12 @@ def test_labels_outside_the_range_are_refused_with_their_rows(tmp_path: Path) ->
     path = folder(tmp_path, train=rows(0, 2, 1, -1, None), validation=rows(0))
     assert refusal(path) == (
         "data: the train split has labels outside {0: 'negative', 1: 'positive'}: 3 rows, "
-        "such as row 1 (2), 3 (-1), 4 (None)"
+        "such as row 1 (2), 3 (-1), 4 (None), counted from 0"
     )
     many = folder(tmp_path / "many", train=rows(0, 1), validation=rows(*[-1] * 1200))
     assert refusal(many) == (
         "data: the validation split has labels outside {0: 'negative', 1: 'positive'}: 1,200 rows, "
-        "such as row 0 (-1), 1 (-1), 2 (-1), 3 (-1), 4 (-1)"
+        "such as row 0 (-1), 1 (-1), 2 (-1), 3 (-1), 4 (-1), counted from 0"
     )
 
 
@@ -392,7 +393,7 @@ def test_rows_are_named_by_their_number_in_the_source(tmp_path: Path) -> None:
 def test_labels_that_are_all_equal_are_refused(tmp_path: Path) -> None:
     path = folder(tmp_path, train=rows(1, 1, 1), validation=rows(0, 0))
     assert refusal(path) == (
-        f"{path}: all 3 training rows have the label 1; nothing can be learnt from them"
+        f"{path}: all 3 training rows have the label positive; nothing can be learnt from them"
     )
     assert read(path, "sst2", train=False).evaluation[""]["label"][:] == [0, 0]
 
@@ -401,7 +402,8 @@ def test_missing_text_is_refused(tmp_path: Path) -> None:
     broken = [{"sentence1": "a", "sentence2": text, "label": 0} for text in ("b", None, "c", None)]
     path = folder(tmp_path, train=broken, validation=broken[:1])
     assert refusal(path, "rte") == (
-        "data: the train split has text in 'sentence2' is missing: 2 rows, such as row 1, 3"
+        "data: the train split has text in 'sentence2' is missing: 2 rows, such as row 1, 3, "
+        "counted from 0"
     )
 
 
@@ -410,7 +412,8 @@ def test_targets_that_are_not_finite_are_refused(tmp_path: Path, wrong: float) -
     pairs = [{"sentence1": "a", "sentence2": "b", "label": value} for value in (1.5, wrong, 2.0)]
     path = folder(tmp_path, "parquet", train=pairs, validation=pairs[:1])
     assert refusal(path, "stsb") == (
-        "data: the train split has targets that are not finite: 1 rows, such as row 1"
+        "data: the train split has targets that are not finite: 1 rows, such as row 1, "
+        "counted from 0"
     )
 
 
@@ -421,7 +424,8 @@ def test_targets_that_are_no_numbers_are_refused(tmp_path: Path, wrong: Any) -> 
     fine = [{"sentence1": "a", "sentence2": "b", "label": 1.0}]
     path = folder(tmp_path, train=pairs, validation=fine)
     rows = "2 rows, such as row 0, 1" if wrong == "much" else "1 rows, such as row 1"
-    assert refusal(path, "stsb") == f"data: the train split has targets that are no numbers: {rows}"
+    said = f"data: the train split has targets that are no numbers: {rows}, counted from 0"
+    assert refusal(path, "stsb") == said
 
 
 def test_regression_has_real_targets_and_one_output(tmp_path: Path) -> None:
