@@ -1,6 +1,7 @@
 """Recipes read from files: YAML, overrides, and errors that say where. Imports no torch."""
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,20 @@ from pydantic import BaseModel, ValidationError
 
 from sift_cli.errors import SiftError
 from sift_cli.recipe.schema import LABEL_KEYS, ROW_OPTIONS, TOKEN_KEYS, Recipe, TrainSection
-from sift_cli.recipe.selection import AXES, OPTIONS, policy_row, row_options
+from sift_cli.recipe.selection import (
+    AXES,
+    OPTIONS,
+    SelectionSection,
+    policy_row,
+    row_options,
+)
 from sift_cli.selection.policies import POLICIES
+from sift_cli.system import shipped
 from sift_cli.tasks.table import LANGUAGE
 
 KeyPlace = tuple[str | int, ...]
+# A file or the name of a shipped recipe; the keys of one; or one that is read already.
+RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
 LARGEST = 1 << 16  # bytes of a recipe
 ALIASES = 20  # in one recipe; each can double what is read
@@ -46,6 +56,46 @@ REPLACES = {
     "train.learning_rate": ("learning_rate_from",),
     "data.task": tuple(key for key in ROW_OPTIONS if key != "columns"),
 }
+
+
+def recipe_of(given: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that is given in any form; each override is `a.b=value` and wins over it.
+
+    Raises SiftError as `load_recipe` does, also for what is no recipe.
+    """
+    if isinstance(given, Recipe):
+        return _checked(given.model_dump(), {}, "recipe:", overrides) if overrides else given
+    if isinstance(given, Mapping):
+        return _checked(_plain(given), {}, "recipe:", overrides)
+    if isinstance(given, str | os.PathLike):
+        return load_recipe(shipped.find(os.fspath(given)), overrides)
+    raise SiftError(
+        "recipe: give a file, the name of a shipped recipe, a dict or a Recipe, "
+        f"got {type(given).__name__}"
+    )
+
+
+def selection_of(values: Mapping[str, Any]) -> SelectionSection:
+    """The section of a recipe with these keys. Raises SiftError as `load_recipe` does."""
+    plain = _plain(values)
+    try:
+        return SelectionSection.model_validate(plain)
+    except ValidationError as error:
+        idle = _idle({"selection": plain})
+        problems = [
+            _describe({**one, "loc": ("selection", *one["loc"])}, {}, "", idle)
+            for one in error.errors()
+        ]
+        raise SiftError("\n".join(what for _, what in problems)) from None
+
+
+def _plain(value: Any) -> Any:
+    """A copy of nested values as YAML would give them: paths become text, tuples lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -100,17 +150,32 @@ def _parse(
     problems: list[tuple[str, str]] = []
     reader = _Reader(text, source, problems)
     values, places = reader.read(), reader.places
+    recipe = _checked(values, places, f"{source}:1:1", overrides, problems)
+    return recipe, values, places
+
+
+def _checked(
+    values: dict[str, Any],
+    places: dict[KeyPlace, str],
+    nowhere: str,
+    overrides: Sequence[str],
+    problems: Sequence[tuple[str, str]] = (),
+) -> Recipe:
+    """The recipe of these values, which the overrides change; `nowhere` is said of what has no
+    place. Raises SiftError with `problems`, and all others that there are.
+    """
+    problems = list(problems)
     for override in overrides:
         _override(values, places, override, problems)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         idle = _idle(values)
-        problems += [_describe(one, places, source, idle) for one in error.errors()]
+        problems += [_describe(one, places, nowhere, idle) for one in error.errors()]
     if problems:
         lines = dict.fromkeys(f"{where} {what}" for where, what in problems)
         raise SiftError("\n".join(lines))
-    return recipe, values, places
+    return recipe
 
 
 class _Reader:
@@ -265,9 +330,12 @@ def _filled_in(section: Mapping[str, Any]) -> list[str]:
 
 
 def _describe(
-    error: Any, places: dict[KeyPlace, str], source: str, idle: set[str]
+    error: Any, places: dict[KeyPlace, str], nowhere: str, idle: set[str]
 ) -> tuple[str, str]:
-    """The place of a validation error of pydantic, and its message in the terms of recipes."""
+    """The place of a validation error of pydantic, and its message in the terms of recipes.
+
+    `nowhere` is the place of what stands in no line.
+    """
     kind, message = error["type"], str(error["msg"])
     place = error["loc"]
     if kind == "value_error":
@@ -284,7 +352,7 @@ def _describe(
     else:
         message = f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
     starts = (place[:length] for length in range(len(place), -1, -1))
-    where = next((places[start] for start in starts if start in places), f"{source}:1:1")
+    where = next((places[start] for start in starts if start in places), nowhere)
     return where, f"{_dotted(place)}: {message}"
 
 
