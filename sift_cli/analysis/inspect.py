@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import hypot, log2, sqrt
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ MOVES = (
     "more: another power of two",
     "more: another sign",
 )
+FINEST = 52  # bits of the widest mantissa
 OUTSIDE = "outside"  # stands for the layer of weights that are in none
 
 
@@ -35,14 +36,18 @@ OUTSIDE = "outside"  # stands for the layer of weights that are in none
 class Change:
     """The change of one weight or of several together: changes add up.
 
-    `entries` of `size` are in the delta; `moves` counts them by `MOVES`. `square` and `base_square`
-    are the squared 2-norms of the change and of the whole base weight, None without a base.
+    `entries` of `size` are in the delta; `moves` counts them by `MOVES`, `powers` as `powers_of`
+    does. `halves` has the entries in matrices, and their sums of the shares of rows and of columns
+    that hold half of a matrix's. `square` and `base_square` are the squared 2-norms of the change
+    and of the whole base weight, None without a base.
     """
 
     weights: int
     entries: int
     size: int
     moves: npt.NDArray[np.int64]
+    powers: npt.NDArray[np.int64]
+    halves: npt.NDArray[np.float64]
     square: float | None = None
     base_square: float | None = None
 
@@ -52,18 +57,28 @@ class Change:
             self.entries + other.entries,
             self.size + other.size,
             self.moves + other.moves,
+            self.powers + other.powers,
+            self.halves + other.halves,
             None if self.square is None else self.square + (other.square or 0.0),
             None if self.base_square is None else self.base_square + (other.base_square or 0.0),
         )
 
     def report(self) -> dict[str, Any]:
-        """As JSON: counts, density, the share of entries that differ from the base, norms."""
+        """As JSON: counts, density, the share of entries that differ from the base, norms.
+
+        `middle_move` is how far the middle entry moved, as a share of itself (`middle_of`);
+        `half_in_rows` and `half_in_columns` are means over the entries in matrices.
+        """
+        placed, rows, columns = self.halves
         values: dict[str, Any] = {
             "weights": self.weights,
             "entries": self.entries,
             "size": self.size,
             "density": self.entries / max(1, self.size),
             "survived": 1 - int(self.moves[0]) / max(1, self.entries),
+            "middle_move": middle_of(self.powers),
+            "half_in_rows": float(rows / placed) if placed else None,
+            "half_in_columns": float(columns / placed) if placed else None,
             "moves": {name: int(n) for name, n in zip(MOVES, self.moves, strict=True)},
         }
         if self.square is not None and self.base_square is not None:
@@ -72,7 +87,9 @@ class Change:
         return values
 
 
-NO_CHANGE = Change(0, 0, 0, np.zeros(len(MOVES), dtype=np.int64))
+NO_CHANGE = Change(
+    0, 0, 0, np.zeros(len(MOVES), np.int64), np.zeros(FINEST + 2, np.int64), np.zeros(3)
+)
 
 
 def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> dict[str, Any]:
@@ -81,7 +98,7 @@ def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> 
     How far entries moved is told from the XOR bits as far as they tell it: with the same sign and
     exponent, a highest changed bit h of m mantissa bits means a change below 2**(h + 1 - m) of the
     value (of a normal number). `base`, a model folder or hub id, adds exact norms, and is checked.
-    `out` is a PNG to write: density by layer and kind of module.
+    `out` is a PNG to write: what is uneven by layer and module.
 
     Raises SiftError: exit code 2 where there is no delta, 3 for a damaged one or a wrong base.
     """
@@ -101,6 +118,7 @@ def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> 
         "base_checked": base,
         **_stated(delta),
         **total.report(),
+        "density_even": evenly_dense(changes.values()),
         "dense": {name: list(tensor.shape) for name, tensor in delta.dense.items()},
         "dense_entries": sum(tensor.numel() for tensor in delta.dense.values()),
         "layers": {str(layer): change.report() for layer, change in by_layer.items()},
@@ -169,16 +187,59 @@ def layers_and_kinds(names: Iterable[str]) -> dict[str, tuple[int | str, str]]:
 
 def moves(bits: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[np.int64]:
     """Counts by `MOVES` of the XOR of two values, [K] integers as wide as `dtype`."""
-    width = 8 * dtype.itemsize
-    mantissa = round(-np.log2(torch.finfo(dtype).eps))
+    counts = np.zeros(len(MOVES), dtype=np.int64)
+    for bit, count in enumerate(_by_highest_bit(bits, dtype), start=-1):
+        counts[_class_of(bit, _mantissa(dtype), 8 * dtype.itemsize)] += count
+    return counts
+
+
+def powers_of(bits: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[np.int64]:
+    """Counts of such XORs by how far values moved, from the least: [FINEST + 2].
+
+    First nothing, then less than 2**(at - FINEST) of itself, at last what crossed a power of two.
+    """
+    counts, mantissa = np.zeros(FINEST + 2, dtype=np.int64), _mantissa(dtype)
+    for bit, count in enumerate(_by_highest_bit(bits, dtype), start=-1):
+        within = FINEST - (mantissa - 1 - bit)
+        counts[0 if bit < 0 else within if bit < mantissa else FINEST + 1] += count
+    return counts
+
+
+def middle_of(powers: npt.NDArray[np.int64]) -> float | None:
+    """How far the middle entry moved, as a share of itself: the median of counts by `powers_of`.
+
+    Between two powers of two as far as its place among the counts says; 1 stands for what crossed
+    one. None where there are none.
+    """
+    total = int(powers.sum())
+    if not total:
+        return None
+    sums = powers.cumsum()
+    at = int(np.searchsorted(sums, total / 2))
+    if at == 0:
+        return 0.0
+    inside = (total / 2 - int(sums[at - 1])) / int(powers[at])
+    return 1.0 if at > FINEST else float(2.0 ** (at - FINEST - 1 + inside))
+
+
+def evenly_dense(changes: Iterable[Change]) -> bool:
+    """Whether one density, rounded to whole entries, explains the counts of all weights."""
+    low, high = 0.0, 1.0
+    for one in changes:
+        low = max(low, (one.entries - 1) / one.size)
+        high = min(high, (one.entries + 1) / one.size)
+    return low <= high
+
+
+def _mantissa(dtype: torch.dtype) -> int:
+    return round(-log2(torch.finfo(dtype).eps))
+
+
+def _by_highest_bit(bits: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[np.int64]:
+    """Counts of integers as wide as `dtype` by their highest bit that is set, none first."""
     # The exponent of a float is its highest bit, exact up to 53 bits.
     words = bits.contiguous().view(SIGNED[dtype.itemsize]).numpy().view(f"u{dtype.itemsize}")
-    highest = np.frexp(words.astype(np.float64))[1] - 1  # -1: no bit
-    by_bit = np.bincount(highest + 1, minlength=width + 1)
-    counts = np.zeros(len(MOVES), dtype=np.int64)
-    for bit, count in enumerate(by_bit, start=-1):
-        counts[_class_of(bit, mantissa, width)] += count
-    return counts
+    return np.bincount(np.frexp(words.astype(np.float64))[1], minlength=8 * dtype.itemsize + 1)
 
 
 def _class_of(bit: int, mantissa: int, width: int) -> int:
@@ -195,8 +256,17 @@ def _class_of(bit: int, mantissa: int, width: int) -> int:
 
 def change_of(weight: WeightDelta) -> Change:
     """The change of one weight, without norms."""
-    size = int(np.prod(weight.shape, dtype=np.int64))
-    return Change(1, weight.count, size, moves(weight.bits, weight.dtype))
+    support, halves = weight.support, [0.0, 0.0, 0.0]
+    if len(weight.shape) == 2:
+        halves = [one * weight.count for one in (1.0, support.half_in(0), support.half_in(1))]
+    return Change(
+        1,
+        weight.count,
+        support.size,
+        moves(weight.bits, weight.dtype),
+        powers_of(weight.bits, weight.dtype),
+        np.array(halves),
+    )
 
 
 def _with_base(delta: Delta, base: str) -> dict[str, Change]:
@@ -227,6 +297,21 @@ def _with_base(delta: Delta, base: str) -> dict[str, Change]:
             ExitCode.WRONG_FILE,
         )
     return changes
+
+
+def together(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The reports of several changes as one, with means over their entries."""
+    rows = list(rows)
+    sums: dict[str, Any] = {k: sum(row[k] for row in rows) for k in ("weights", "entries", "size")}
+    sums["density"] = sums["entries"] / max(1, sums["size"])
+    for key in ("survived", "middle_move", "half_in_rows", "half_in_columns"):
+        told = [row for row in rows if row[key] is not None]
+        count = sum(row["entries"] for row in told)
+        sums[key] = sum(row[key] * row["entries"] for row in told) / count if count else None
+    if all("norm" in row for row in rows):
+        norm, base = (hypot(*(row[key] for row in rows)) for key in ("norm", "base_norm"))
+        sums |= {"relative": norm / base if base else None}
+    return sums
 
 
 def bands(layers: Mapping[str, Any], most: int = 12) -> list[tuple[str, list[str]]]:

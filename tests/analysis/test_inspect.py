@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
-from sift_cli.analysis.inspect import MOVES, bands, inspect, layers_and_kinds, moves
+from sift_cli.analysis.inspect import (
+    MOVES,
+    bands,
+    inspect,
+    layers_and_kinds,
+    middle_of,
+    moves,
+    powers_of,
+)
 from sift_cli.convert.merge import merge
 from sift_cli.delta import load_delta, save_delta
 from sift_cli.delta.file import SIGNED, Delta, weight_delta
@@ -146,6 +154,85 @@ def test_moves_of_known_changes() -> None:
     }
 
 
+@given(
+    st.lists(st.tuples(st.floats(-20, 20), st.floats(1e-6, 0.4)), min_size=1, max_size=60),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_the_middle_move_bounds_the_median_of_the_values(
+    pairs: list[tuple[float, float]], dtype: torch.dtype
+) -> None:
+    """Towards zero within a power of two, so that bits and values tell the same."""
+    base = torch.tensor([1.75 * 2.0 ** round(size) for size, _ in pairs], dtype=dtype)
+    trained = base * (1 - torch.tensor([share for _, share in pairs], dtype=dtype))
+    signed = SIGNED[dtype.itemsize]
+    counts = powers_of(base.view(signed) ^ trained.view(signed), dtype)
+    assert counts.sum() == len(pairs)
+    bits = [int(b ^ t) for b, t in zip(base.view(signed), trained.view(signed), strict=True)]
+    mantissa = {torch.float32: 23, torch.float64: 52}[dtype]
+    bounds = sorted(2.0 ** (bit.bit_length() - mantissa) for bit in bits)
+    median = bounds[(len(bounds) - 1) // 2]
+    found = middle_of(counts)
+    assert found is not None
+    assert median / 2 <= found <= median
+
+
+def test_the_middle_of_known_moves() -> None:
+    base = torch.tensor([1.0, 1.0, 1.0, 1.5])
+    after = torch.tensor([1.0, 1.0 + 2**-5, 1.0 + 2**-5, -1.5])
+    counts = powers_of(base.view(torch.int32) ^ after.view(torch.int32), torch.float32)
+    assert middle_of(counts) == pytest.approx(2**-4.5)  # half way through those below 1/16
+    assert middle_of(0 * counts) is None
+    same = powers_of(torch.zeros(3, dtype=torch.int32), torch.float32)
+    assert middle_of(same) == 0
+    crossed = powers_of(torch.full((3,), 1 << 23, dtype=torch.int32), torch.float32)
+    assert middle_of(crossed) == 1
+
+
+def save_changes(path: Path, changes: dict[str, tuple[list[int], float]], size: int = 8) -> Path:
+    """A delta of square weights: positions that change, and the share by which they do."""
+    weights = {}
+    for name, (positions, share) in changes.items():
+        base = torch.full((size, size), 1.5)
+        support, trained = Support.of((size, size), torch.tensor(positions)), base.clone()
+        support.scatter_(trained, support.gather(base) * (1 + share))
+        entries = support.gather(base), support.gather(trained)
+        weights[name] = weight_delta(support, *entries, fingerprint(base), trained)
+    save_delta(path, Delta(weights, {}, "", HEADER))
+    return path
+
+
+def test_rows_and_columns_tell_where_entries_crowd(tmp_path: Path) -> None:
+    row, column, spread = list(range(8)), list(range(0, 64, 8)), list(range(0, 64, 9))
+    names = ["model.layers.0.up.weight", "model.layers.1.up.weight", "model.layers.2.up.weight"]
+    places = zip(names, (row, column, spread), strict=True)
+    path = save_changes(tmp_path / "delta", {name: (one, 0.05) for name, one in places})
+    found = inspect(path)
+    halves = {name: (one["half_in_rows"], one["half_in_columns"]) for name, one in
+              found["layers"].items()}  # fmt: skip
+    assert halves == {"0": (1 / 8, 4 / 8), "1": (4 / 8, 1 / 8), "2": (4 / 8, 4 / 8)}
+    assert found["half_in_rows"] == pytest.approx((1 + 4 + 4) / 3 / 8)
+    assert found["density_even"]
+
+
+def test_one_density_everywhere_gives_way_to_the_change(tmp_path: Path) -> None:
+    even = {f"model.layers.{at}.up.weight": (list(range(6)), 0.05 * 4**at) for at in range(2)}
+    said = sift("inspect", save_changes(tmp_path / "even", even)).stdout
+    assert ", of each alike" in said
+    kinds, layers = (
+        line.split("\t") for line in said.splitlines() if line[:5] in ("kind ", "layer")
+    )
+    assert kinds[:4] == ["kind of module", "weights", "entries", "moved"]
+    assert layers[:4] == ["layer", "weights", "entries", "moved"]
+    assert "survived" not in kinds + layers
+    rows = [line.split("\t") for line in said.splitlines() if line[:2] in ("0\t", "1\t")]
+    assert float(rows[0][3].rstrip("%")) < float(rows[1][3].rstrip("%"))
+    uneven = {f"model.layers.{at}.up.weight": (list(range(6 + 3 * at)), 0.05) for at in range(2)}
+    said = sift("inspect", save_changes(tmp_path / "uneven", uneven)).stdout
+    assert "of each alike" not in said
+    rows = [line.split("\t") for line in said.splitlines() if line[:2] in ("0\t", "1\t")]
+    assert [row[3] for row in rows] == ["9.38%", "14.1%"]
+
+
 def test_what_rounding_swallowed_shows(tmp_path: Path) -> None:
     base = torch.ones(10).bfloat16()
     trained = (base.float() + torch.tensor([1e-4] * 7 + [0.5] * 3)).bfloat16()
@@ -203,7 +290,7 @@ def test_what_inspect_prints(delta: Path, base: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for said in ("the digest matches", str(base), "task sst2", "negative, positive", "accuracy"):
         assert said in done.stdout
-    for said in ("attention.self.query", "outside", "survived", "of the weights' norm", "change"):
+    for said in ("attention.self.query", "outside", "survived", "of the weights' norm", "moved"):
         assert said in done.stdout
     assert (tmp_path / "heat.png").is_file()
     done = sift("inspect", delta, "--json")
