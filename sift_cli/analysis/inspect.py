@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import hypot, log2, sqrt
+from math import hypot, sqrt
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ MOVES = (
     "more: another power of two",
     "more: another sign",
 )
-FINEST = 52  # bits of the widest mantissa
 OUTSIDE = "outside"  # stands for the layer of weights that are in none
 
 
@@ -36,17 +35,16 @@ OUTSIDE = "outside"  # stands for the layer of weights that are in none
 class Change:
     """The change of one weight or of several together: changes add up.
 
-    `entries` of `size` are in the delta; `moves` counts them by `MOVES`, `powers` as `powers_of`
-    does. `halves` has the entries in matrices, and their sums of the shares of rows and of columns
-    that hold half of a matrix's. `square` and `base_square` are the squared 2-norms of the change
-    and of the whole base weight, None without a base.
+    `entries` of `size` are in the delta; `moves` counts them by `MOVES`. `halves` has the entries
+    in matrices, and their sums of the shares of rows and of columns that hold half of a matrix's.
+    `square` and `base_square` are the squared 2-norms of the change and of the whole base weight,
+    None without a base.
     """
 
     weights: int
     entries: int
     size: int
     moves: npt.NDArray[np.int64]
-    powers: npt.NDArray[np.int64]
     halves: npt.NDArray[np.float64]
     square: float | None = None
     base_square: float | None = None
@@ -57,7 +55,6 @@ class Change:
             self.entries + other.entries,
             self.size + other.size,
             self.moves + other.moves,
-            self.powers + other.powers,
             self.halves + other.halves,
             None if self.square is None else self.square + (other.square or 0.0),
             None if self.base_square is None else self.base_square + (other.base_square or 0.0),
@@ -66,8 +63,9 @@ class Change:
     def report(self) -> dict[str, Any]:
         """As JSON: counts, density, the share of entries that differ from the base, norms.
 
-        `middle_move` is how far the middle entry moved, as a share of itself (`middle_of`);
-        `half_in_rows` and `half_in_columns` are means over the entries in matrices.
+        `moved_far` is the share of entries whose power of two or sign is another, `new_sign` that
+        of another sign: the further entries move, the more of them. `half_in_rows` and
+        `half_in_columns` are means over the entries in matrices.
         """
         placed, rows, columns = self.halves
         values: dict[str, Any] = {
@@ -76,7 +74,8 @@ class Change:
             "size": self.size,
             "density": self.entries / max(1, self.size),
             "survived": 1 - int(self.moves[0]) / max(1, self.entries),
-            "middle_move": middle_of(self.powers),
+            "moved_far": int(self.moves[-2:].sum()) / max(1, self.entries),
+            "new_sign": int(self.moves[-1]) / max(1, self.entries),
             "half_in_rows": float(rows / placed) if placed else None,
             "half_in_columns": float(columns / placed) if placed else None,
             "moves": {name: int(n) for name, n in zip(MOVES, self.moves, strict=True)},
@@ -87,9 +86,7 @@ class Change:
         return values
 
 
-NO_CHANGE = Change(
-    0, 0, 0, np.zeros(len(MOVES), np.int64), np.zeros(FINEST + 2, np.int64), np.zeros(3)
-)
+NO_CHANGE = Change(0, 0, 0, np.zeros(len(MOVES), dtype=np.int64), np.zeros(3))
 
 
 def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> dict[str, Any]:
@@ -187,39 +184,16 @@ def layers_and_kinds(names: Iterable[str]) -> dict[str, tuple[int | str, str]]:
 
 def moves(bits: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[np.int64]:
     """Counts by `MOVES` of the XOR of two values, [K] integers as wide as `dtype`."""
+    width = 8 * dtype.itemsize
+    mantissa = round(-np.log2(torch.finfo(dtype).eps))
+    # The exponent of a float is its highest bit, exact up to 53 bits.
+    words = bits.contiguous().view(SIGNED[dtype.itemsize]).numpy().view(f"u{dtype.itemsize}")
+    highest = np.frexp(words.astype(np.float64))[1] - 1  # -1: no bit
+    by_bit = np.bincount(highest + 1, minlength=width + 1)
     counts = np.zeros(len(MOVES), dtype=np.int64)
-    for bit, count in enumerate(_by_highest_bit(bits, dtype), start=-1):
-        counts[_class_of(bit, _mantissa(dtype), 8 * dtype.itemsize)] += count
+    for bit, count in enumerate(by_bit, start=-1):
+        counts[_class_of(bit, mantissa, width)] += count
     return counts
-
-
-def powers_of(bits: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[np.int64]:
-    """Counts of such XORs by how far values moved, from the least: [FINEST + 2].
-
-    First nothing, then less than 2**(at - FINEST) of itself, at last what crossed a power of two.
-    """
-    counts, mantissa = np.zeros(FINEST + 2, dtype=np.int64), _mantissa(dtype)
-    for bit, count in enumerate(_by_highest_bit(bits, dtype), start=-1):
-        within = FINEST - (mantissa - 1 - bit)
-        counts[0 if bit < 0 else within if bit < mantissa else FINEST + 1] += count
-    return counts
-
-
-def middle_of(powers: npt.NDArray[np.int64]) -> float | None:
-    """How far the middle entry moved, as a share of itself: the median of counts by `powers_of`.
-
-    Between two powers of two as far as its place among the counts says; 1 stands for what crossed
-    one. None where there are none.
-    """
-    total = int(powers.sum())
-    if not total:
-        return None
-    sums = powers.cumsum()
-    at = int(np.searchsorted(sums, total / 2))
-    if at == 0:
-        return 0.0
-    inside = (total / 2 - int(sums[at - 1])) / int(powers[at])
-    return 1.0 if at > FINEST else float(2.0 ** (at - FINEST - 1 + inside))
 
 
 def evenly_dense(changes: Iterable[Change]) -> bool:
@@ -229,17 +203,6 @@ def evenly_dense(changes: Iterable[Change]) -> bool:
         low = max(low, (one.entries - 1) / one.size)
         high = min(high, (one.entries + 1) / one.size)
     return low <= high
-
-
-def _mantissa(dtype: torch.dtype) -> int:
-    return round(-log2(torch.finfo(dtype).eps))
-
-
-def _by_highest_bit(bits: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[np.int64]:
-    """Counts of integers as wide as `dtype` by their highest bit that is set, none first."""
-    # The exponent of a float is its highest bit, exact up to 53 bits.
-    words = bits.contiguous().view(SIGNED[dtype.itemsize]).numpy().view(f"u{dtype.itemsize}")
-    return np.bincount(np.frexp(words.astype(np.float64))[1], minlength=8 * dtype.itemsize + 1)
 
 
 def _class_of(bit: int, mantissa: int, width: int) -> int:
@@ -264,7 +227,6 @@ def change_of(weight: WeightDelta) -> Change:
         weight.count,
         support.size,
         moves(weight.bits, weight.dtype),
-        powers_of(weight.bits, weight.dtype),
         np.array(halves),
     )
 
@@ -304,7 +266,7 @@ def together(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     rows = list(rows)
     sums: dict[str, Any] = {k: sum(row[k] for row in rows) for k in ("weights", "entries", "size")}
     sums["density"] = sums["entries"] / max(1, sums["size"])
-    for key in ("survived", "middle_move", "half_in_rows", "half_in_columns"):
+    for key in ("survived", "moved_far", "new_sign", "half_in_rows", "half_in_columns"):
         told = [row for row in rows if row[key] is not None]
         count = sum(row["entries"] for row in told)
         sums[key] = sum(row[key] * row["entries"] for row in told) / count if count else None

@@ -90,8 +90,8 @@ def plot_delta(inspected: dict[str, Any], path: Path) -> None:
     cells = {place: together(rows) for place, rows in found.items() if rows}
     panels = {
         "density": "density",
-        "middle_move": "an entry's change",
-        "relative": "change of the norm",
+        "moved_far": "entries that moved far",
+        "relative": "size of the change",
         "half_in_rows": "rows with half of it",
         "half_in_columns": "columns with half of it",
     }

@@ -20,16 +20,17 @@ DeltaFile = Annotated[str, typer.Argument(help="A delta file, or a run folder th
 SHOWN_OVERLAPS = 20  # rows of the table of overlaps
 COLUMNS = {  # of what `sift inspect` shows of each part
     "density": "density",
-    "moved": "middle_move",
-    "of the norm": "relative",
+    "change": "relative",
+    "moved far": "moved_far",
+    "new sign": "new_sign",
     "rows": "half_in_rows",
     "columns": "half_in_columns",
     "survived": "survived",
 }
-ALWAYS = ("middle_move", "relative")  # the change, also where it is the same everywhere
+ALWAYS = ("relative", "moved_far")  # the change, also where it is the same everywhere
 UNEVEN = (
-    "moved: how far the middle entry moved, of itself, as the bits tell; rows, columns: the share "
-    "of a matrix's that hold half of its entries"
+    "moved far: to another power of two or sign; rows, columns: the share of a matrix's that hold "
+    "half of its entries"
 )
 
 

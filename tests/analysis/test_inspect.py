@@ -1,5 +1,6 @@
 """What a delta holds, told without a model, against brute force on the values."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -17,9 +18,7 @@ from sift_cli.analysis.inspect import (
     bands,
     inspect,
     layers_and_kinds,
-    middle_of,
     moves,
-    powers_of,
 )
 from sift_cli.convert.merge import merge
 from sift_cli.delta import load_delta, save_delta
@@ -154,40 +153,6 @@ def test_moves_of_known_changes() -> None:
     }
 
 
-@given(
-    st.lists(st.tuples(st.floats(-20, 20), st.floats(1e-6, 0.4)), min_size=1, max_size=60),
-    st.sampled_from([torch.float32, torch.float64]),
-)
-def test_the_middle_move_bounds_the_median_of_the_values(
-    pairs: list[tuple[float, float]], dtype: torch.dtype
-) -> None:
-    """Towards zero within a power of two, so that bits and values tell the same."""
-    base = torch.tensor([1.75 * 2.0 ** round(size) for size, _ in pairs], dtype=dtype)
-    trained = base * (1 - torch.tensor([share for _, share in pairs], dtype=dtype))
-    signed = SIGNED[dtype.itemsize]
-    counts = powers_of(base.view(signed) ^ trained.view(signed), dtype)
-    assert counts.sum() == len(pairs)
-    bits = [int(b ^ t) for b, t in zip(base.view(signed), trained.view(signed), strict=True)]
-    mantissa = {torch.float32: 23, torch.float64: 52}[dtype]
-    bounds = sorted(2.0 ** (bit.bit_length() - mantissa) for bit in bits)
-    median = bounds[(len(bounds) - 1) // 2]
-    found = middle_of(counts)
-    assert found is not None
-    assert median / 2 <= found <= median
-
-
-def test_the_middle_of_known_moves() -> None:
-    base = torch.tensor([1.0, 1.0, 1.0, 1.5])
-    after = torch.tensor([1.0, 1.0 + 2**-5, 1.0 + 2**-5, -1.5])
-    counts = powers_of(base.view(torch.int32) ^ after.view(torch.int32), torch.float32)
-    assert middle_of(counts) == pytest.approx(2**-4.5)  # half way through those below 1/16
-    assert middle_of(0 * counts) is None
-    same = powers_of(torch.zeros(3, dtype=torch.int32), torch.float32)
-    assert middle_of(same) == 0
-    crossed = powers_of(torch.full((3,), 1 << 23, dtype=torch.int32), torch.float32)
-    assert middle_of(crossed) == 1
-
-
 def save_changes(path: Path, changes: dict[str, tuple[list[int], float]], size: int = 8) -> Path:
     """A delta of square weights: positions that change, and the share by which they do."""
     weights = {}
@@ -214,23 +179,36 @@ def test_rows_and_columns_tell_where_entries_crowd(tmp_path: Path) -> None:
     assert found["density_even"]
 
 
+def table(said: str, head: str) -> list[dict[str, str]]:
+    """The rows of a table of plain lines, by column."""
+    lines = [line.split("\t") for line in said.splitlines()]
+    at = next(at for at, line in enumerate(lines) if line[0] == head)
+    rows = itertools.takewhile(lambda line: len(line) == len(lines[at]), lines[at + 1 :])
+    return [dict(zip(lines[at], row, strict=True)) for row in rows]
+
+
 def test_one_density_everywhere_gives_way_to_the_change(tmp_path: Path) -> None:
-    even = {f"model.layers.{at}.up.weight": (list(range(6)), 0.05 * 4**at) for at in range(2)}
+    even = {f"model.layers.{at}.up.weight": (list(range(6)), 0.05 + at) for at in range(2)}
     said = sift("inspect", save_changes(tmp_path / "even", even)).stdout
     assert ", of each alike" in said
-    kinds, layers = (
-        line.split("\t") for line in said.splitlines() if line[:5] in ("kind ", "layer")
-    )
-    assert kinds[:4] == ["kind of module", "weights", "entries", "moved"]
-    assert layers[:4] == ["layer", "weights", "entries", "moved"]
-    assert "survived" not in kinds + layers
-    rows = [line.split("\t") for line in said.splitlines() if line[:2] in ("0\t", "1\t")]
-    assert float(rows[0][3].rstrip("%")) < float(rows[1][3].rstrip("%"))
+    layers = table(said, "layer")
+    assert list(layers[0]) == ["layer", "weights", "entries", "moved far"]  # the rest is the same
+    assert [row["moved far"] for row in layers] == ["0.00%", "100.0%"]
+    assert table(said, "kind of module")[0]["moved far"] == "50.0%"
     uneven = {f"model.layers.{at}.up.weight": (list(range(6 + 3 * at)), 0.05) for at in range(2)}
     said = sift("inspect", save_changes(tmp_path / "uneven", uneven)).stdout
     assert "of each alike" not in said
-    rows = [line.split("\t") for line in said.splitlines() if line[:2] in ("0\t", "1\t")]
-    assert [row[3] for row in rows] == ["9.38%", "14.1%"]
+    assert [row["density"] for row in table(said, "layer")] == ["9.38%", "14.1%"]
+
+
+def test_what_moved_far_is_counted(tmp_path: Path) -> None:
+    names = {"a.0.up.weight": 1.0, "a.1.up.weight": -2.0, "a.2.up.weight": 0.25}
+    path = save_changes(
+        tmp_path / "delta", {n: (list(range(8)), share) for n, share in names.items()}
+    )
+    found = inspect(path)["layers"]
+    assert [one["moved_far"] for one in found.values()] == [1, 1, 0]  # 3, -1.5, 1.875 from 1.5
+    assert [one["new_sign"] for one in found.values()] == [0, 1, 0]
 
 
 def test_what_rounding_swallowed_shows(tmp_path: Path) -> None:
@@ -290,7 +268,7 @@ def test_what_inspect_prints(delta: Path, base: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for said in ("the digest matches", str(base), "task sst2", "negative, positive", "accuracy"):
         assert said in done.stdout
-    for said in ("attention.self.query", "outside", "survived", "of the weights' norm", "moved"):
+    for said in ("attention.self.query", "outside", "survived", "of the weights' norm", "change"):
         assert said in done.stdout
     assert (tmp_path / "heat.png").is_file()
     done = sift("inspect", delta, "--json")
