@@ -79,6 +79,7 @@ class Run:
         """
         from sift_cli.models.devices import pick_device
         from sift_cli.runs.tuned import task_of_loaded
+        from sift_cli.tasks.classification import Classification
         from sift_cli.tasks.language import Language
         from sift_cli.tasks.prompts import prompts_of
 
@@ -93,6 +94,7 @@ class Run:
             prompts = prompts_of(firsts, task.takes_text(loaded.tokenizer))
             answers = task.answers(loaded, prompts, device=where, longest=max_new_tokens)
             return [{"text": one.shown(), **answer.to_json()} for one, answer in answers]
+        assert isinstance(task, Classification)
         limit = None
         if recipe is not None:
             columns = text_columns(recipe.data.task, recipe.data.text)

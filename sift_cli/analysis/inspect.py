@@ -28,6 +28,13 @@ MOVES = (
     "more: another power of two",
     "more: another sign",
 )
+PANELS = {  # of the picture, by key of a report
+    "density": "density",
+    "moved_far": "entries that moved far",
+    "relative": "size of the change",
+    "half_in_rows": "rows with half of it",
+    "half_in_columns": "columns with half of it",
+}
 OUTSIDE = "outside"  # stands for the layer of weights that are in none
 
 
@@ -134,8 +141,23 @@ def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> 
     if out is not None:
         from sift_cli.analysis.plots import plot_delta
 
-        plot_delta(result, out)
+        even = result["density_even"]
+        shown = {k: title for k, title in PANELS.items() if k != "density" or not even}
+        plot_delta(_cells(result), shown, out)
     return result
+
+
+def _cells(inspected: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The tensors by band of layers and module, in their order: a weight and its bias as one."""
+    labels = {one: label for label, part in bands(inspected["layers"]) for one in part}
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {
+        (label, kind.removesuffix(".bias")): []
+        for label in dict.fromkeys(labels.values())
+        for kind in inspected["kinds"]
+    }
+    for one in inspected["tensors"].values():
+        found[labels[str(one["layer"])], one["kind"].removesuffix(".bias")].append(one)
+    return {place: together(rows) for place, rows in found.items() if rows}
 
 
 def _file_facts(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sift_cli.analysis.charts import WIDTH, draw_heat, heat_height, style
-from sift_cli.analysis.inspect import bands, together
 from sift_cli.analysis.table import Comparison, TableRow
 
 MARKERS = "osD^vP*X"
@@ -73,34 +72,18 @@ def _classes(probe: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_delta(inspected: dict[str, Any], path: Path) -> None:
-    """What is uneven of a delta by layer and module, as the report draws it, beside each other.
+def plot_delta(
+    cells: Mapping[tuple[str, str], Mapping[str, Any]], panels: Mapping[str, str], path: Path
+) -> None:
+    """Heat maps by layer and module beside each other, as the report draws them.
 
-    `inspected` is what `inspect` returns. Density only where it is not the same everywhere; with a
-    base, the size of the change as well. White is what the delta does not touch.
+    `panels` has a title for each key of the cells that gets one; cells that lack it stay white.
     """
-    layers = {one: label for label, part in bands(inspected["layers"]) for one in part}
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {
-        (label, kind.removesuffix(".bias")): []
-        for label in dict.fromkeys(layers.values())
-        for kind in inspected["kinds"]
-    }
-    for one in inspected["tensors"].values():
-        found[layers[str(one["layer"])], one["kind"].removesuffix(".bias")].append(one)
-    cells = {place: together(rows) for place, rows in found.items() if rows}
-    panels = {
-        "density": "density",
-        "moved_far": "entries that moved far",
-        "relative": "size of the change",
-        "half_in_rows": "rows with half of it",
-        "half_in_columns": "columns with half of it",
-    }
-    drawn = {
+    found = {
         key: {place: cell for place, cell in cells.items() if cell.get(key) is not None}
         for key in panels
-        if key != "density" or not inspected["density_even"]
     }
-    drawn = {key: some for key, some in drawn.items() if some}
+    drawn = {key: some for key, some in found.items() if some}
     with style():
         size = WIDTH * max(1, len(drawn)), heat_height(cells) if cells else 1.0
         figure = Figure(figsize=size, layout="constrained")
