@@ -86,7 +86,7 @@ def sparsify(
             f"sparsify: {policy} chooses by the schedule {section.schedule}, as `sift train` can; "
             "give schedule='first-batch', or another policy"
         )
-    path, new = _origin(model, base)
+    path, revision, new = _origin(model, base)
     rule = rule_of(section, allow_code)
     parts = Parts.of(section, model, new, rule)
     device = next(model.parameters()).device
@@ -109,7 +109,7 @@ def sparsify(
         raise SiftError("sparsify: no gradient reaches a weight that selection.target names")
     parameters = attach(model, supports, coordinates=scales)
     dtype = dtype_name(next(model.parameters()).dtype)
-    Attached(parameters, new, marks, describe_base(model, path, None, dtype), policy).keep()
+    Attached(parameters, new, marks, describe_base(model, path, revision, dtype), policy).keep()
     optimizer = FlatAdamW(parameters, rate, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
     return Sparse(parameters, optimizer)
 
@@ -125,18 +125,20 @@ def _usual_rate(section: SelectionSection, model: nn.Module, parts: Parts) -> fl
     return at_width(narrow, width_in(getattr(model, "config", None)))
 
 
-def _origin(model: nn.Module, base: str | None) -> tuple[str, tuple[str, ...]]:
-    """Where the base lies, and the names of the parameters that it lacks."""
-    path = base or getattr(getattr(model, "config", None), "_name_or_path", "")
+def _origin(model: nn.Module, base: str | None) -> tuple[str, str | None, tuple[str, ...]]:
+    """Where the base lies, its commit on the hub, and the names of the parameters it lacks."""
+    config = getattr(model, "config", None)
+    path = base or getattr(config, "_name_or_path", "")
     if not path:
-        return IN_MEMORY, ()
-    stored = Stored(model_folder(path), all_names(model))
+        return IN_MEMORY, None, ()
+    revision = None if base else getattr(config, "_commit_hash", None)
+    stored = Stored(model_folder(path, revision), all_names(model))
     new = (
         name
         for name, weight in model.named_parameters()
         if name not in stored.places or stored.shape(name) != list(weight.shape)
     )
-    return path, tuple(new)
+    return path, revision, tuple(new)
 
 
 def _looks(
