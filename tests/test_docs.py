@@ -97,6 +97,28 @@ def test_the_commands_of_a_page_run(
             assert done.returncode == 0, (args, done.stderr)
 
 
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+def test_the_python_of_a_page_runs(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In order and in one namespace, on a tiny model and a file of rows."""
+    rows = [f"a {word} film,{number % 2}" for number, word in enumerate(["bad", "good"] * 20)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *rows, ""]))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for _, block in blocks(ROOT / "docs/python.md", "python"):
+        small = block.replace(MINILM, str(base)).replace('"holdout"', '"max_length": 16, "holdout"')
+        exec(small, names)
+    said = capsys.readouterr().out
+    assert "'accuracy'" in said
+    assert said.count("entries train") == 3
+    for made in ("delta.safetensors", "runs/trainer/delta.safetensors"):
+        assert names["sift"].Delta.load(made).header.policy == "sift"
+
+
 def test_the_pages_show_what_they_are_meant_to() -> None:
     ran = {page.name: [args[0] for args in commands(page)] for page in PAGES}
     assert ran["README.md"] == ["recipes", "train", "merge", "predict"]

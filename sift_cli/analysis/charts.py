@@ -86,7 +86,7 @@ def charts(
             _confusion(rows, labels) if labels else _scatter(rows)
         )
     pictures = {}
-    with _style():
+    with style():
         for name, draw in drawn.items():
             figure = draw()
             figure.savefig(out / f"{_file(name)}.png", dpi=130)
@@ -218,9 +218,7 @@ def _entries(layered: Cells) -> Figure:
 
 
 def _change(layered: Cells) -> Figure:
-    return _heat(
-        layered, "rms", lambda cell: _small(cell["rms"]), "root mean square change", _small
-    )
+    return _heat(layered, "rms", lambda one: _small(one["rms"]), "root mean square change", _small)
 
 
 def _share(layered: Cells, key: str, title: str) -> Figure:
@@ -236,6 +234,25 @@ def _heat(
     title: str,
     form: Callable[[float], str],
 ) -> Figure:
+    figure, axis = _axes(heat_height(cells))
+    draw_heat(axis, cells, key, text, title, form)
+    return figure
+
+
+def heat_height(cells: Cells) -> float:
+    """The inches that such a chart needs."""
+    names = _apart(list(dict.fromkeys(module for _, module in cells)))
+    return 1.5 + 0.24 * len({layer for layer, _ in cells}) + 0.055 * max(map(len, names))
+
+
+def draw_heat(
+    axis: Axes,
+    cells: Cells,
+    key: str,
+    text: Callable[[Cell], str],
+    title: str,
+    form: Callable[[float], str],
+) -> None:
     """Layers down, modules across; colour is `key`, `text` stands in each cell.
 
     `form` writes the ends of the scale in the title.
@@ -243,7 +260,6 @@ def _heat(
     rows = list(dict.fromkeys(layer for layer, _ in cells))
     columns = list(dict.fromkeys(module for _, module in cells))
     names = _apart(columns)
-    figure, axis = _axes(1.5 + 0.24 * len(rows) + 0.055 * max(map(len, names)))
     values = [cell[key] for cell in cells.values()]
     low, high = min(values), max(values)
     logs = low > 0 and high > 10 * low
@@ -263,7 +279,6 @@ def _heat(
     axis.spines[:].set_visible(False)
     ends = dict.fromkeys([form(low), form(high)])
     axis.set_title(f"{title}: {' to '.join(ends)}")
-    return figure
 
 
 def _kept(probe: Mapping[str, Any]) -> Figure:
@@ -323,7 +338,8 @@ def _axes(height: float) -> tuple[Figure, Axes]:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """In this context figures look like those of the report."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that no font has is no reason to stop
         yield

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import hypot, sqrt
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,13 @@ MOVES = (
     "more: another power of two",
     "more: another sign",
 )
+PANELS = {  # of the picture, by key of a report
+    "density": "density",
+    "moved_far": "entries that moved far",
+    "relative": "size of the change",
+    "half_in_rows": "rows with half of it",
+    "half_in_columns": "columns with half of it",
+}
 OUTSIDE = "outside"  # stands for the layer of weights that are in none
 
 
@@ -35,14 +42,17 @@ OUTSIDE = "outside"  # stands for the layer of weights that are in none
 class Change:
     """The change of one weight or of several together: changes add up.
 
-    `entries` of `size` are in the delta; `moves` counts them by `MOVES`. `square` and `base_square`
-    are the squared 2-norms of the change and of the whole base weight, None without a base.
+    `entries` of `size` are in the delta; `moves` counts them by `MOVES`. `halves` has the entries
+    in matrices, and their sums of the shares of rows and of columns that hold half of a matrix's.
+    `square` and `base_square` are the squared 2-norms of the change and of the whole base weight,
+    None without a base.
     """
 
     weights: int
     entries: int
     size: int
     moves: npt.NDArray[np.int64]
+    halves: npt.NDArray[np.float64]
     square: float | None = None
     base_square: float | None = None
 
@@ -52,18 +62,29 @@ class Change:
             self.entries + other.entries,
             self.size + other.size,
             self.moves + other.moves,
+            self.halves + other.halves,
             None if self.square is None else self.square + (other.square or 0.0),
             None if self.base_square is None else self.base_square + (other.base_square or 0.0),
         )
 
     def report(self) -> dict[str, Any]:
-        """As JSON: counts, density, the share of entries that differ from the base, norms."""
+        """As JSON: counts, density, the share of entries that differ from the base, norms.
+
+        `moved_far` is the share of entries whose power of two or sign is another, `new_sign` that
+        of another sign: the further entries move, the more of them. `half_in_rows` and
+        `half_in_columns` are means over the entries in matrices.
+        """
+        placed, rows, columns = self.halves
         values: dict[str, Any] = {
             "weights": self.weights,
             "entries": self.entries,
             "size": self.size,
             "density": self.entries / max(1, self.size),
             "survived": 1 - int(self.moves[0]) / max(1, self.entries),
+            "moved_far": int(self.moves[-2:].sum()) / max(1, self.entries),
+            "new_sign": int(self.moves[-1]) / max(1, self.entries),
+            "half_in_rows": float(rows / placed) if placed else None,
+            "half_in_columns": float(columns / placed) if placed else None,
             "moves": {name: int(n) for name, n in zip(MOVES, self.moves, strict=True)},
         }
         if self.square is not None and self.base_square is not None:
@@ -72,7 +93,7 @@ class Change:
         return values
 
 
-NO_CHANGE = Change(0, 0, 0, np.zeros(len(MOVES), dtype=np.int64))
+NO_CHANGE = Change(0, 0, 0, np.zeros(len(MOVES), dtype=np.int64), np.zeros(3))
 
 
 def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> dict[str, Any]:
@@ -81,7 +102,7 @@ def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> 
     How far entries moved is told from the XOR bits as far as they tell it: with the same sign and
     exponent, a highest changed bit h of m mantissa bits means a change below 2**(h + 1 - m) of the
     value (of a normal number). `base`, a model folder or hub id, adds exact norms, and is checked.
-    `out` is a PNG to write: density by layer and kind of module.
+    `out` is a PNG to write: what is uneven by layer and module.
 
     Raises SiftError: exit code 2 where there is no delta, 3 for a damaged one or a wrong base.
     """
@@ -101,6 +122,7 @@ def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> 
         "base_checked": base,
         **_stated(delta),
         **total.report(),
+        "density_even": evenly_dense(changes.values()),
         "dense": {name: list(tensor.shape) for name, tensor in delta.dense.items()},
         "dense_entries": sum(tensor.numel() for tensor in delta.dense.values()),
         "layers": {str(layer): change.report() for layer, change in by_layer.items()},
@@ -119,8 +141,23 @@ def inspect(path: Path, *, base: str | None = None, out: Path | None = None) -> 
     if out is not None:
         from sift_cli.analysis.plots import plot_delta
 
-        plot_delta(result, out)
+        even = result["density_even"]
+        shown = {k: title for k, title in PANELS.items() if k != "density" or not even}
+        plot_delta(_cells(result), shown, out)
     return result
+
+
+def _cells(inspected: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The tensors by band of layers and module, in their order: a weight and its bias as one."""
+    labels = {one: label for label, part in bands(inspected["layers"]) for one in part}
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {
+        (label, kind.removesuffix(".bias")): []
+        for label in dict.fromkeys(labels.values())
+        for kind in inspected["kinds"]
+    }
+    for one in inspected["tensors"].values():
+        found[labels[str(one["layer"])], one["kind"].removesuffix(".bias")].append(one)
+    return {place: together(rows) for place, rows in found.items() if rows}
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
@@ -181,6 +218,15 @@ def moves(bits: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[np.int64]:
     return counts
 
 
+def evenly_dense(changes: Iterable[Change]) -> bool:
+    """Whether one density, rounded to whole entries, explains the counts of all weights."""
+    low, high = 0.0, 1.0
+    for one in changes:
+        low = max(low, (one.entries - 1) / one.size)
+        high = min(high, (one.entries + 1) / one.size)
+    return low <= high
+
+
 def _class_of(bit: int, mantissa: int, width: int) -> int:
     """The place in `MOVES` of a highest changed bit, -1 for none."""
     if bit <= 0:
@@ -195,8 +241,16 @@ def _class_of(bit: int, mantissa: int, width: int) -> int:
 
 def change_of(weight: WeightDelta) -> Change:
     """The change of one weight, without norms."""
-    size = int(np.prod(weight.shape, dtype=np.int64))
-    return Change(1, weight.count, size, moves(weight.bits, weight.dtype))
+    support, halves = weight.support, [0.0, 0.0, 0.0]
+    if len(weight.shape) == 2:
+        halves = [one * weight.count for one in (1.0, support.half_in(0), support.half_in(1))]
+    return Change(
+        1,
+        weight.count,
+        support.size,
+        moves(weight.bits, weight.dtype),
+        np.array(halves),
+    )
 
 
 def _with_base(delta: Delta, base: str) -> dict[str, Change]:
@@ -227,6 +281,21 @@ def _with_base(delta: Delta, base: str) -> dict[str, Change]:
             ExitCode.WRONG_FILE,
         )
     return changes
+
+
+def together(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The reports of several changes as one, with means over their entries."""
+    rows = list(rows)
+    sums: dict[str, Any] = {k: sum(row[k] for row in rows) for k in ("weights", "entries", "size")}
+    sums["density"] = sums["entries"] / max(1, sums["size"])
+    for key in ("survived", "moved_far", "new_sign", "half_in_rows", "half_in_columns"):
+        told = [row for row in rows if row[key] is not None]
+        count = sum(row["entries"] for row in told)
+        sums[key] = sum(row[key] * row["entries"] for row in told) / count if count else None
+    if all("norm" in row for row in rows):
+        norm, base = (hypot(*(row[key] for row in rows)) for key in ("norm", "base_norm"))
+        sums |= {"relative": norm / base if base else None}
+    return sums
 
 
 def bands(layers: Mapping[str, Any], most: int = 12) -> list[tuple[str, list[str]]]:

@@ -1,12 +1,13 @@
 """Plots as PNG files."""
 
-from math import hypot
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
+from sift_cli.analysis.charts import WIDTH, draw_heat, heat_height, style
 from sift_cli.analysis.table import Comparison, TableRow
 
 MARKERS = "osD^vP*X"
@@ -71,44 +72,31 @@ def _classes(probe: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_delta(inspected: dict[str, Any], path: Path) -> None:
-    """Density of a delta by layer and kind of module; with a base, the relative change too.
+def plot_delta(
+    cells: Mapping[tuple[str, str], Mapping[str, Any]], panels: Mapping[str, str], path: Path
+) -> None:
+    """Heat maps by layer and module beside each other, as the report draws them.
 
-    `inspected` is what `inspect` returns. White is what the delta does not touch.
+    `panels` has a title for each key of the cells that gets one; cells that lack it stay white.
     """
-    panels = {"density": "density of the change"}
-    if inspected["base_checked"]:
-        panels["relative"] = "size of the change, of the weight's norm"
-    numbers = [int(layer) for layer in inspected["layers"] if layer.isdigit()]
-    layers = [str(layer) for layer in range(max(numbers, default=-1) + 1)]
-    layers += [layer for layer in inspected["layers"] if not layer.isdigit()]
-    kinds = list(inspected["kinds"])
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for one in inspected["tensors"].values():
-        cells.setdefault((one["kind"], str(one["layer"])), []).append(one)
-    width, height = min(16, 2 + 0.35 * len(layers)), min(20, 1 + 0.28 * len(kinds))
-    figure = Figure(figsize=((width + 3) * len(panels), height + 1))
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        grid = [[_cell(cells.get((kind, layer), []), key) for layer in layers] for kind in kinds]
-        image = axis.imshow(grid, cmap="viridis", vmin=0, aspect="auto", interpolation="nearest")
-        every = -(-len(layers) // 32)
-        axis.set_xticks(range(0, len(layers), every), layers[::every], rotation=90, fontsize=8)
-        axis.set(title=title, xlabel="layer")
-        figure.colorbar(image, ax=axis, format=PercentFormatter(1, decimals=None))
-    every = -(-len(kinds) // 60)
-    axes[0].set_yticks(range(0, len(kinds), every), kinds[::every], fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _save(figure, path)
+    found = {
+        key: {place: cell for place, cell in cells.items() if cell.get(key) is not None}
+        for key in panels
+    }
+    drawn = {key: some for key, some in found.items() if some}
+    with style():
+        size = WIDTH * max(1, len(drawn)), heat_height(cells) if cells else 1.0
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, max(1, len(drawn)), squeeze=False)[0]
+        for axis, (key, some) in zip(axes, drawn.items(), strict=False):
+            draw_heat(axis, some, key, partial(_share, key), panels[key], "{:.2%}".format)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save(figure, path)
 
 
-def _cell(weights: list[dict[str, Any]], key: str) -> float:
-    """Density or relative change of the weights of one layer and kind; NaN where there are none."""
-    if key == "density":
-        size = sum(one["size"] for one in weights)
-        return sum(one["entries"] for one in weights) / size if size else float("nan")
-    base = hypot(*(one["base_norm"] for one in weights))
-    return hypot(*(one["norm"] for one in weights)) / base if base else float("nan")
+def _share(key: str, cell: Mapping[str, Any]) -> str:
+    """A share in a cell, in two digits or three."""
+    return f"{cell[key]:.1%}" if cell[key] < 0.1 else f"{cell[key]:.0%}"
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 
 DeltaFile = Annotated[str, typer.Argument(help="A delta file, or a run folder that holds one.")]
 SHOWN_OVERLAPS = 20  # rows of the table of overlaps
+COLUMNS = {  # of what `sift inspect` shows of each part
+    "density": "density",
+    "change": "relative",
+    "moved far": "moved_far",
+    "new sign": "new_sign",
+    "rows": "half_in_rows",
+    "columns": "half_in_columns",
+    "survived": "survived",
+}
+ALWAYS = ("relative", "moved_far")  # the change, also where it is the same everywhere
+UNEVEN = (
+    "moved far: to another power of two or sign; rows, columns: the share of a matrix's that hold "
+    "half of its entries"
+)
 
 
 def merge(
@@ -243,16 +257,16 @@ def inspect(
         str | None, typer.Option(help="The base model: adds exact norms, and is checked.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="A PNG to write: density by layer and kind of module.")
+        Path | None, typer.Option(help="A PNG to write: what is uneven by layer and module.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show where a delta changes its model, how far, and where it comes from; needs no model.
 
-    Example: sift inspect runs/rte --out runs/rte/density.png
+    Example: sift inspect runs/rte --out runs/rte/uneven.png
     """
     check_delta(delta)
-    from sift_cli.analysis.inspect import bands
+    from sift_cli.analysis.inspect import bands, together
     from sift_cli.analysis.inspect import inspect as run
     from sift_cli.runs.folder import delta_file
 
@@ -262,11 +276,12 @@ def inspect(
         return
     for name, value in _provenance(found).items():
         stdout.print(f"{name + ':':<12}{value}", highlight=False, markup=False)
-    _density_table("kind of module", {kind: [row] for kind, row in found["kinds"].items()}, found)
+    _uneven_table("kind of module", found["kinds"], found)
     groups = {
-        label: [found["layers"][one] for one in part] for label, part in bands(found["layers"])
+        label: together(found["layers"][one] for one in part)
+        for label, part in bands(found["layers"])
     }
-    _density_table("layer", groups, found)
+    _uneven_table("layer", groups, found, caption=UNEVEN)
     table = Table("an entry moved by", "entries", "share", title="how far, as the bits tell")
     for move, count in found["moves"].items():
         table.add_row(move, f"{count:,}", f"{count / max(1, found['entries']):.1%}")
@@ -297,7 +312,8 @@ def _provenance(found: dict[str, Any]) -> dict[str, str]:
         lines["metrics"] = ", ".join(f"{n} {shown(v)}" for n, v in found["metrics"].items())
     lines["entries"] = (
         f"{found['entries']:,} of {found['size']:,} in {found['weights']} weights "
-        f"({found['density']:.2%}); {found['survived']:.2%} survived rounding"
+        f"({found['density']:.2%}{', of each alike' if found['density_even'] else ''}); "
+        f"{found['survived']:.2%} survived rounding"
     )
     if found["dense"]:
         lines["new, whole"] = f"{', '.join(found['dense'])} ({found['dense_entries']:,} entries)"
@@ -314,21 +330,28 @@ def _task_lines(found: dict[str, Any]) -> dict[str, str]:
     return {"labels": "a score" if labels is None else ", ".join(labels)}
 
 
-def _density_table(
-    head: str, groups: dict[str, list[dict[str, Any]]], found: dict[str, Any]
+def _uneven_table(
+    head: str, groups: dict[str, dict[str, Any]], found: dict[str, Any], caption: str | None = None
 ) -> None:
-    """Sums of the rows of each group: weights, entries, density, survivors, relative change."""
-    columns = [head, "weights", "entries", "density", "survived"]
-    table = Table(*columns, *(["change"] if found["base_checked"] else []))
+    """The parts of a delta, each column but counts left out where it says the same of all."""
+    columns = {
+        "weights": [f"{row['weights']}" for row in groups.values()],
+        "entries": [f"{row['entries']:,}" for row in groups.values()],
+    }
+    for name, key in COLUMNS.items():
+        cells = [_percent(row.get(key)) for row in groups.values()]
+        even = found["density_even"] if key == "density" else len(set(cells)) == 1
+        if any(cells) and (not even or key in ALWAYS):
+            columns[name] = cells
+    table = Table(head, *columns, caption=caption)
     table.columns[0].overflow = "fold"
-    for name, rows in groups.items():
-        weights, entries, whole = (
-            sum(row[k] for row in rows) for k in ("weights", "entries", "size")
-        )
-        alive = sum(row["survived"] * row["entries"] for row in rows) / max(1, entries)
-        cells = [name, str(weights), f"{entries:,}", f"{entries / whole:.2%}", f"{alive:.1%}"]
-        if found["base_checked"]:
-            norm, base = (sum(row[k] ** 2 for row in rows) ** 0.5 for k in ("norm", "base_norm"))
-            cells.append(f"{norm / base:.2%}" if base else "")
+    for cells in zip(groups, *columns.values(), strict=True):
         table.add_row(*cells)
     print_table(table)
+
+
+def _percent(share: float | None) -> str:
+    """A share in three digits or so; nothing where there is none."""
+    if share is None:
+        return ""
+    return f"{share:.2%}" if share < 0.1 else f"{share:.1%}"

@@ -13,7 +13,6 @@ from sift_cli.errors import SiftError
 
 stdout = Console(soft_wrap=True)
 stderr = Console(stderr=True)
-silent = Console(stderr=True, quiet=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from sift_cli.cli import shipped
 from sift_cli.cli.options import Json, ShippedName, print_json, print_table, stdout
 from sift_cli.errors import SiftError
+from sift_cli.system import shipped
 
 
 def ls() -> None:

@@ -7,9 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sift_cli.cli import shipped
 from sift_cli.cli.checks import check_recipe
 from sift_cli.cli.options import Json, Overrides, RecipeArg, print_json, print_table, stdout
+from sift_cli.system import shipped
 from sift_cli.system.terminal import visible
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from sift_cli.cli import shipped
 from sift_cli.cli.benchmarks import (
     Limit,
     Shots,
@@ -34,9 +33,7 @@ from sift_cli.cli.options import (
     Tuned,
     print_json,
     print_table,
-    silent,
     size,
-    stderr,
     stdout,
 )
 from sift_cli.errors import ExitCode, SiftError
@@ -68,36 +65,31 @@ def train(
 
     Example: sift train glue/rte --out runs/rte --set train.epochs=3
     """
-    if resume and overwrite:
-        raise SiftError("--resume goes on with a run, --overwrite replaces it; give one of them")
-    from sift_cli.recipe import load_recipe
+    from sift_cli import api
+    from sift_cli.recipe import recipe_of
 
     changes = list(overrides or [])
     if seed is not None:
         changes.append(f"train.seed={seed}")
-    path = shipped.find(recipe)
-    resolved = load_recipe(path, changes)
-    folder = out or Path(resolved.out or f"runs/{path.stem}")
+    resolved = recipe_of(recipe, changes)
+    folder = api.folder_of(recipe, out or resolved.out)
     check_recipe(resolved, device, data=not resume)
-    from sift_cli.training import train as run
-
     with telling_how_to_resume(folder):
-        summary = run(
+        run = api.train(
             resolved,
             folder,
             device=device,
             resume=resume,
             overwrite=overwrite,
             allow_code=allow_code,
-            console=silent if quiet else stderr,
+            quiet=quiet,
         )
-    page = _report(folder) if resolved.log.report else None
     if as_json:
-        print_json(summary.to_json())
+        print_json(run.summary.to_json())
         return
-    _show_metrics(summary)
+    _show_metrics(run.summary)
     if not quiet:
-        _show_numbers(summary, folder, page)
+        _show_numbers(run.summary, folder, resolved.log.report)
 
 
 def _show_metrics(summary: "Summary") -> None:
@@ -108,9 +100,9 @@ def _show_metrics(summary: "Summary") -> None:
     print_table(table)
 
 
-def _show_numbers(summary: "Summary", folder: Path, page: Path | None) -> None:
+def _show_numbers(summary: "Summary", folder: Path, reported: bool) -> None:
     """What trained, what it took, and what to do next."""
-    from sift_cli.runs.folder import DELTA_FILE, SUMMARY_FILE
+    from sift_cli.runs.folder import DELTA_FILE, REPORT_FILE, SUMMARY_FILE
 
     if len(summary.metrics) > SHOWN_METRICS:
         stdout.print(f"and {len(summary.metrics) - SHOWN_METRICS} more in {folder}/{SUMMARY_FILE}")
@@ -123,8 +115,8 @@ def _show_numbers(summary: "Summary", folder: Path, page: Path | None) -> None:
         f"step {summary.step_time_ms:.0f} ms, peak memory {size(summary.peak_memory_bytes)}, "
         f"delta {size(summary.delta_bytes)}"
     )
-    if page:
-        stdout.print(f"Report: {page}")
+    if reported and (folder / REPORT_FILE).is_file():
+        stdout.print(f"Report: {folder / REPORT_FILE}")
     stdout.print(f"Next: sift merge {folder}/{DELTA_FILE} --out {folder}/merged")
 
 
@@ -146,18 +138,6 @@ def telling_how_to_resume(folder: Path) -> Iterator[None]:
         else:
             message += "; nothing is saved yet, and the same command begins anew"
         raise SiftError(message, code) from None
-
-
-def _report(folder: Path) -> Path | None:
-    """The page of the run's report; None where that fails, which must not fail the run itself."""
-    from sift_cli.analysis.report import report
-
-    try:
-        return report(folder)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        stderr.print(f"no report ({reason}); `sift report {folder}` tries again", markup=False)
-        return None
 
 
 def evaluate(
@@ -199,21 +179,19 @@ def evaluate(
         return
     if out is not None:
         raise SiftError("--out stores results of --tasks")
-    from sift_cli.recipe import load_recipe, parse_recipe
+    from sift_cli.api import session_of
 
-    given = load_recipe(recipe, overrides or []) if recipe else None
     if data is not None:
         check_rows(data, "custom")
-    from sift_cli.runs.session import open_session
-    from sift_cli.runs.tuned import load_tuned, with_rows
-
-    loaded, own = load_tuned(tuned, base)
-    if given is None and own is None:
-        raise SiftError(f"{tuned} carries no recipe; name the data with --recipe")
-    chosen = given or parse_recipe(own.to_yaml(), tuned, overrides or [])  # type: ignore[union-attr]
-    if data is not None:
-        chosen, split = with_rows(chosen, data, split, loaded.model.config)
-    session = open_session(chosen, device=device, train=False, split=split, tuned=loaded)
+    session = session_of(
+        tuned,
+        recipe,
+        split=split,
+        data=data,
+        overrides=overrides or [],
+        base=base,
+        device=device,
+    )
     metrics = session.evaluate()
     rows = sum(map(len, session.evaluation.values()))
     if as_json:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sift_cli.cli import shipped
 from sift_cli.cli.checks import check_recipe, check_runs
 from sift_cli.cli.options import (
     AllowCode,
@@ -17,12 +16,12 @@ from sift_cli.cli.options import (
     RecipeArg,
     parse_size,
     print_json,
-    silent,
     stderr,
     stdout,
 )
 from sift_cli.cli.tables import show_benchmarks, show_compare, show_plan, show_probe
 from sift_cli.errors import SiftError
+from sift_cli.system import shipped
 
 if TYPE_CHECKING:
     from sift_cli.recipe.schema import Rate
@@ -67,23 +66,22 @@ def probe(
 
     Example: sift probe glue/rte --steps 30 --policies snip,rows
     """
-    from sift_cli.recipe import load_recipe
+    from sift_cli import api
+    from sift_cli.recipe import recipe_of
 
-    path = shipped.find(recipe)
-    resolved = load_recipe(path, overrides or [])
-    folder = out or Path(f"runs/{path.stem}-probe")
+    resolved = recipe_of(recipe, overrides or [])
     check_recipe(resolved, device)
-    from sift_cli.analysis import probe as run
     from sift_cli.analysis.probe import PROBE_FILE
 
-    measured = run(
+    folder = api.folder_of(recipe, out, "-probe")
+    measured = api.probe(
         resolved,
         folder,
         policies=names(policies),
         steps=steps,
         device=device,
         allow_code=allow_code,
-        console=silent if quiet else stderr,
+        quiet=quiet,
     )
     if as_json:
         print_json(measured)

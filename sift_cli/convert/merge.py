@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ from sift_cli.runs.folder import CARD_FILE, RECIPE_FILE, delta_file
 from sift_cli.system.files import new_folder
 from sift_cli.tasks.metrics import Metrics
 
+PathOf = str | PathLike[str]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
@@ -78,21 +81,23 @@ class Merged:
 
 
 def merge(
-    deltas: Path | Sequence[Path],
-    out: Path,
+    deltas: PathOf | Sequence[PathOf],
+    out: PathOf,
     *,
-    base: str | None = None,
+    base: PathOf | None = None,
     weights: Sequence[float] = (),
     rule: str = "sum",
     scale: float = 1.0,
     keep: float | None = None,
     seed: int = 0,
-    head: Path | None = None,
+    head: PathOf | None = None,
     undo: bool = False,
     verify: bool = True,
     evaluate: bool = False,
 ) -> Merged:
-    """Writes the trained model (with `undo`, the base again) as a folder; says what it verified.
+    """Writes the trained model (with `undo`, the base again) as a folder: `sift merge`.
+
+    `deltas` are files or run folders, one or several. Says what it verified.
 
     `base` is the folder to start from: the delta's own base unless given; for `undo` the merged
     one. Several deltas, or a `scale` or `weights` other than 1, are composed by `rule` (see
@@ -107,10 +112,12 @@ def merge(
     be found or the deltas do not go together, 3 for a damaged delta or a wrong base, 5 where what
     was written differs.
     """
-    paths = [delta_file(str(path)) for path in ([deltas] if isinstance(deltas, Path) else deltas)]
+    given = [deltas] if isinstance(deltas, str | PathLike) else deltas
+    paths, out = [delta_file(fspath(path)) for path in given], Path(out)
+    source = None if base is None else fspath(base)
     mix = Mix(weight_of_each(weights, paths), rule, scale, keep, seed)
-    _check_options(out, mix, base, undo, evaluate)
-    inputs = open_inputs(paths, head, base, undo)
+    _check_options(out, mix, source, undo, evaluate)
+    inputs = open_inputs(paths, None if head is None else Path(head), source, undo)
     config = _config(inputs)
     layout = _plan(inputs, config, out)
     change = Exact(inputs.delta, undo) if mix.exact else Composed(inputs.deltas, inputs.owner, mix)

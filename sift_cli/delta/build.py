@@ -4,8 +4,7 @@ from collections.abc import Collection, Mapping
 from importlib.metadata import version
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from sift_cli import __version__
 from sift_cli.delta.file import SIGNED, Delta, weight_delta
@@ -64,21 +63,21 @@ def _to_store(
     return Support.of(touched.shape, every[keep]), base[keep], trained[keep]
 
 
-def describe_base(model: PreTrainedModel, path: str, revision: str | None, dtype: str) -> Base:
+def describe_base(model: nn.Module, path: str, revision: str | None, dtype: str) -> Base:
     """What a delta says of its base: where it lies, and how `model`, made from it, holds it."""
-    default = getattr(torch, dtype)
+    default, config = getattr(torch, dtype), getattr(model, "config", None)
     values = {
         "path": path,
         "revision": revision,
         "dtype": dtype,
-        "architectures": model.config.architectures,
+        "architectures": getattr(config, "architectures", None),
         "kept_dtypes": {
             name: dtype_name(weight.dtype)
             for name, weight in model.named_parameters()
             if weight.dtype != default
         },
         "tied": tied_names(model),
-        "vocabulary": getattr(model.config, "vocab_size", None),
+        "vocabulary": getattr(config, "vocab_size", None),
     }
     return Base.model_validate(values)
 

@@ -74,7 +74,8 @@ class Delta:
     dense: dict[str, Tensor]
     rest: str
     header: Header
-    # Methods that belong to serving.py, which knows this file: the package attaches them.
+    # Methods of serving.py and attached.py, which know this file: the package attaches them.
+    of: ClassVar[Callable[[nn.Module], "Delta"]]
     apply_: ClassVar[Callable[["Delta", nn.Module], None]]
     undo_: ClassVar[Callable[["Delta", nn.Module], None]]
     swap_: ClassVar[Callable[["Delta", nn.Module], None]]
@@ -94,6 +95,10 @@ class Delta:
     def load(cls, path: str | Path) -> "Delta":
         """The delta in a file; raises SiftError as `load_delta` does."""
         return load_delta(Path(path))
+
+    def save(self, path: str | Path) -> str:
+        """Writes the delta file, complete or not at all; returns its SHA-256."""
+        return save_delta(Path(path), self)
 
 
 def weight_delta(

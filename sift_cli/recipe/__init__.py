@@ -1,7 +1,14 @@
 """The recipe: what it may hold, and how it is read. Imports no torch."""
 
 from sift_cli.recipe.evaluation import EvalSection
-from sift_cli.recipe.reading import load_recipe, parse_recipe, trace_recipe
+from sift_cli.recipe.reading import (
+    RecipeLike,
+    load_recipe,
+    parse_recipe,
+    recipe_of,
+    selection_of,
+    trace_recipe,
+)
 from sift_cli.recipe.schema import (
     AUTO,
     ROW_OPTIONS,
@@ -30,10 +37,13 @@ __all__ = [
     "ModelSection",
     "Rate",
     "Recipe",
+    "RecipeLike",
     "SelectionSection",
     "TrainSection",
     "load_recipe",
     "parse_recipe",
+    "recipe_of",
+    "selection_of",
     "trace_recipe",
     "usual_rate",
 ]

@@ -1,20 +1,28 @@
 """Recipes read from files: YAML, overrides, and errors that say where. Imports no torch."""
 
-import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from sift_cli.errors import SiftError
-from sift_cli.recipe.schema import LABEL_KEYS, ROW_OPTIONS, TOKEN_KEYS, Recipe, TrainSection
-from sift_cli.recipe.selection import AXES, OPTIONS, policy_row, row_options
+from sift_cli.recipe.mistakes import KeyPlace, describe, dotted, idle_keys
+from sift_cli.recipe.schema import ROW_OPTIONS, Recipe, TrainSection
+from sift_cli.recipe.selection import (
+    AXES,
+    OPTIONS,
+    SelectionSection,
+    policy_row,
+    row_options,
+)
 from sift_cli.selection.policies import POLICIES
-from sift_cli.tasks.table import LANGUAGE
+from sift_cli.system import shipped
 
-KeyPlace = tuple[str | int, ...]
+# A file or the name of a shipped recipe; the keys of one; or one that is read already.
+RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
 LARGEST = 1 << 16  # bytes of a recipe
 ALIASES = 20  # in one recipe; each can double what is read
@@ -46,6 +54,46 @@ REPLACES = {
     "train.learning_rate": ("learning_rate_from",),
     "data.task": tuple(key for key in ROW_OPTIONS if key != "columns"),
 }
+
+
+def recipe_of(given: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that is given in any form; each override is `a.b=value` and wins over it.
+
+    Raises SiftError as `load_recipe` does, also for what is no recipe.
+    """
+    if isinstance(given, Recipe):
+        return _checked(given.model_dump(), {}, "recipe:", overrides) if overrides else given
+    if isinstance(given, Mapping):
+        return _checked(_plain(given), {}, "recipe:", overrides)
+    if isinstance(given, str | os.PathLike):
+        return load_recipe(shipped.find(os.fspath(given)), overrides)
+    raise SiftError(
+        "recipe: give a file, the name of a shipped recipe, a dict or a Recipe, "
+        f"got {type(given).__name__}"
+    )
+
+
+def selection_of(values: Mapping[str, Any]) -> SelectionSection:
+    """The section of a recipe with these keys. Raises SiftError as `load_recipe` does."""
+    plain = _plain(values)
+    try:
+        return SelectionSection.model_validate(plain)
+    except ValidationError as error:
+        idle = idle_keys({"selection": plain})
+        problems = [
+            describe({**one, "loc": ("selection", *one["loc"])}, {}, "", idle)
+            for one in error.errors()
+        ]
+        raise SiftError("\n".join(what for _, what in problems)) from None
+
+
+def _plain(value: Any) -> Any:
+    """A copy of nested values as YAML would give them: paths become text, tuples lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -100,17 +148,32 @@ def _parse(
     problems: list[tuple[str, str]] = []
     reader = _Reader(text, source, problems)
     values, places = reader.read(), reader.places
+    recipe = _checked(values, places, f"{source}:1:1", overrides, problems)
+    return recipe, values, places
+
+
+def _checked(
+    values: dict[str, Any],
+    places: dict[KeyPlace, str],
+    nowhere: str,
+    overrides: Sequence[str],
+    problems: Sequence[tuple[str, str]] = (),
+) -> Recipe:
+    """The recipe of these values, which the overrides change; `nowhere` is said of what has no
+    place. Raises SiftError with `problems`, and all others that there are.
+    """
+    problems = list(problems)
     for override in overrides:
         _override(values, places, override, problems)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        idle = _idle(values)
-        problems += [_describe(one, places, source, idle) for one in error.errors()]
+        idle = idle_keys(values)
+        problems += [describe(one, places, nowhere, idle) for one in error.errors()]
     if problems:
         lines = dict.fromkeys(f"{where} {what}" for where, what in problems)
         raise SiftError("\n".join(lines))
-    return recipe, values, places
+    return recipe
 
 
 class _Reader:
@@ -170,7 +233,7 @@ class _Reader:
                 self.problems.append((where, f"{key!r}: a key must be text"))
                 continue
             if key in seen:
-                self.problems.append((where, f"{_dotted((*place, key))}: given twice"))
+                self.problems.append((where, f"{dotted((*place, key))}: given twice"))
             if id(key_node) in own:
                 seen.add(key)
             self.places[(*place, key)] = where
@@ -262,82 +325,3 @@ def _filled_in(section: Mapping[str, Any]) -> list[str]:
         **row_options(section),
     }
     return [key for key, value in usual.items() if section.get(key) in (value, None)]
-
-
-def _describe(
-    error: Any, places: dict[KeyPlace, str], source: str, idle: set[str]
-) -> tuple[str, str]:
-    """The place of a validation error of pydantic, and its message in the terms of recipes."""
-    kind, message = error["type"], str(error["msg"])
-    place = error["loc"]
-    if kind == "value_error":
-        message = message.removeprefix("Value error, ")
-        if _fields(place):  # raised for a whole section: the message begins with the key
-            key, _, message = message.partition(": ")
-            place = (*place, *key.split("."))
-    elif kind == "extra_forbidden":
-        message = "unknown key" + _nearest_key(place, idle)
-    elif kind == "missing":
-        message = "missing" + _hint(place)
-    elif kind == "model_type":
-        message = f"a section holds keys, got {error['input']!r}"
-    else:
-        message = f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
-    starts = (place[:length] for length in range(len(place), -1, -1))
-    where = next((places[start] for start in starts if start in places), f"{source}:1:1")
-    return where, f"{_dotted(place)}: {message}"
-
-
-def _dotted(place: KeyPlace) -> str:
-    return "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}" if index else str(part)
-        for index, part in enumerate(place)
-    )
-
-
-def _fields(place: KeyPlace) -> dict[str, Any]:
-    """The fields of the section at `place`; none where it is no section."""
-    section: Any = Recipe
-    for key in place:
-        field = section.model_fields.get(key)
-        section = field.annotation if field else None
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return {}
-    return dict(section.model_fields)
-
-
-def _nearest_key(place: KeyPlace, idle: set[str]) -> str:
-    """The valid key nearest to an unknown one, none of `idle`.
-
-    One of the same name in another section comes first, then siblings, then any.
-    """
-    key, parent = str(place[-1]), place[:-1]
-    siblings = {_dotted((*parent, name)): name for name in _fields(parent)}
-    everywhere = {f"{top}.{name}": name for top in Recipe.model_fields for name in _fields((top,))}
-    for known, cutoff in ((everywhere, 1.0), (siblings, 0.6), (everywhere, 0.6)):
-        useful = {dotted: name for dotted, name in known.items() if dotted not in idle}
-        near = difflib.get_close_matches(key, list(useful.values()), n=1, cutoff=cutoff)
-        if near:
-            full = next(dotted for dotted, name in useful.items() if name == near[0])
-            return f"; did you mean {full}?"
-    return f"; known here: {', '.join(siblings.values())}"
-
-
-def _idle(values: Mapping[str, Any]) -> set[str]:
-    """The keys that would do nothing in a recipe with these values, by section.key."""
-    data, selection = (
-        one if isinstance(one := values.get(name), dict) else {} for name in ("data", "selection")
-    )
-    row = policy_row(selection)
-    axes = {axis: selection.get(axis) or getattr(row, axis) for axis in AXES}
-    idle = {f"selection.{key}" for key, option in OPTIONS.items() if not option.applies(axes)}
-    task = str(data.get("task"))
-    idle |= {f"data.{key}" for key, usual in ROW_OPTIONS.items() if task not in usual}
-    if task in LANGUAGE:
-        return idle | {f"data.{key}" for key in LABEL_KEYS}
-    return idle | {f"{section}.{key}" for section, keys in TOKEN_KEYS.items() for key in keys}
-
-
-def _hint(place: KeyPlace) -> str:
-    field = _fields(place[:-1]).get(str(place[-1]))
-    return f" ({field.description})" if field is not None and field.description else ""

@@ -81,23 +81,13 @@ def write_weights(
             "largest": short(float(change.abs().max())),
             "base_rms": short(_rms(before)),
         }
-        if name in layers and weight.dim() == 2 and support is not None and name not in whole:
-            held = support.positions
-            if held is not None:
-                width = weight.shape[1]
-                inputs = held // width if layers[name].transposed else held % width
-                size = weight.shape[0 if layers[name].transposed else 1]
-                found["half_in_inputs"] = short(_half(inputs, size))
+        chosen = support is not None and support.positions is not None and name not in whole
+        if chosen and name in layers and weight.dim() == 2:
+            inputs = 0 if layers[name].transposed else 1
+            found["half_in_inputs"] = short(supports[name].half_in(inputs))
         return found
 
     _write_lines(out / WEIGHTS_FILE, (line(*one) for one in parameters.touched))
-
-
-def _half(places: Tensor, size: int) -> float:
-    """The smallest share of `size` places that holds half of `places` ([K], integers)."""
-    counts = torch.bincount(places.long().cpu(), minlength=size).sort(descending=True).values
-    enough = counts.cumsum(0) >= len(places) / 2
-    return (int(enough.int().argmax()) + 1) / size
 
 
 def _norm(values: Tensor | None) -> float:

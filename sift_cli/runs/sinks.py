@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe
+from sift_cli.runs.callbacks import Callback, Called
 from sift_cli.runs.folder import (
     DELTA_FILE,
     GRADIENT_FILE,
@@ -157,10 +158,10 @@ class Bar:
 
 
 class Sinks:
-    """metrics.jsonl and all other sinks of a run behind one `log`."""
+    """metrics.jsonl and all other sinks of a run behind one `log`; `last` come after the file."""
 
-    def __init__(self, lines: JsonLines, more: Sequence[Sink]) -> None:
-        self._lines, self._sinks = lines, [*more, lines]
+    def __init__(self, lines: JsonLines, more: Sequence[Sink], last: Sequence[Sink] = ()) -> None:
+        self._lines, self._sinks = lines, [*more, lines, *last]
 
     def log(self, record: StepRecord) -> None:
         """Hands the record to every sink."""
@@ -177,7 +178,13 @@ class Sinks:
             sink.close()
 
 
-def open_sinks(recipe: Recipe, out: Path, console: Console, after: int = 0) -> Sinks:
+def open_sinks(
+    recipe: Recipe,
+    out: Path,
+    console: Console,
+    after: int = 0,
+    callbacks: Sequence[Callback] = (),
+) -> Sinks:
     """Writes recipe.yaml and opens the sinks of a run that goes on after step `after`.
 
     What marks an earlier run as finished, and its weights, are removed.
@@ -194,7 +201,8 @@ def open_sinks(recipe: Recipe, out: Path, console: Console, after: int = 0) -> S
             (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / PLOTS, ignore_errors=True)
     write_text(out / RECIPE_FILE, recipe.to_yaml())
-    return Sinks(JsonLines(out / METRICS_FILE, after), [*sinks, Bar(console)])
+    lines = JsonLines(out / METRICS_FILE, after)
+    return Sinks(lines, [*sinks, Bar(console)], [Called(one) for one in callbacks])
 
 
 def _numbers(record: StepRecord) -> dict[str, float]:

@@ -60,6 +60,19 @@ class Support:
         else:
             flat[self.positions] = values.to(flat)
 
+    def half_in(self, dim: int) -> float:
+        """The smallest share of a matrix's rows (`dim` 0) or columns (1) that holds half of it.
+
+        Where entries are spread evenly it is a half.
+        """
+        positions, (_, width) = self.positions, self.shape
+        if positions is None:
+            positions = torch.arange(self.size)
+        places = positions // width if dim == 0 else positions % width
+        counts = torch.bincount(places.long().cpu(), minlength=self.shape[dim])
+        enough = counts.sort(descending=True).values.cumsum(0) >= len(self) / 2
+        return (int(enough.int().argmax()) + 1) / self.shape[dim]
+
     def to(self, device: torch.device) -> "Support":
         """The same support with its positions on `device`."""
         return self if self.positions is None else Support(self.shape, self.positions.to(device))

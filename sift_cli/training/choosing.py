@@ -99,6 +99,21 @@ def choices_of(selection: SelectionSection, rule: Rule, steps: int) -> list[int]
     return [min(selection.batches, steps - at) for at in range(0, steps, selection.period or steps)]
 
 
+def descent_rate(selection: SelectionSection, rate: float, model: nn.Module, parts: Parts) -> float:
+    """The rate of a sign descent: `selection.descent_rate`, or one that follows the training's.
+
+    Where all of n entries move and not the k that train, steps are as long at sqrt(k / n) of the
+    rate; of that a quarter, the better one of two that were tried (docs/log.md, 2026-11-28: 1e-4
+    beside a rate of 4e-3 at 1 %, and 3e-5).
+    """
+    if selection.descent_rate is not None:
+        return selection.descent_rate
+    named = dict(model.named_parameters())
+    sizes = sum(named[name].numel() for name in parts.sparse)
+    chosen = sum(planned(model, parts.sparse, parts.rule).values())
+    return rate * sqrt(chosen / sizes) / 4
+
+
 def selecting(recipe: Recipe, allow_code: bool = False, console: Console | None = None) -> Build:
     """The method that trains what a recipe selects; refuses a score that cannot be, at once."""
     rule = rule_of(recipe.selection, allow_code)
@@ -178,18 +193,8 @@ class Chooser:
 
     @property
     def descent_rate(self) -> float:
-        """The rate of a sign descent: `selection.descent_rate`, or one that follows the training's.
-
-        Where all of n entries move and not the k that train, steps are as long at sqrt(k / n) of
-        the rate; of that a quarter, the better one of two that were tried (docs/log.md, 2026-11-28:
-        1e-4 beside a rate of 4e-3 at 1 %, and 3e-5).
-        """
-        if self.selection.descent_rate is not None:
-            return self.selection.descent_rate
-        named = dict(self.session.model.named_parameters())
-        sizes = sum(named[name].numel() for name in self.sparse)
-        chosen = sum(planned(self.session.model, self.sparse, self.rule).values())
-        return self.train.rate * sqrt(chosen / sizes) / 4
+        """That of its sign descent."""
+        return descent_rate(self.selection, self.train.rate, self.session.model, self.parts)
 
     def begin(self) -> SparseAdamW:
         """Starts the head, warms up where the schedule says so, chooses, and attaches that."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import AUTO, EvalSection, Recipe, TrainSection
+from sift_cli.runs.callbacks import Callback, require_callbacks
 from sift_cli.runs.checkpoint import Checkpoints
 from sift_cli.runs.facts import Facts, settings_of
 from sift_cli.runs.guard import guarded, require_space
@@ -50,6 +51,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     allow_code: bool = False,
+    callbacks: Sequence[Callback] = (),
     console: Console | None = None,
 ) -> Summary:
     """Trains, evaluates and writes the run folder `out`; returns what its summary.json holds.
@@ -59,12 +61,14 @@ def train(
     the policy), and one that it asks for is found near that. `resume` goes on
     from the newest checkpoint in `out`, to the same delta as if nothing had come between;
     `overwrite` replaces a run there. `allow_code` lets `selection.score` name a function in a file.
+    `callbacks` are told of logged steps and of evaluations.
 
     Raises SiftError for what the recipe gets wrong and for faults of disk and memory (exit code 2),
     for another base than the checkpoint's (3), where a loss, a gradient or an output is not finite
     (4), and after a SIGINT or SIGTERM, once the state is saved (130).
     """
     console = console or Console(stderr=True, quiet=True)
+    require_callbacks(callbacks)
     with guarded(out):
         recipe = with_template(recipe)
         checkpoints = Checkpoints(out, recipe.checkpoint, console)
@@ -89,7 +93,7 @@ def train(
         regular = recipe.checkpoint.every is not None
         require_space(out, space_for(run.state.parameters, regular))
         with Stop() as stop:
-            with closing(open_sinks(recipe, out, console, run.done)) as log:
+            with closing(open_sinks(recipe, out, console, run.done, callbacks)) as log:
                 if run.saved is None:
                     checkpoints.remove()
                 take_steps(run, log, stop)

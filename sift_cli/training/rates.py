@@ -159,9 +159,23 @@ def at_rate(recipe: Recipe, rate: float) -> Recipe:
 def width_of(recipe: Recipe) -> int:
     """The hidden size of the recipe's model, of which only its configuration is read; WIDTH where
     that names none."""
-    config = read_config(_folder(recipe)).get_text_config()
-    width: int | None = getattr(config, "hidden_size", None)
+    return width_in(read_config(_folder(recipe)))
+
+
+def width_in(config: object) -> int:
+    """The hidden size that a configuration names; WIDTH where it names none."""
+    text = getattr(config, "get_text_config", lambda: config)()
+    width: int | None = getattr(text, "hidden_size", None)
     return width or WIDTH
+
+
+def at_width(narrow: float, width: int) -> float:
+    """The rate of a model so wide, where that of a narrow one is `narrow`.
+
+    Adam's rate falls with the width (Yang et al. 2022, arXiv 2203.03466): each output sums over as
+    many more inputs, all of which move by the rate.
+    """
+    return rounded(narrow * WIDTH / max(width, WIDTH))
 
 
 def share_of(recipe: Recipe) -> float:
@@ -187,11 +201,9 @@ def usual_rate_for(recipe: Recipe, narrow: float | None = None) -> float:
     """The usual rate on the recipe's model, where that on a narrow one is `narrow`.
 
     If that is not given, it is that of the recipe's policy at the share of entries that train.
-    Adam's rate falls with the width of a model (Yang et al. 2022, arXiv 2203.03466): each output
-    sums over as many more inputs, all of which move by the rate.
     """
     narrow = narrow or usual_rate(share_of(recipe), POLICIES[recipe.selection.policy].pace)
-    return rounded(narrow * WIDTH / max(width_of(recipe), WIDTH))
+    return at_width(narrow, width_of(recipe))
 
 
 def with_rate(

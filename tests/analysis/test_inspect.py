@@ -1,5 +1,6 @@
 """What a delta holds, told without a model, against brute force on the values."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,13 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
-from sift_cli.analysis.inspect import MOVES, bands, inspect, layers_and_kinds, moves
+from sift_cli.analysis.inspect import (
+    MOVES,
+    bands,
+    inspect,
+    layers_and_kinds,
+    moves,
+)
 from sift_cli.convert.merge import merge
 from sift_cli.delta import load_delta, save_delta
 from sift_cli.delta.file import SIGNED, Delta, weight_delta
@@ -144,6 +151,64 @@ def test_moves_of_known_changes() -> None:
         "more: another power of two": 1,
         "more: another sign": 1,
     }
+
+
+def save_changes(path: Path, changes: dict[str, tuple[list[int], float]], size: int = 8) -> Path:
+    """A delta of square weights: positions that change, and the share by which they do."""
+    weights = {}
+    for name, (positions, share) in changes.items():
+        base = torch.full((size, size), 1.5)
+        support, trained = Support.of((size, size), torch.tensor(positions)), base.clone()
+        support.scatter_(trained, support.gather(base) * (1 + share))
+        entries = support.gather(base), support.gather(trained)
+        weights[name] = weight_delta(support, *entries, fingerprint(base), trained)
+    save_delta(path, Delta(weights, {}, "", HEADER))
+    return path
+
+
+def test_rows_and_columns_tell_where_entries_crowd(tmp_path: Path) -> None:
+    row, column, spread = list(range(8)), list(range(0, 64, 8)), list(range(0, 64, 9))
+    names = ["model.layers.0.up.weight", "model.layers.1.up.weight", "model.layers.2.up.weight"]
+    places = zip(names, (row, column, spread), strict=True)
+    path = save_changes(tmp_path / "delta", {name: (one, 0.05) for name, one in places})
+    found = inspect(path)
+    halves = {name: (one["half_in_rows"], one["half_in_columns"]) for name, one in
+              found["layers"].items()}  # fmt: skip
+    assert halves == {"0": (1 / 8, 4 / 8), "1": (4 / 8, 1 / 8), "2": (4 / 8, 4 / 8)}
+    assert found["half_in_rows"] == pytest.approx((1 + 4 + 4) / 3 / 8)
+    assert found["density_even"]
+
+
+def table(said: str, head: str) -> list[dict[str, str]]:
+    """The rows of a table of plain lines, by column."""
+    lines = [line.split("\t") for line in said.splitlines()]
+    at = next(at for at, line in enumerate(lines) if line[0] == head)
+    rows = itertools.takewhile(lambda line: len(line) == len(lines[at]), lines[at + 1 :])
+    return [dict(zip(lines[at], row, strict=True)) for row in rows]
+
+
+def test_one_density_everywhere_gives_way_to_the_change(tmp_path: Path) -> None:
+    even = {f"model.layers.{at}.up.weight": (list(range(6)), 0.05 + at) for at in range(2)}
+    said = sift("inspect", save_changes(tmp_path / "even", even)).stdout
+    assert ", of each alike" in said
+    layers = table(said, "layer")
+    assert list(layers[0]) == ["layer", "weights", "entries", "moved far"]  # the rest is the same
+    assert [row["moved far"] for row in layers] == ["0.00%", "100.0%"]
+    assert table(said, "kind of module")[0]["moved far"] == "50.0%"
+    uneven = {f"model.layers.{at}.up.weight": (list(range(6 + 3 * at)), 0.05) for at in range(2)}
+    said = sift("inspect", save_changes(tmp_path / "uneven", uneven)).stdout
+    assert "of each alike" not in said
+    assert [row["density"] for row in table(said, "layer")] == ["9.38%", "14.1%"]
+
+
+def test_what_moved_far_is_counted(tmp_path: Path) -> None:
+    names = {"a.0.up.weight": 1.0, "a.1.up.weight": -2.0, "a.2.up.weight": 0.25}
+    path = save_changes(
+        tmp_path / "delta", {n: (list(range(8)), share) for n, share in names.items()}
+    )
+    found = inspect(path)["layers"]
+    assert [one["moved_far"] for one in found.values()] == [1, 1, 0]  # 3, -1.5, 1.875 from 1.5
+    assert [one["new_sign"] for one in found.values()] == [0, 1, 0]
 
 
 def test_what_rounding_swallowed_shows(tmp_path: Path) -> None:

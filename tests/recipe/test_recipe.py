@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from sift_cli.cli import shipped
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 from sift_cli.selection.policies import POLICIES
+from sift_cli.system import shipped
 from sift_cli.tasks.table import TASKS
 
 HEAD = """\

@@ -1,6 +1,7 @@
 """The sparse core against torch.optim.AdamW on the dense model."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -32,6 +33,30 @@ def supports_of(model: nn.Module, density: float, seed: int = 0) -> dict[str, Su
         chosen = torch.randperm(weight.numel(), generator=generator)[:count]
         supports[name] = Support.of(weight.shape, chosen)
     return supports
+
+
+@given(
+    st.integers(1, 7),
+    st.integers(1, 7),
+    st.lists(st.integers(0, 48), min_size=1, unique=True),
+    st.integers(0, 1),
+)
+def test_half_in_is_the_fewest_rows_or_columns(
+    high: int, wide: int, places: list[int], dim: int
+) -> None:
+    places = sorted({place % (high * wide) for place in places})
+    support = Support.of((high, wide), torch.tensor(places))
+    lines = [place // wide if dim == 0 else place % wide for place in places]
+    size = (high, wide)[dim]
+    fewest = next(
+        count
+        for count in range(1, size + 1)
+        if any(
+            2 * sum(line in some for line in lines) >= len(lines)
+            for some in itertools.combinations(range(size), count)
+        )
+    )
+    assert support.half_in(dim) == fewest / size
 
 
 def masks_of(model: nn.Module, supports: dict[str, Support]) -> dict[str, torch.Tensor]:
