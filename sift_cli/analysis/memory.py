@@ -226,8 +226,21 @@ def _mask(**kwargs: Any) -> Tensor | None:
 @contextmanager
 def numberless() -> Iterator[None]:
     """Within, new tensors have no data, and what repeats itself in parts is done once."""
-    with FakeTensorMode(), first_part_alone():
+    with FakeTensorMode(), first_part_alone(), _experts_one_by_one():
         yield
+
+
+@contextmanager
+def _experts_one_by_one() -> Iterator[None]:
+    """Within, products of experts are those of any dtype: torch's own have no fp32 without data."""
+    from transformers.integrations import moe
+
+    before = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = before
 
 
 def on_host(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,14 +22,18 @@ from sift_cli.analysis.planned import PlannedRows
 from sift_cli.analysis.sizes import accounting, delta_bytes, grouped
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.models.loading import DTYPES, model_folder, quiet
+from sift_cli.models.loading import DTYPES, WEIGHTS, model_folder, quiet
 from sift_cli.models.names import head_of
 from sift_cli.models.prepare import prepare_model
+from sift_cli.models.stored import Stored
+from sift_cli.models.whole import Lack, require_whole
 from sift_cli.recipe import Recipe
 from sift_cli.runs.session import autocasts, open_session
 from sift_cli.runs.timing import Timing
 from sift_cli.selection.scores import find_score
+from sift_cli.selection.targets import left_out
 from sift_cli.tasks.kinds import expected_task
+from sift_cli.tasks.task import Task
 from sift_cli.training.batches import steps_of
 from sift_cli.training.choosing import Parts, rule_of, selecting
 from sift_cli.training.head import start_of
@@ -93,7 +98,7 @@ class Outline:
             config.pad_token_id = 0
         build = builder(rows.task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
-        new = head_of(model) if rows.task.new_head else []
+        new = _new_head(rows.task, model, folder)
         start = start_of(recipe.train, model) if new else "random"
         parts = Parts.of(recipe.selection, model, new, rule)
         return cls(recipe, rows, build, model, parts, parts.planned(model), start)
@@ -107,6 +112,11 @@ class Outline:
     def entries(self) -> int:
         """How many entries train, without the modules that train whole."""
         return sum(self.counts.values())
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """The sizes of the weights that `all-linear` goes past, though they are no embeddings."""
+        return left_out(self.model, self.recipe.selection.target, self.parts.all)
 
     def counted(self) -> dict[str, Any]:
         """All of a plan but memory and time: entries, rows, steps and the delta's bytes."""
@@ -123,11 +133,23 @@ class Outline:
             "by_layer": grouped(counts, sizes, 0),
             "by_kind": grouped(counts, sizes, 1),
             "only_in_sum": recipe.selection.scope == "global",
+            "left_out": grouped(self.left_out, self.left_out, 1),
             "head_start": self.rows.head(self.head_start),
             "data": self.rows.about(recipe),
             "delta_bytes": delta_bytes(counts, sizes, self.dense, recipe.model.dtype),
             "published_accounting": accounting(self.model, self.entries),
         }
+
+
+def _new_head(task: Task, model: Any, folder: Path) -> Sequence[str]:
+    """The parameters that training would draw anew; without weight files, those of any new head.
+
+    Raises SiftError where training would.
+    """
+    if not any(folder.glob(WEIGHTS)):
+        return head_of(model) if task.new_head else []
+    stored = Stored(folder, model)
+    return require_whole(model, Lack.of_files(model, stored), stored, folder, task.new_head)
 
 
 def builder(auto: Any, config: Any, dtype: torch.dtype) -> Callable[[], Any]:

@@ -141,7 +141,8 @@ def open_session(
         assert folder is not None
         torch.manual_seed(recipe.train.seed)
         config = task.configure(folder)
-        tuned = load_model(folder, task.auto, config, DTYPES[recipe.model.dtype])
+        dtype, new_head = DTYPES[recipe.model.dtype], train and task.new_head
+        tuned = load_model(folder, task.auto, config, dtype, new_head=new_head)
     else:
         task.require_fit(tuned.model.config)
     tuned.model.to(where)  # type: ignore[arg-type]
@@ -163,7 +164,7 @@ def open_session(
         bf16=autocasts(recipe.model, recipe.train, where),
         eval_batch_size=recipe.eval.batch_size,
         eval_max_tokens=recipe.eval.max_tokens,
-        notes=tuple(said),
+        notes=(*tuned.notes, *said),
     )
 
 

@@ -48,7 +48,8 @@ def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | Non
     source = base or header.base.path
     folder = model_folder(source, None if base else header.base.revision)
     task = task_of(header)
-    loaded = load_model(folder, task.auto, task.configure(folder), DTYPES[header.base.dtype])
+    dtype, new_head = DTYPES[header.base.dtype], bool(delta.dense)
+    loaded = load_model(folder, task.auto, task.configure(folder), dtype, new_head=new_head)
     apply_delta(loaded.model, delta, source, stored_kinds(folder))
     if template := task.side_texts(folder).get(TEMPLATE_FILE):  # as a merged folder has it
         loaded.tokenizer.chat_template = template

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from sift_cli.errors import SiftError
-from sift_cli.models.loading import LoadedModel, read_config
+from sift_cli.models.loading import LoadedModel, base_config
 from sift_cli.tasks.language import is_causal
 from sift_cli.tasks.metrics import REGRESSION, Metrics, better, compute_metrics, short
 from sift_cli.tasks.table import head_width
@@ -159,7 +159,7 @@ class Classification:
         Raises SiftError where there is no usable one.
         """
         names = dict(enumerate(self.labels if self.labels is not None else ["score"]))
-        return read_config(
+        return base_config(
             folder,
             num_labels=len(names),
             id2label=names,

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sift_cli.errors import SiftError
-from sift_cli.models.loading import LoadedModel, load_tokenizer, read_config
+from sift_cli.models.loading import LoadedModel, base_config, load_tokenizer
 from sift_cli.models.readout import whole_logits
 from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
 from sift_cli.tasks.conversations import asked_and_expected, loaded
@@ -95,7 +95,7 @@ class Language:
 
     def configure(self, folder: Path) -> PretrainedConfig:
         """The configuration of the base in `folder`; SiftError where it is no language model's."""
-        config = read_config(folder)
+        config = base_config(folder)
         self.require_fit(config)
         return config
 

@@ -25,7 +25,7 @@ from sift_cli.delta.file import weight_delta
 from sift_cli.delta.identity import rest_fingerprints
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint, state_fingerprints
-from sift_cli.models.loading import INDEX_FILE
+from sift_cli.models.shards import INDEX_FILE
 from sift_cli.runs.tuned import load_tuned
 from sift_cli.sparse import Support
 from tests.support.command import Run
