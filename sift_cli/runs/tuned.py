@@ -51,6 +51,7 @@ def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | Non
     dtype, new_head = DTYPES[header.base.dtype], bool(delta.dense)
     loaded = load_model(folder, task.auto, task.configure(folder), dtype, new_head=new_head)
     apply_delta(loaded.model, delta, source, stored_kinds(folder))
+    loaded.model.config.architectures = [type(loaded.model).__name__]  # not the base's any more
     if template := task.side_texts(folder).get(TEMPLATE_FILE):  # as a merged folder has it
         loaded.tokenizer.chat_template = template
     recipe = header.recipe  # a difference of two models may have none
