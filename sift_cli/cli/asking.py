@@ -83,7 +83,7 @@ def predict(
         raise SiftError(f"--input, --output: {tuned} classifies; give its texts as arguments")
     else:
         if recipe is not None:
-            require_texts(tuned, recipe, bool(pair))
+            require_texts(tuned, recipe, 2 if pair else 1)
         limit = recipe.data.max_length if recipe else None
         found = iter(task.predict(loaded, texts, pair, device=where, max_length=limit))
     if output is not None:
@@ -94,15 +94,17 @@ def predict(
         _print(list(found))
 
 
-def require_texts(tuned: str, recipe: "Recipe", paired: bool) -> None:
+def require_texts(tuned: str, recipe: "Recipe", texts: int) -> None:
     """Raises SiftError where a row of its training had one text and here has two, or otherwise."""
     columns = text_columns(recipe.data.task, recipe.data.text)
-    if paired and len(columns) == 1:
-        raise SiftError(f"{tuned} was trained on one text ({columns[0]}); leave --pair out")
-    if not paired and len(columns) == 2:
+    if texts == 2 and len(columns) == 1:
+        raise SiftError(
+            f"{tuned} was trained on one text ({columns[0]}); leave --pair out, or a column"
+        )
+    if texts == 1 and len(columns) == 2:
         raise SiftError(
             f"{tuned} was trained on pairs of texts ({', '.join(columns)}); give the second of "
-            "each with --pair"
+            "each with --pair, or in data.text"
         )
 
 

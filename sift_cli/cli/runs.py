@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from sift_cli.cli import shipped
+from sift_cli.cli.asking import require_texts
 from sift_cli.cli.benchmarks import (
     Limit,
     Shots,
@@ -40,6 +41,7 @@ from sift_cli.cli.options import (
 )
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.tasks.metrics import shown
+from sift_cli.tasks.table import text_columns
 
 if TYPE_CHECKING:
     from sift_cli.runs.summary import Summary
@@ -198,6 +200,8 @@ def evaluate(
     loaded, own = load_tuned(tuned, base)
     if given is None and own is None:
         raise SiftError(f"{tuned} carries no recipe; name the data with --recipe")
+    if given is not None and own is not None:
+        require_texts(tuned, own, len(text_columns(given.data.task, given.data.text)))
     chosen = given or parse_recipe(own.to_yaml(), tuned, overrides or [])  # type: ignore[union-attr]
     session = open_session(chosen, device=device, train=False, split=split, tuned=loaded)
     metrics = session.evaluate()

@@ -122,7 +122,9 @@ def read_config(folder: Path, **more: Any) -> PretrainedConfig:
                 folder, trust_remote_code=False, **more
             )
     except UNLOADABLE as error:
-        raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
+        lines = 2 if isinstance(error, StrictDataclassError) else 1  # the second has the cause
+        said = " ".join(line.strip() for line in str(error).splitlines()[:lines])
+        raise SiftError(f"{folder}: {said}") from error
     return config
 
 

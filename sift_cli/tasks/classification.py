@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +19,7 @@ from transformers import (
 
 from sift_cli.errors import SiftError
 from sift_cli.models.loading import LoadedModel, base_config
+from sift_cli.tasks.labels import codes_in, listed, names_of
 from sift_cli.tasks.language import is_causal
 from sift_cli.tasks.metrics import REGRESSION, Metrics, better, compute_metrics, short
 from sift_cli.tasks.table import head_width
@@ -28,6 +29,7 @@ from sift_cli.tasks.tokens import Encoded, encode
 if TYPE_CHECKING:
     from datasets import Dataset
 
+FEW = 5  # rows for each label
 MISTAKES = 10  # so many rows of a split keep their text
 USE = """```python
 from transformers import pipeline
@@ -172,24 +174,85 @@ class Classification:
         config.num_labels = 2
         config.problem_type = None
 
-    def require_fit(self, config: PretrainedConfig) -> None:
-        """Raises SiftError where a model has no head for this task, or none as wide."""
+    def fitted(self, config: PretrainedConfig) -> Classification:
+        """The task with its labels as a tuned model has them: by name, in the order of its outputs.
+
+        Raises SiftError where the model has no head for this task, or where a label is no output.
+        """
         if is_causal(config):
             kind = ", ".join(config.architectures or [])
             raise SiftError(
                 f"data.task: {self.name} needs a model with a head for it, and the model is {kind}"
             )
-        if config.num_labels != self.width:
-            raise SiftError(
-                f"the model has {config.num_labels} outputs, the task {self.name} needs "
-                f"{self.width}"
+        names = names_of(config)
+        if self.labels is None or config.num_labels == 1 or names is None:
+            if config.num_labels != self.width:
+                raise SiftError(
+                    f"the model has {config.num_labels} outputs, the task {self.name} needs "
+                    f"{self.width}"
+                )
+            return self
+        codes = codes_in(self.labels, names, f"data.task: {self.name}")
+        if codes == list(range(len(names))):
+            return replace(self, labels=names)
+
+        def recoded(rows: Dataset) -> Dataset:
+            labels = [codes[code] for code in rows["label"]]
+            return rows.remove_columns("label").add_column("label", labels)
+
+        return replace(
+            self,
+            labels=names,
+            train=None if self.train is None else recoded(self.train),
+            evaluation={suffix: recoded(rows) for suffix, rows in self.evaluation.items()},
+        )
+
+    def on_head(self, config: PretrainedConfig) -> tuple[Classification, str | None]:
+        """The task for a base that is tuned, by its configuration, and what to say of its head.
+
+        Where its outputs have the names of the labels in another order, theirs is taken.
+        """
+        tuned = any("ForSequenceClassification" in one for one in config.architectures or [])
+        if not tuned or config.num_labels != self.width:
+            was = f" in place of the base's of {config.num_labels} outputs" if tuned else ""
+            return self, f"head: new, for {self._outputs()}{was}"
+        names = names_of(config) if self.labels is not None else None
+        if names is None or names == self.labels:
+            return self, f"head: the base's, kept for {self._outputs()}"
+        try:
+            fitted = self.fitted(config)
+        except SiftError:
+            return self, (
+                f"head: the base's, kept; its outputs were {listed(names)}, and are "
+                f"{listed(self.labels or ())} now"
             )
+        return fitted, f"head: the base's, kept, and the order of its outputs: {listed(names)}"
+
+    def _outputs(self) -> str:
+        return (
+            "a number"
+            if self.labels is None
+            else f"{len(self.labels)} labels {listed(self.labels)}"
+        )
 
     def ready(
         self, loaded: LoadedModel, *, packs: bool, chunk_loss: int | str
     ) -> tuple[Classification, list[str]]:
-        """Itself."""
-        return self, []
+        """Itself, and which labels the rows to evaluate on say little of."""
+        if self.labels is None:
+            return self, []
+        said = []
+        for suffix, rows in self.evaluation.items():
+            there = {*rows["label"]}
+            lacking = [name for code, name in enumerate(self.labels) if code not in there]
+            if lacking:
+                said.append(f"evaluation{suffix}: no row has the label {listed(lacking)}")
+            if len(rows) < FEW * len(self.labels):
+                said.append(
+                    f"evaluation{suffix}: {len(rows)} rows for {len(self.labels)} labels, so that "
+                    f"one row moves accuracy by {1 / len(rows):.2g}"
+                )
+        return self, said
 
     def expected(
         self, config: PretrainedConfig, kind: str, *, packs: bool, chunk_loss: int | str

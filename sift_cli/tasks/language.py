@@ -96,19 +96,24 @@ class Language:
     def configure(self, folder: Path) -> PretrainedConfig:
         """The configuration of the base in `folder`; SiftError where it is no language model's."""
         config = base_config(folder)
-        self.require_fit(config)
+        self.fitted(config)
         return config
 
     def unconfigure(self, config: PretrainedConfig) -> None:
         """Nothing: the base is a language model as well."""
 
-    def require_fit(self, config: PretrainedConfig) -> None:
-        """Raises SiftError where a configuration is that of another kind of model."""
+    def on_head(self, config: PretrainedConfig) -> tuple[Language, str | None]:
+        """Itself, and nothing."""
+        return self, None
+
+    def fitted(self, config: PretrainedConfig) -> Language:
+        """Itself; SiftError where a configuration is that of another kind of model."""
         if not is_causal(config):
             named = ", ".join(config.architectures or ["no model"])
             raise SiftError(
                 f"data.task: {self.name} needs a causal language model, and the model is {named}"
             )
+        return self
 
     def ready(
         self, loaded: LoadedModel, *, packs: bool, chunk_loss: int | str

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sift_cli.errors import SiftError
 
 if TYPE_CHECKING:
@@ -72,9 +74,11 @@ def read_rows(
     inner_holdout: float | None,
     max_train_rows: int | None,
     seed: int,
+    label: str | None = None,
 ) -> DatasetDict:
     """The splits of `load_splits`, some training rows held out or left out.
 
+    Rows are held out of each class in the column `label` in proportion, where that has classes.
     Where `split` is the validation split, the share `holdout` of the training rows replaces it.
     The share `inner_holdout` of those that are then left to train on replaces whichever split it
     is. Raises SiftError where that leaves none to train on.
@@ -85,6 +89,11 @@ def read_rows(
         whole = take_split(raw, "train", path)
         if not 0 < math.ceil(share * len(whole)) < len(whole):
             raise SiftError(f"data.{key}: {share} leaves none of {len(whole)} rows to train on")
+        classes = list(whole[label]) if label in whole.column_names else []
+        if classes and not any(isinstance(one, float | list | dict) for one in classes):
+            kept, held = held_of_each(classes, math.ceil(share * len(whole)), seed)
+            raw[split], raw["train"] = whole.select(held), whole.select(kept)
+            return
         parts = whole.train_test_split(test_size=share, seed=seed)
         raw[split], raw["train"] = parts["test"], parts["train"]
 
@@ -96,6 +105,28 @@ def read_rows(
     if inner_holdout is not None:
         hold_out("inner_holdout", inner_holdout)
     return raw
+
+
+def held_of_each(classes: Sequence[Any], count: int, seed: int) -> tuple[list[int], list[int]]:
+    """The rows to keep and the `count` rows to hold out of classes in proportion, in seeded order.
+
+    Of each class a row is kept, and one held out if it has two, as far as `count` goes.
+    """
+    order = [int(row) for row in np.random.default_rng(seed).permutation(len(classes))]
+    rows: dict[Any, list[int]] = {}
+    for row in order:
+        rows.setdefault(classes[row], []).append(row)
+    quota = {name: min(1, len(some) - 1) for name, some in rows.items()}
+    if sum(quota.values()) > count:
+        quota = dict.fromkeys(rows, 0)
+    share = count / len(classes)
+    while sum(quota.values()) < count:  # to the class that is furthest below its share
+        free = [name for name, some in rows.items() if quota[name] < len(some) - 1]
+        free = free or [name for name, some in rows.items() if quota[name] < len(some)]
+        most = max(free, key=lambda name: share * len(rows[name]) - quota[name])
+        quota[most] += 1
+    held = {row for name, some in rows.items() for row in some[: quota[name]]}
+    return [row for row in order if row not in held], [row for row in order if row in held]
 
 
 def _read_files(split: str, files: Sequence[Path]) -> Dataset:

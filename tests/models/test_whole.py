@@ -1,13 +1,12 @@
 """What of a model may be new, and what the files must hold; on tiny models."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sift_cli.analysis.plan import plan
@@ -19,28 +18,12 @@ from sift_cli.runs.session import open_session
 from sift_cli.runs.tuned import load_tuned
 from sift_cli.tasks.classification import task_of_labels
 from tests.support.command import Run
+from tests.support.folders import Weights, configure, edit
 from tests.support.models import SIZE, save_base
 
 AUTO = AutoModelForSequenceClassification
 QUERY = "encoder.layer.0.attention.self.query.weight"
 WORDS = "embeddings.word_embeddings.weight"
-
-Weights = dict[str, Tensor]
-
-
-def edit(folder: Path, change: Callable[[Weights], Mapping[str, Tensor] | None]) -> Path:
-    """Changes the folder's weights in place, or replaces them by what `change` returns."""
-    weights = load_file(folder / "model.safetensors")
-    weights = dict(change(weights) or weights)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def configure(folder: Path, **values: object) -> None:
-    """Sets keys of config.json; None takes one out."""
-    file = folder / "config.json"
-    config = json.loads(file.read_text()) | values
-    file.write_text(json.dumps({key: one for key, one in config.items() if one is not None}))
 
 
 def prefixed(prefix: str) -> Callable[[Weights], Weights]:
