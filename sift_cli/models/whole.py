@@ -69,9 +69,17 @@ def require_whole(
     if not new_head and lacking:
         raise _random(model, lack, lacking, stored, folder)
     head = _head(model)
-    if backbone := [name for name in lacking if not name.startswith(head)]:
-        raise _random(model, lack, backbone, stored, folder)
+    if wrong := [n for n in lacking if not n.startswith(head) or not _all_of_it(model, lack, n)]:
+        raise _random(model, lack, wrong, stored, folder)
     return tuple(name for name, _ in model.named_parameters() if name in lack.names)
+
+
+def _all_of_it(model: Any, lack: Lack, name: str) -> bool:
+    """Whether the module that has this parameter lacks all others as well; a pooler, all of it."""
+    pooler = f"{model.base_model_prefix}.pooler."
+    module = pooler if name.startswith(pooler) else name.rpartition(".")[0] + "."
+    others = {one for one in all_names(model) if one.startswith(module)}
+    return others <= (lack.missing if module == pooler else lack.names)
 
 
 def _head(model: Any) -> tuple[str, ...]:
@@ -105,10 +113,14 @@ def _random(
 def _cause(model: Any, lack: Lack, names: Sequence[str], stored: Stored) -> str:
     """The likely cause of what is lacking, and the way out."""
     head = _head(model)
-    if all(name.startswith(head) for name in names):
+    whole = all(name.startswith(head) and _all_of_it(model, lack, name) for name in names)
+    if whole:
+        sizes = {tuple(one.shape) for key, one in model.state_dict().items() if key in names}
+        alike = [key for key in stored.strange if stored.in_files[key].shape in sizes]
+        or_else = f" If {alike[0]} is one of them, rename it." if alike else ""
         return (
             "These are its head, so it has not been trained for this task: train it first, or give "
-            "the run or the tuned model."
+            f"the run or the tuned model.{or_else}"
         )
     shapes = {name: lack.mismatched[name] for name in names if name in lack.mismatched}
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)

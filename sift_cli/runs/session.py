@@ -147,10 +147,12 @@ def open_session(
     if tuned is None:
         assert folder is not None
         torch.manual_seed(recipe.train.seed)
-        task, head = task.on_head(base_config(folder))
+        before = base_config(folder)
+        task = task.on_head(before)
         config = task.configure(folder)
         dtype, new_head = DTYPES[recipe.model.dtype], train and task.new_head
         tuned = load_model(folder, task.auto, config, dtype, new_head=new_head)
+        head = task.told_head(before, bool(tuned.new))
     else:
         task, head = task.fitted(tuned.model.config), None
     tuned.model.to(where)  # type: ignore[arg-type]

@@ -207,26 +207,27 @@ class Classification:
             evaluation={suffix: recoded(rows) for suffix, rows in self.evaluation.items()},
         )
 
-    def on_head(self, config: PretrainedConfig) -> tuple[Classification, str | None]:
-        """The task for a base that is tuned, by its configuration, and what to say of its head.
+    def on_head(self, config: PretrainedConfig) -> Classification:
+        """The task on a base of this configuration, whose head may be tuned already.
 
         Where its outputs have the names of the labels in another order, theirs is taken.
         """
-        tuned = any("ForSequenceClassification" in one for one in config.architectures or [])
-        if not tuned or config.num_labels != self.width:
-            was = f" in place of the base's of {config.num_labels} outputs" if tuned else ""
-            return self, f"head: new, for {self._outputs()}{was}"
+        if self.labels is None or not _is_tuned(config) or config.num_labels != self.width:
+            return self
+        try:
+            return self.fitted(config)
+        except SiftError:
+            return self  # of another task
+
+    def told_head(self, config: PretrainedConfig, new: bool) -> str:
+        """What to say of the head, of which something is `new`, on a base of this configuration."""
+        if new:
+            was = f", in place of the base's of {config.num_labels}" * _is_tuned(config)
+            return f"head: new, for {self._outputs()}{was}"
         names = names_of(config) if self.labels is not None else None
         if names is None or names == self.labels:
-            return self, f"head: the base's, kept for {self._outputs()}"
-        try:
-            fitted = self.fitted(config)
-        except SiftError:
-            return self, (
-                f"head: the base's, kept; its outputs were {listed(names)}, and are "
-                f"{listed(self.labels or ())} now"
-            )
-        return fitted, f"head: the base's, kept, and the order of its outputs: {listed(names)}"
+            return f"head: the base's, kept for {self._outputs()}"
+        return f"head: the base's, kept, whose outputs were {listed(names)}: {self._outputs()} now"
 
     def _outputs(self) -> str:
         return (
@@ -376,6 +377,10 @@ class Classification:
             one: dict[str, Any] = {"text": text} | ({"pair": pairs[at]} if pairs else {})
             out.append(one | self.kind.answer(logits[at], self.labels or ()))
         return out
+
+
+def _is_tuned(config: PretrainedConfig) -> bool:
+    return any("ForSequenceClassification" in one for one in config.architectures or [])
 
 
 def task_of_labels(labels: Sequence[str] | None) -> Classification:

@@ -102,9 +102,13 @@ class Language:
     def unconfigure(self, config: PretrainedConfig) -> None:
         """Nothing: the base is a language model as well."""
 
-    def on_head(self, config: PretrainedConfig) -> tuple[Language, str | None]:
-        """Itself, and nothing."""
-        return self, None
+    def on_head(self, config: PretrainedConfig) -> Language:
+        """Itself."""
+        return self
+
+    def told_head(self, config: PretrainedConfig, new: bool) -> None:
+        """Nothing."""
+        return None
 
     def fitted(self, config: PretrainedConfig) -> Language:
         """Itself; SiftError where a configuration is that of another kind of model."""

@@ -105,8 +105,11 @@ class Task(Protocol):
     def fitted(self, config: PretrainedConfig) -> Task:
         """The task on a tuned model of this configuration; SiftError where it is none for it."""
 
-    def on_head(self, config: PretrainedConfig) -> tuple[Task, str | None]:
-        """The task on a base of this configuration, and what to say of the base's head."""
+    def on_head(self, config: PretrainedConfig) -> Task:
+        """The task on a base of this configuration, in the order of a head that is tuned."""
+
+    def told_head(self, config: PretrainedConfig, new: bool) -> str | None:
+        """What to say of the head on such a base, of which something is new."""
 
     def ready(
         self, loaded: LoadedModel, *, packs: bool, chunk_loss: int | str

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sift_cli.analysis.plan import plan
+from sift_cli.convert.difference import difference
 from sift_cli.convert.merge import merge
 from sift_cli.delta.file import load_delta
 from sift_cli.models.devices import pick_device
@@ -18,6 +19,7 @@ from sift_cli.recipe import load_recipe
 from sift_cli.runs.tuned import load_tuned, task_of_loaded
 from tests.support.architectures import EXPERTS, MAKERS, save_checkpoint
 from tests.support.command import Run, sift
+from tests.support.folders import shard
 
 TEXTS = ["good film", "the room was cold and we never liked it", "bad"]
 IN_PLACE = pytest.mark.xfail(
@@ -77,6 +79,26 @@ def test_merged_experts_have_the_names_of_the_base(run: Run, tmp_path: Path, nam
     assert {*after} == kept | {"score.weight"}
     moved = [key for key in kept if not torch.equal(after[key], before[key.removeprefix(prefix)])]
     assert sum(".experts." in key for key in moved) > 4
+
+
+def test_experts_in_several_files_and_as_a_difference(run: Run, base: Path, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "moe", "mixtral")
+    delta = run(f"model.path={folder}", BOTH, "train.max_steps=1")
+    merge(delta, tmp_path / "whole")
+    shard(folder, 3)
+    merge(delta, tmp_path / "merged")
+    names = [file.name for file in sorted((tmp_path / "merged").glob("*.safetensors"))]
+    assert len(names) == 3
+    parts = {k: one for name in names for k, one in load_file(tmp_path / "merged" / name).items()}
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(parts[key], one) for key, one in whole.items())
+    merge(delta, tmp_path / "back", base=str(tmp_path / "merged"), undo=True)
+    for name in names:
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+    found = difference(str(folder), str(tmp_path / "merged"), tmp_path / "x.safetensors")
+    assert found.origin.exact
+    assert load_delta(tmp_path / "x.safetensors").weights.keys() == load_delta(delta).weights.keys()
 
 
 def test_tensors_put_together_come_apart_as_they_were(tmp_path: Path) -> None:

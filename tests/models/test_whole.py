@@ -74,7 +74,15 @@ def test_a_vocabulary_that_the_configuration_does_not_know(base: Path, recipe_fi
 
 @pytest.mark.parametrize(
     "prefix",
-    ["_orig_mod.", "module.", "model.", "_orig_mod.module.", "base_model.model.", "module.bert."],
+    [
+        "_orig_mod.",
+        "module.",
+        "model.",
+        "_orig_mod.module.",
+        "base_model.model.",
+        "module.bert.",
+        "0.auto_model.",
+    ],
 )
 def test_what_trainers_put_before_the_names(
     base: Path, tmp_path: Path, run: Run, prefix: str
@@ -117,6 +125,14 @@ def test_a_prefix_that_nobody_knows(base: Path, recipe_file: Path) -> None:
 def test_a_base_without_a_head_is_not_evaluated(base: Path) -> None:
     with pytest.raises(SiftError, match=r"not there\nThese are its head, so it has not been tr"):
         load_tuned(str(base))
+
+
+def test_a_head_of_another_name_is_not_taken_for_none(tmp_path: Path, run: Run) -> None:
+    merge(run("train.max_steps=1"), tmp_path / "merged")
+    edit(tmp_path / "merged", lambda w: w.update({"cls.weight": w.pop("classifier.weight")}))
+    edit(tmp_path / "merged", lambda w: w.update({"cls.bias": w.pop("classifier.bias")}))
+    with pytest.raises(SiftError, match=r"If cls\.\w+ is one of them, rename it"):
+        load_tuned(str(tmp_path / "merged"))
 
 
 def test_a_wrapped_model_is_evaluated_as_it_is(tmp_path: Path, run: Run) -> None:
@@ -186,3 +202,14 @@ def test_an_adapter_beside_the_model(base: Path) -> None:
     (base / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(SiftError, match=r"holds a PEFT adapter \(adapter_config.json\)"):
         load_model(base, AUTO, new_head=True)
+
+
+@pytest.mark.parametrize("hole", ["pooler.dense.bias", "classifier.bias"])
+def test_a_hole_in_a_head_is_refused(
+    run: Run, tmp_path: Path, recipe_file: Path, hole: str
+) -> None:
+    merge(run("train.max_steps=1"), tmp_path / "merged")
+    edit(tmp_path / "merged", lambda w: {k: one for k, one in w.items() if not k.endswith(hole)})
+    for ask in (plan, open_session):
+        with pytest.raises(SiftError, match=rf"1 tensor would be random:\n.*{hole}: not there"):
+            ask(load_recipe(recipe_file, [f"model.path={tmp_path / 'merged'}"]))

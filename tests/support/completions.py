@@ -54,8 +54,11 @@ class Completions:
     def fitted(self, config: PretrainedConfig) -> "Completions":
         return self
 
-    def on_head(self, config: PretrainedConfig) -> tuple["Completions", None]:
-        return self, None
+    def on_head(self, config: PretrainedConfig) -> "Completions":
+        return self
+
+    def told_head(self, config: PretrainedConfig, new: bool) -> None:
+        return None
 
     def ready(self, loaded: Any, **asked: Any) -> tuple["Completions", list[str]]:
         return self, []

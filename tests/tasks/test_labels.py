@@ -78,7 +78,7 @@ def test_a_base_that_is_tuned_keeps_the_order_of_its_outputs(
     right = first.evaluate()
     turned(merged)
     session = open_session(recipe)
-    assert session.notes[0].endswith("the order of its outputs: [positive, negative]")
+    assert session.notes[0] == "head: the base's, kept for 2 labels [positive, negative]"
     assert session.evaluate() == right
     delta = run(f"model.path={merged}", name="again")
     summary = json.loads((delta.parent / "summary.json").read_text())
@@ -93,9 +93,9 @@ def test_what_becomes_of_the_head_is_told(merged: Path, base: Path, recipe_file:
     assert told() == "head: new, for 2 labels [negative, positive]"
     three = [*CUSTOM, "data.labels=[a, b, c]"]
     at = f"model.path={merged}"
-    assert told(at, *three).endswith("[a, b, c] in place of the base's of 2 outputs")
+    assert told(at, *three).endswith("[a, b, c], in place of the base's of 2")
     other = [*CUSTOM, "data.labels=[nah, yep]"]
-    assert told(at, *other).endswith("were [negative, positive], and are [nah, yep] now")
+    assert told(at, *other).endswith("were [negative, positive]: 2 labels [nah, yep] now")
 
 
 @pytest.mark.parametrize(
