@@ -23,18 +23,10 @@ from transformers.core_model_loading import (
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.names import all_names
 
-# What trainers put around a model, whose attribute each stands in the keys of what they save.
-AROUND = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # any part of it
-# the whole of it
+# What trainers put around a model, whose attribute each stands in the keys of what they save:
+# around any part of it, and around the whole.
+AROUND = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 BEFORE = (*AROUND, "module", "model", "base_model", "_forward_module", "0", "auto_model")
-    *AROUND,
-    "module",
-    "model",
-    "base_model",
-    "_forward_module",
-    "0",
-    "auto_model",
-)  # all of it
 _INSIDE = r"(?:\.(?:" + "|".join(AROUND) + r"))+(?=\.)"
 UNWRAP = {  # regular expressions, as from_pretrained takes them in `key_mapping`
     r"^(?:(?:" + "|".join(BEFORE) + r")\.)+": "",

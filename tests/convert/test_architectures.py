@@ -83,7 +83,7 @@ def test_merged_experts_have_the_names_of_the_base(run: Run, tmp_path: Path, nam
 
 def test_experts_in_several_files_and_as_a_difference(run: Run, base: Path, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "moe", "mixtral")
-    delta = run(f"model.path={folder}", BOTH, "train.max_steps=1")
+    delta = run(f"model.path={folder}", BOTH, "train.warmup=0")
     merge(delta, tmp_path / "whole")
     shard(folder, 3)
     merge(delta, tmp_path / "merged")
@@ -98,7 +98,9 @@ def test_experts_in_several_files_and_as_a_difference(run: Run, base: Path, tmp_
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
     found = difference(str(folder), str(tmp_path / "merged"), tmp_path / "x.safetensors")
     assert found.origin.exact
-    assert load_delta(tmp_path / "x.safetensors").weights.keys() == load_delta(delta).weights.keys()
+    again = load_delta(tmp_path / "x.safetensors").weights
+    assert again.keys() <= load_delta(delta).weights.keys()
+    assert any("experts" in name for name in again)
 
 
 def test_tensors_put_together_come_apart_as_they_were(tmp_path: Path) -> None:
