@@ -129,7 +129,11 @@ def read_config(folder: Path, **more: Any) -> PretrainedConfig:
 
 
 def base_config(folder: Path, **more: Any) -> PretrainedConfig:
-    """The configuration of a base, as `read_config` gives it; SiftError where it is quantised."""
+    """The configuration of a base, as `read_config` gives it.
+
+    Raises SiftError where it is quantised, or an adapter lies beside it.
+    """
+    _refuse_adapter(folder)
     config = read_config(folder, **more)
     if quantised := getattr(config, "quantization_config", None):
         values = quantised if isinstance(quantised, dict) else quantised.to_dict()

@@ -198,10 +198,11 @@ def test_a_tensor_in_two_files(base: Path, tmp_path: Path, recipe_file: Path, ru
     assert f"holds {names[0]} twice, with other values in {files[0]}" in refused(recipe_file)
 
 
-def test_an_adapter_beside_the_model(base: Path) -> None:
+def test_an_adapter_beside_the_model(base: Path, recipe_file: Path) -> None:
     (base / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(SiftError, match=r"holds a PEFT adapter \(adapter_config.json\)"):
-        load_model(base, AUTO, new_head=True)
+    assert "holds a PEFT adapter (adapter_config.json)" in refused(recipe_file)
+    with pytest.raises(SiftError, match="holds a PEFT adapter"):
+        load_tuned(str(base))
 
 
 @pytest.mark.parametrize("hole", ["pooler.dense.bias", "classifier.bias"])
