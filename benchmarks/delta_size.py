@@ -83,7 +83,7 @@ def sizes(run: Path, delta: Delta) -> Iterator[tuple[str, int, int, str]]:
         for name, method in PEFT.items():
             task = task_of(delta.header)
             config = task.configure(base)
-            model = load_model(base, task.auto, config, DTYPES[held.dtype]).model
+            model = load_model(base, task.auto, config, DTYPES[held.dtype], new_head=True).model
             ready = method(model, {}, list(delta.dense), density)
             ready.model.save_pretrained(f"{folder}/{name}")
             file = Path(folder, name, "adapter_model.safetensors")

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from sift_cli.models.loading import weight_files
+from sift_cli.models.shards import weight_files
 from sift_cli.models.tensors import list_file
 
 CHILD = """

@@ -217,13 +217,15 @@ def session_of(
     path = fspath(tuned)
     given = None if recipe is None else recipe_of(recipe, overrides)
     from sift_cli.runs.session import open_session
-    from sift_cli.runs.tuned import load_tuned, with_rows
+    from sift_cli.runs.tuned import load_tuned, require_texts, with_rows
 
     loaded, own = load_tuned(path, None if base is None else fspath(base))
     if given is None:
         if own is None:
             raise SiftError(f"{path} carries no recipe; name the data with --recipe")
         given = recipe_of(own, overrides)
+    elif own is not None:
+        require_texts(path, own, len(text_columns(given.data.task, given.data.text)))
     if data is not None:
         given, split = with_rows(given, fspath(data), split, loaded.model.config)
     return open_session(given, device=device, train=False, split=split, tuned=loaded)

@@ -15,8 +15,9 @@ import torch
 from sift_cli.delta.file import CODING, FORMAT, SIGNED, Delta, WeightDelta, load_delta
 from sift_cli.errors import ExitCode, SiftError, in_lines
 from sift_cli.models.fingerprints import fingerprint
-from sift_cli.models.loading import model_folder
+from sift_cli.models.loading import model_folder, skeleton
 from sift_cli.models.stored import Stored
+from sift_cli.tasks.kinds import task_of
 
 BOUNDS = (8, 6, 4, 2, 0)  # negative powers of two
 # How far an entry moved, as bits alone tell it; each entry is in the first class that fits.
@@ -258,7 +259,8 @@ def _with_base(delta: Delta, base: str) -> dict[str, Change]:
 
     Raises SiftError (exit code 3) where these are not the weights that the delta was made from.
     """
-    stored = Stored(model_folder(base), {name: name for name in delta.weights})
+    folder, task = model_folder(base), task_of(delta.header)
+    stored = Stored(folder, skeleton(task.configure(folder), task.auto))
     changes, wrong = {}, []
     for name, weight in delta.weights.items():
         if name not in stored.places:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from math import prod
 from typing import Any
 
@@ -225,8 +226,24 @@ def _mask(**kwargs: Any) -> Tensor | None:
 @contextmanager
 def numberless() -> Iterator[None]:
     """Within, new tensors have no data, and what repeats itself in parts is done once."""
-    with FakeTensorMode(), first_part_alone():
+    with FakeTensorMode(), first_part_alone(), _first_expert_alone():
         yield
+
+
+@contextmanager
+def _first_expert_alone() -> Iterator[None]:
+    """Within, one expert takes the tokens of all: which go where, numbers alone would tell."""
+    moe: Any = import_module("transformers.integrations.moe")
+
+    def product(inputs: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        return inputs.to(weight.dtype) @ weight[0]
+
+    before = moe._grouped_mm
+    moe._grouped_mm = product
+    try:
+        yield
+    finally:
+        moe._grouped_mm = before
 
 
 def on_host(model: nn.Module) -> None:

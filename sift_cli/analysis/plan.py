@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -23,15 +24,19 @@ from sift_cli.analysis.planned import Passes, PlannedRows, read_task
 from sift_cli.analysis.sizes import accounting, delta_bytes, grouped
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.models.loading import DTYPES, model_folder, on_meta, padding_of
+from sift_cli.models.loading import DTYPES, WEIGHTS, model_folder, on_meta, padding_of
 from sift_cli.models.names import head_of
 from sift_cli.models.prepare import Recompute, prepare_model, recompute_of
+from sift_cli.models.stored import Stored
+from sift_cli.models.whole import Lack, require_whole
 from sift_cli.recipe import Recipe
 from sift_cli.runs.language import with_template
 from sift_cli.runs.session import autocasts, open_session
 from sift_cli.runs.timing import Timing
 from sift_cli.selection.scores import find_score
+from sift_cli.selection.targets import left_out
 from sift_cli.tasks.kinds import expected_task
+from sift_cli.tasks.task import Task
 from sift_cli.training.batches import steps_of
 from sift_cli.training.choosing import Parts, rule_of, selecting
 from sift_cli.training.head import start_of, targets_for
@@ -102,7 +107,7 @@ class Outline:
         build = partial(on_meta, folder, task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
         rows = PlannedRows.of(recipe, task, missing, folder, model)
-        new = head_of(model) if task.new_head else []
+        new = _new_head(task, model, folder)
         start = start_of(recipe.train, model)
         parts = Parts.of(recipe.selection, model, new, rule)
         _require_beginning(recipe, rows, parts)
@@ -131,6 +136,11 @@ class Outline:
         sizes = {name: weight.numel() for name, weight in self.model.named_parameters()}
         return all(count == sizes[name] for name, count in self.counts.items())
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """The sizes of the weights that `all-linear` goes past, though they are no embeddings."""
+        return left_out(self.model, self.recipe.selection.target, self.parts.all)
+
     def counted(self) -> dict[str, Any]:
         """All of a plan but memory and time: entries, rows, steps and the delta's bytes."""
         recipe, counts = self.recipe, self.counts
@@ -147,6 +157,7 @@ class Outline:
             "by_kind": grouped(counts, sizes, 1),
             "whole": self.whole,
             "only_in_sum": recipe.selection.scope == "global" and not self.whole,
+            "left_out": grouped(self.left_out, self.left_out, 1),
             "head_start": self.rows.head(self.head_start),
             "data": self.rows.about(recipe, self.parts.rule),
             "delta_bytes": delta_bytes(counts, sizes, self.dense, recipe.model.dtype),
@@ -161,6 +172,17 @@ def _require_beginning(recipe: Recipe, rows: PlannedRows, parts: Parts) -> None:
         targets_for(start, rows.task, rows.train)
     if chosen.schedule == "after-warmup":
         warmed(chosen.warmup_trains == "all", [*parts.sparse, *parts.vectors], parts.dense)
+
+
+def _new_head(task: Task, model: Any, folder: Path) -> Sequence[str]:
+    """The parameters that training would draw anew; without weight files, those of any new head.
+
+    Raises SiftError where training would.
+    """
+    if not any(folder.glob(WEIGHTS)):
+        return head_of(model) if task.new_head else []
+    stored = Stored(folder, model)
+    return require_whole(model, Lack.of_files(model, stored), stored, folder, task.new_head)
 
 
 def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[str, Any]:

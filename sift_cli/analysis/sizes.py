@@ -26,10 +26,9 @@ def grouped(
 
 def layer_and_kind(name: str) -> tuple[str, str]:
     """`a.layer.3.b.query.weight` -> (`layer 3`, `b.query`); what is in no layer is `outside`."""
-    inside = re.search(r"\.(\d+)\.(.+)\.(?:weight|bias)$", name)
-    if inside:
-        return f"layer {inside[1]}", inside[2]
-    return "outside", name.rpartition(".")[0]
+    module = re.sub(r"\.(?:weight|bias)$", "", name)  # experts in one tensor have neither
+    inside = re.search(r"\.(\d+)\.(.+)$", module)
+    return (f"layer {inside[1]}", inside[2]) if inside else ("outside", module)
 
 
 def delta_bytes(

@@ -22,7 +22,7 @@ from sift_cli.cli.options import (
 )
 from sift_cli.errors import SiftError
 from sift_cli.system.terminal import visible
-from sift_cli.tasks.table import LONGEST_ANSWER, text_columns
+from sift_cli.tasks.table import LONGEST_ANSWER
 
 if TYPE_CHECKING:
     from sift_cli.models.loading import LoadedModel
@@ -66,7 +66,7 @@ def predict(
     require_new_lines(output)
     check_tuned(tuned, device)
     from sift_cli.models.devices import pick_device
-    from sift_cli.runs.tuned import load_tuned, task_of_loaded
+    from sift_cli.runs.tuned import load_tuned, require_texts, task_of_loaded
     from sift_cli.tasks.classification import Classification
     from sift_cli.tasks.language import Language
 
@@ -82,7 +82,7 @@ def predict(
         raise SiftError(f"--input, --output: {tuned} classifies; give its texts as arguments")
     else:
         if recipe is not None:
-            require_texts(tuned, recipe, bool(pair))
+            require_texts(tuned, recipe, 2 if pair else 1)
         assert isinstance(task, Classification)
         limit = recipe.data.max_length if recipe else None
         found = iter(task.predict(loaded, texts, pair, device=where, max_length=limit))
@@ -99,18 +99,6 @@ def require_new_lines(output: Path | None) -> None:
     if output is not None and (output.suffix != ".jsonl" or output.exists()):
         why = "exists already" if output.exists() else "its name must end in .jsonl"
         raise SiftError(f"--output {output}: {why}; choose another")
-
-
-def require_texts(tuned: str, recipe: "Recipe", paired: bool) -> None:
-    """Raises SiftError where a row of its training had one text and here has two, or otherwise."""
-    columns = text_columns(recipe.data.task, recipe.data.text)
-    if paired and len(columns) == 1:
-        raise SiftError(f"{tuned} was trained on one text ({columns[0]}); leave --pair out")
-    if not paired and len(columns) == 2:
-        raise SiftError(
-            f"{tuned} was trained on pairs of texts ({', '.join(columns)}); give the second of "
-            "each with --pair"
-        )
 
 
 def _prompts(

@@ -113,6 +113,12 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
         )
     if plan["whole"]:
         lines.append("All of the targeted entries train: none is chosen.")
+    if plan["left_out"]:
+        entries = sum(kind["of"] for kind in plan["left_out"].values())
+        lines.append(
+            f"all-linear leaves out {entries:,} entries of no linear layer, which can be named in "
+            f"selection.target: {', '.join(plan['left_out'])}."
+        )
     head = plan["head_start"]
     if head["kind"] != "random":
         rows = f" of {head['rows']:,} rows" if head["rows"] else ""

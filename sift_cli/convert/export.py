@@ -137,7 +137,8 @@ def _loader(task: Task, delta: Delta, base: str | None, source: str) -> Callable
     header = delta.header
     folder = model_folder(source, None if base else header.base.revision)
     config = task.configure(folder)
-    return lambda: load_model(folder, task.auto, config, DTYPES[header.base.dtype])
+    dtype, new_head = DTYPES[header.base.dtype], bool(delta.dense)
+    return lambda: load_model(folder, task.auto, config, dtype, new_head=new_head)
 
 
 def _refusal(refused: Mapping[str, str]) -> SiftError:

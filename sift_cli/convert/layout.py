@@ -1,10 +1,11 @@
 """What a merge writes: for each file its tensors, where they come from, how they are held."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from sift_cli.convert.undo import MergeRecord, dropped_places, side_files
 from sift_cli.delta.file import Delta
 from sift_cli.delta.identity import renamed
 from sift_cli.errors import ExitCode, SiftError, counted
-from sift_cli.models.fingerprints import fingerprint
-from sift_cli.models.loading import DTYPES, INDEX_FILE, weight_files
-from sift_cli.models.names import owner
-from sift_cli.models.tensors import Listing, Place, list_file, listed
+from sift_cli.models.fingerprints import fingerprint, holds
+from sift_cli.models.keys import Joined, Matched, match
+from sift_cli.models.loading import DTYPES
+from sift_cli.models.names import all_names
+from sift_cli.models.shards import INDEX_FILE, first_places, list_weights, places_in
+from sift_cli.models.tensors import Listing, Place, listed
 
 ASIDE = 0.05  # tensors that the model has not are kept for undo up to this share of its size
 SPARE = 1 << 24  # bytes for configuration and tokenizer
@@ -26,9 +29,9 @@ SPARE = 1 << 24  # bytes for configuration and tokenizer
 class Planned:
     """A tensor to write: read from `place`, or `value` where it comes from the delta.
 
-    `name` is the model's name for it, empty for a tensor that the model has not. `held` is the
-    dtype in which the trained model held it and in which deltas and fingerprints see it, `written`
-    the dtype of the file.
+    `name` is the model's name for it, empty for a tensor that the model has not, and for one that
+    becomes others in memory: `group` has those. `held` is the dtype in which the trained model held
+    it and in which deltas and fingerprints see it, `written` the dtype of the file.
     """
 
     name: str
@@ -37,6 +40,8 @@ class Planned:
     written: torch.dtype
     place: Place | None = None
     value: Tensor | None = None
+    group: "Group | None" = None
+    key: str = ""  # in the group
 
     @property
     def bytes(self) -> int:
@@ -49,6 +54,20 @@ class Planned:
             assert self.value is not None
             return self.value
         return self.place.read().to(self.held)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of the source, at `places` by key, that become others in memory, held as `held`."""
+
+    joined: Joined
+    places: Mapping[str, Place]
+    held: torch.dtype
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors in memory, by the model's names."""
+        parts = {key: self.places[key].read().to(self.held) for key in self.joined.keys}
+        return self.joined.load(parts)
 
 
 @dataclass
@@ -107,7 +126,7 @@ class Layout:
 
 def lay_out(
     folder: Path,
-    names: Mapping[str, str],
+    model: Any,
     delta: Delta,
     source: str,
     *,
@@ -116,43 +135,66 @@ def lay_out(
 ) -> Layout:
     """The files that a merge of the model in `folder`, called `source`, writes, or that undo does.
 
-    `names` is of `tensor_names`. Without the `record` of its merge, a folder is turned back under
-    the names that it has. Raises SiftError (exit code 3) where the folder lacks a tensor.
+    `model` is the model's, on the meta device. Without the `record` of its merge, a folder is
+    turned back under the names that it has. Raises SiftError (exit code 3) where the folder lacks a
+    tensor.
     """
     if record is not None:
-        layout = layout_of_undo(folder, names, record)
+        layout = layout_of_undo(folder, model, record)
     else:
-        layout = layout_of_merge(folder, names, delta)
-    require_whole(layout, names, delta, source)
+        layout = layout_of_merge(folder, model, delta)
+    require_whole(layout, {*all_names(model).values()}, delta, source)
     if not undo:
         add_dense(layout, delta)
     return layout
 
 
-def layout_of_merge(folder: Path, names: Mapping[str, str], delta: Delta) -> Layout:
-    """The model's tensors in files called as those in `folder`, under the model's own names."""
-    layout = Layout(indexed=(folder / INDEX_FILE).is_file())
-    for file in weight_files(folder):
-        listing = layout.listings[file.name] = list_file(file)
-        shard = Shard(file.name, {"format": "pt", **listing.metadata})
+def layout_of_merge(folder: Path, model: Any, delta: Delta) -> Layout:
+    """The model's tensors in files called as those in `folder`, under the model's own names.
+
+    What transformers renames or puts together on loading keeps the names of the folder, which it
+    and others know. A tensor that is in two files is written to the first.
+    """
+    layout = Layout(indexed=(folder / INDEX_FILE).is_file(), listings=list_weights(folder))
+    places = first_places(layout.listings.values())
+    matched = match(model, places)
+    groups = _groups(matched, places, delta)
+    for file, listing in layout.listings.items():
+        shard = Shard(file, {"format": "pt", **listing.metadata})
         layout.shards.append(shard)
         for key, place in listing.places.items():
-            name = owner(key, names)
-            if name is None:
+            if places[key] is not place:
+                continue
+            written = matched.written.get(key, "")
+            if group := groups.get(key):
+                planned = Planned(
+                    "", place.shape, group.held, group.held, place, group=group, key=key
+                )
+            elif key in matched.names:
+                name = matched.names[key]
+                held = _held(delta, name, place.dtype)
+                planned = Planned(name, place.shape, held, held, place)
+                if name in delta.dense:
+                    layout.dropped[key] = place
+                    layout.replaced[written] = planned
+                    continue
+            else:
                 layout.dropped[key] = place
                 continue
-            held = _held(delta, names[name], place.dtype)
-            planned = Planned(names[name], place.shape, held, held, place)
-            if names[name] in delta.dense:
-                layout.dropped[key] = place
-                layout.replaced[name] = planned
-            elif name in layout.names.values():
-                raise SiftError(f"{folder} holds {name} twice", ExitCode.WRONG_FILE)
-            else:
-                layout.names[key] = name
-                shard.tensors[name] = planned
+            layout.names[key] = written
+            shard.tensors[written] = planned
     layout.indexed |= len(layout.shards) > 1
     return layout
+
+
+def _groups(matched: Matched, places: Mapping[str, Place], delta: Delta) -> dict[str, Group]:
+    """The group of each key that becomes one tensor with others, or several."""
+    made: dict[int, Group] = {}
+    for key, joined in matched.joined.items():
+        if id(joined) not in made:
+            held = _held(delta, joined.names[0], places[key].dtype)
+            made[id(joined)] = Group(joined, places, held)
+    return {key: made[id(joined)] for key, joined in matched.joined.items()}
 
 
 def add_dense(layout: Layout, delta: Delta) -> None:
@@ -163,14 +205,14 @@ def add_dense(layout: Layout, delta: Delta) -> None:
         layout.shards[-1].tensors[name] = planned
 
 
-def layout_of_undo(folder: Path, names: Mapping[str, str], record: MergeRecord) -> Layout:
+def layout_of_undo(folder: Path, model: Any, record: MergeRecord) -> Layout:
     """The base's files as they were, as far as the merged folder `folder` holds their tensors."""
-    places = {
-        name: place
-        for file in weight_files(folder)
-        for name, place in list_file(file).places.items()
+    places = places_in(folder)
+    matched, aside = match(model, places), dropped_places(folder)
+    groups = {
+        key: Group(joined, places, places[key].dtype) for key, joined in matched.joined.items()
     }
-    aside = dropped_places(folder)
+    shared = {id(one.joined): one for one in groups.values()}
     layout = Layout()
     for file, text in record.headers.items():
         rows, metadata = listed(text)
@@ -183,13 +225,22 @@ def layout_of_undo(folder: Path, names: Mapping[str, str], record: MergeRecord) 
                 continue
             name = record.names.get(key, "")
             place = places.get(name)
-            if place is None or place.shape != shape or name not in names:
+            known = name in matched.names or name in groups
+            if place is None or place.shape != shape or not known:
                 raise SiftError(f"{folder} lacks {name or key}, or its shape", ExitCode.WRONG_FILE)
             written = stored
-            if torch.promote_types(stored, place.dtype) != place.dtype:
+            if not holds(place.dtype, stored):
                 written = place.dtype  # the base's is wider, and training rounded it
                 layout.rounded.append(key)
-            shard.tensors[key] = Planned(names[name], shape, place.dtype, written, place)
+            shard.tensors[key] = Planned(
+                matched.names.get(name, ""),
+                shape,
+                place.dtype,
+                written,
+                place,
+                group=shared[id(groups[name].joined)] if name in groups else None,
+                key=name,
+            )
         if all(key in shard.tensors and key not in layout.rounded for key in rows):
             shard.header = text
         layout.shards.append(shard)
@@ -197,13 +248,15 @@ def layout_of_undo(folder: Path, names: Mapping[str, str], record: MergeRecord) 
     return layout
 
 
-def require_whole(layout: Layout, names: Mapping[str, str], delta: Delta, source: str) -> None:
+def require_whole(layout: Layout, names: Collection[str], delta: Delta, source: str) -> None:
     """Raises SiftError (exit code 3) where the source lacks a tensor of the model.
 
     The message says so where one that it drops is the lacking one under another name.
     """
-    held = {planned.name for shard in layout.shards for planned in shard.tensors.values()}
-    lacking = sorted({*names.values()} - held - {*delta.dense})
+    held: set[str] = set()
+    for planned in (one for shard in layout.shards for one in shard.tensors.values()):
+        held |= {*planned.group.joined.names} if planned.group else {planned.name}
+    lacking = sorted({*names} - held - {*delta.dense})
     if not lacking:
         return
     changed = [name for name in lacking if name in delta.weights]

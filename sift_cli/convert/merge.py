@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from sift_cli.convert.changes import Composed, Composition, Exact
 from sift_cli.convert.compose import Mix
 from sift_cli.convert.inputs import Inputs, open_inputs, weight_of_each
-from sift_cli.convert.layout import Layout, Shard, lay_out, require_space
+from sift_cli.convert.layout import Group, Layout, Shard, lay_out, require_space
 from sift_cli.convert.proof import (
     Proof,
     WrittenTensor,
@@ -36,14 +36,14 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.loading import (
     DTYPES,
-    INDEX_FILE,
     load_tokenizer,
     quiet,
     settle_padding,
+    skeleton,
 )
-from sift_cli.models.names import tensor_names
+from sift_cli.models.shards import INDEX_FILE, write_index
 from sift_cli.models.stored import stored_kinds
-from sift_cli.models.tensors import header_text, write_file, write_index
+from sift_cli.models.tensors import header_text, write_file
 from sift_cli.recipe import parse_recipe
 from sift_cli.runs.cards import model_card
 from sift_cli.runs.folder import CARD_FILE, RECIPE_FILE, delta_file
@@ -173,9 +173,9 @@ def _config(inputs: Inputs) -> PretrainedConfig:
 
 def _plan(inputs: Inputs, config: PretrainedConfig, out: Path) -> Layout:
     """What will be written; SiftError where the model lacks a tensor, or the disk room."""
-    names = tensor_names(config, inputs.task.auto)
+    model = skeleton(config, inputs.task.auto)
     folder, delta = inputs.folder, inputs.delta
-    layout = lay_out(folder, names, delta, inputs.source, undo=inputs.undo, record=inputs.record)
+    layout = lay_out(folder, model, delta, inputs.source, undo=inputs.undo, record=inputs.record)
     require_space(layout, out, folder)
     return layout
 
@@ -185,9 +185,21 @@ def _write_weights(
 ) -> dict[str, WrittenTensor]:
     """Streams every planned tensor into `out`, changed where need be; what was written, by key."""
     written: dict[str, WrittenTensor] = {}
+    parts: dict[int, dict[str, Tensor]] = {}  # of groups, until each is written
+
+    def part(group: Group, key: str) -> Tensor:
+        if id(group) not in parts:
+            named = {n: change.apply(n, tensor)[0] for n, tensor in group.read().items()}
+            parts[id(group)] = group.joined.store(named)
+        return parts[id(group)].pop(key)
 
     def tensors(shard: Shard) -> Iterator[Tensor]:
         for key, planned in shard.tensors.items():
+            if planned.group is not None:
+                tensor = part(planned.group, planned.key)
+                written[key] = WrittenTensor(fingerprint(tensor), planned.held)
+                yield tensor.to(planned.written)
+                continue
             tensor = planned.read()
             if planned.place is None or not planned.name:
                 mark = fingerprint(tensor)

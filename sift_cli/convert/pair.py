@@ -17,7 +17,6 @@ from sift_cli.models.loading import (
     model_folder,
     read_config,
 )
-from sift_cli.models.names import all_names
 from sift_cli.models.stored import Stored, stored_kinds
 from sift_cli.tasks.kinds import task_of_tuned
 from sift_cli.tasks.task import Task
@@ -75,11 +74,11 @@ def open_pair(base: str, tuned: str, dtype: str | None) -> Pair:
     task = task_of_tuned(config, tuned)
     held_in = dtype or _common_dtype(base, folder, tuned, tuned_folder)
     base_config = _base_config(folder, task, config, tuned)
-    loaded = load_model(folder, task.auto, base_config, DTYPES[held_in])
+    loaded = load_model(folder, task.auto, base_config, DTYPES[held_in], new_head=task.new_head)
     architecture = type(loaded.model).__name__
     if architecture not in (config.architectures or []):
         raise SiftError(f"{tuned} is {config.architectures}; the base becomes a {architecture}")
-    stored = Stored(tuned_folder, all_names(loaded.model))
+    stored = Stored(tuned_folder, loaded.model)
     pair = Pair(loaded, stored, tuned_folder, config, task, held_in)
     _check_tensors(pair, base, tuned)
     return pair

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sift_cli.errors import ExitCode, SiftError, counted
 from sift_cli.models.fingerprints import fingerprint
-from sift_cli.models.loading import LoadedModel, weight_files
+from sift_cli.models.shards import places_in, weight_files
 from sift_cli.models.tensors import list_file
 from sift_cli.recipe import Recipe
 from sift_cli.runs.session import open_session
@@ -66,7 +66,7 @@ def prove_files(folder: Path, wanted: Mapping[str, WrittenTensor]) -> None:
 
     Raises SiftError (exit code 5) where a tensor is another one, is not there, or is too many.
     """
-    places = {key: p for file in weight_files(folder) for key, p in list_file(file).places.items()}
+    places = places_in(folder)
     unmatched = sorted(places.keys() ^ wanted.keys())
     wrong = unmatched or [
         key
@@ -82,20 +82,12 @@ def prove_files(folder: Path, wanted: Mapping[str, WrittenTensor]) -> None:
         )
 
 
-def reload(folder: Path) -> LoadedModel:
-    """The folder's model through transformers; SiftError (exit code 5) where it lacks a tensor."""
-    loaded = load_as_it_is(folder)
-    if loaded.new:
-        raise SiftError(f"{folder} lacks {loaded.new[0]}", ExitCode.NOT_VERIFIED)
-    return loaded
-
-
 def reloaded_logits(folder: Path) -> Tensor:
     """The outputs of four made-up inputs ([4, ...]) by the folder's model.
 
     The weights stay on disk: each module reads its own as it computes.
     """
-    loaded = reload(folder)
+    loaded = load_as_it_is(folder)
     config = loaded.model.config
     with _weights_on_disk(loaded.model, folder):
         return probe(task_of_config(config), loaded.model, config)
@@ -155,7 +147,7 @@ def prove_logits(logits: Tensor, trained: Tensor, dtype: str) -> float:
 
 def score(folder: Path, recipe: Recipe) -> Metrics:
     """The metrics of the folder's model on the evaluation split of the recipe's data."""
-    return open_session(recipe, train=False, tuned=reload(folder)).evaluate()
+    return open_session(recipe, train=False, tuned=load_as_it_is(folder)).evaluate()
 
 
 def prove_metrics(metrics: Metrics, trained: Metrics) -> None:

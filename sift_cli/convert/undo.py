@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
-from sift_cli.models.loading import INDEX_FILE, TOKENIZER_CONFIG, load_tokenizer, quiet
+from sift_cli.models.loading import TOKENIZER_CONFIG, load_tokenizer, quiet
+from sift_cli.models.shards import INDEX_FILE
 from sift_cli.models.tensors import Listing, Place, header_text, list_file, listed, write_file
 from sift_cli.tasks.templates import GENERATION_FILE, TEMPLATE_FILE
 

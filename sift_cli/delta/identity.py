@@ -9,7 +9,7 @@ import torch
 
 from sift_cli.delta.file import Delta
 from sift_cli.errors import ExitCode, SiftError, counted, in_lines
-from sift_cli.models.fingerprints import TensorKind
+from sift_cli.models.fingerprints import TensorKind, holds
 
 NOT_TRAINED = "not the trained weight"  # in place of a fingerprint
 VOCABULARY = re.compile(r"(^|\.)(word_embeddings|embed_tokens|wte|shared|lm_head)\.weight$")
@@ -138,7 +138,7 @@ def _in_another_dtype(delta: Delta, wrong: Mapping[str, TensorKind]) -> str:
         if held == wanted:
             continue
         have, need = (str(dtype).removeprefix("torch.") for dtype in (held, wanted))
-        if torch.promote_types(held, wanted) == held:
+        if holds(held, wanted):
             return (
                 f"It holds {have} weights, and the delta fits those of {base.path} rounded to "
                 f"{need}: sift rounds them by itself, from_pretrained does with dtype={wanted}."

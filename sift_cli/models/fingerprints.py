@@ -36,6 +36,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every number of the dtype `narrow` is one of `wide` as well."""
+    if wide == narrow or not (wide.is_floating_point and narrow.is_floating_point):
+        return wide == narrow
+    one, other = torch.finfo(wide), torch.finfo(narrow)
+    return one.eps <= other.eps and one.max >= other.max and one.tiny <= other.tiny
+
+
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and saved buffer of `model`; tied weights once, under their first name."""
     first: dict[int, str] = {}
@@ -74,10 +82,18 @@ def probe_inputs(config: PretrainedConfig) -> Tensor:
     But for the last one, which is the end-of-text token where the model has one.
     """
     text = config.get_text_config()
-    special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "sep")}
+    kinds = ("pad", "eos", "bos", "sep")
+    special = {code for kind in kinds for code in token_codes(text, f"{kind}_token_id")}
     plain = [token for token in range(text.vocab_size) if token not in special]
     spread = (torch.arange(4 * 16) * 7919 + 104729) % len(plain)
     ids = torch.tensor(plain)[spread].view(4, 16)
-    if isinstance(text.eos_token_id, int):
-        ids[:, -1] = text.eos_token_id  # some heads read the state at the end-of-text token
+    for code in token_codes(text, "eos_token_id")[:1]:
+        ids[:, -1] = code  # some heads read the state at the end-of-text token
     return ids
+
+
+def token_codes(config: PretrainedConfig, key: str) -> list[int]:
+    """The tokens that a configuration has under `key`: none, one, or several in a list."""
+    value = getattr(config, key, None)
+    values = value if isinstance(value, list | tuple) else [value]
+    return [code for code in values if isinstance(code, int)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,11 +25,14 @@ from transformers.utils import logging as transformers_logging
 
 from sift_cli.errors import ExitCode, NotHere, SiftError
 from sift_cli.models import gguf
+from sift_cli.models.keys import UNWRAP
+from sift_cli.models.shards import weight_files
+from sift_cli.models.stored import Stored
+from sift_cli.models.whole import Lack, left_out, require_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS = "*.safetensors"
 MODEL_FILES = ["*.json", WEIGHTS, "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
-INDEX_FILE = "model.safetensors.index.json"
 # What transformers raises for bad folders.
 UNLOADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, StrictDataclassError)
 UNLIMITED = 2**30  # tokens; tokenizers count no further than 2**32
@@ -44,11 +46,15 @@ QUICKSTART = "pip install 'sift-cli[quickstart]'"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer; `new` names the parameters that the checkpoint did not hold."""
+    """A model with its tokenizer; `new` names the parameters that the checkpoint did not hold.
+
+    `notes` are what to tell of the checkpoint.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     new: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def model_folder(path: str, revision: str | None = None, weights: bool = True) -> Path:
@@ -91,38 +97,6 @@ def model_folder(path: str, revision: str | None = None, weights: bool = True) -
     return folder
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order: those that transformers would load.
-
-    Raises SiftError where there are none, and (exit code 3) where the index names one that is not
-    there.
-    """
-    whole, index = folder / "model.safetensors", folder / INDEX_FILE
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        return [folder / name for name in sorted(_indexed(index))]
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise SiftError(f"{folder}: no model*.safetensors; sift reads no pickled weights")
-    return files
-
-
-def _indexed(index: Path) -> set[str]:
-    """The names of the files that an index lists, each beside it."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        bad = sorted(name for name in names if Path(name).name != name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SiftError(f"{index}: damaged: {error}", ExitCode.WRONG_FILE) from error
-    if bad:
-        raise SiftError(f"{index}: {bad[0]} is no plain file name", ExitCode.WRONG_FILE)
-    lacking = sorted(name for name in names if not (index.parent / name).is_file())
-    if lacking:
-        raise SiftError(f"{index} names {lacking[0]}, which is not there", ExitCode.WRONG_FILE)
-    return names
-
-
 def _download(path: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -149,7 +123,25 @@ def read_config(folder: Path, **more: Any) -> PretrainedConfig:
                 folder, trust_remote_code=False, **more
             )
     except UNLOADABLE as error:
-        raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
+        lines = 2 if isinstance(error, StrictDataclassError) else 1  # the second has the cause
+        said = " ".join(line.strip() for line in str(error).splitlines()[:lines])
+        raise SiftError(f"{folder}: {said}") from error
+    return config
+
+
+def base_config(folder: Path, **more: Any) -> PretrainedConfig:
+    """The configuration of a base, as `read_config` gives it.
+
+    Raises SiftError where it is quantised, or an adapter lies beside it.
+    """
+    _refuse_adapter(folder)
+    config = read_config(folder, **more)
+    if quantised := getattr(config, "quantization_config", None):
+        values = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        raise SiftError(
+            f"{folder} is quantised ({values.get('quant_method', 'quantization_config')}), and "
+            "sift changes float weights; give the model that it was made from"
+        )
     return config
 
 
@@ -216,16 +208,36 @@ def load_model(
     auto: Any,
     config: PretrainedConfig | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    new_head: bool = False,
 ) -> LoadedModel:
     """Loads the folder's model with the head that the Auto class `auto` gives it, on the host.
 
-    `config` and `dtype` are those of the folder unless given. Raises SiftError for an architecture
-    without such a head, and (exit code 3) for damaged weights.
+    `config` and `dtype` are those of the folder unless given. With `new_head`, a classification
+    head that the files do not hold, or with another number of outputs, is drawn at random. Raises
+    SiftError for an architecture without such a head and where anything else would be random, and
+    (exit code 3) for damaged weights.
     """
+    _refuse_adapter(folder)
     weight_files(folder)
     tokenizer = load_tokenizer(folder)
     config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
     settle_padding(config, tokenizer)
+    before = torch.get_rng_state()
+    model, info = _from_pretrained(folder, auto, config, dtype)
+    lack, stored = Lack.of_loading(info), Stored(folder, model)
+    if lack.names and stored.wrapped:
+        torch.set_rng_state(before)  # so that a new head is the one of the same model unwrapped
+        model, info = _from_pretrained(folder, auto, config, dtype, key_mapping=dict(UNWRAP))
+        lack = Lack.of_loading(info)
+    new = require_whole(model, lack, stored, folder, new_head)
+    return LoadedModel(model, tokenizer, new, left_out(model, stored))
+
+
+def _from_pretrained(
+    folder: Path, auto: Any, config: PretrainedConfig, dtype: torch.dtype | None, **more: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of loading it."""
     try:
         with quiet():
             model, info = auto.from_pretrained(
@@ -236,12 +248,36 @@ def load_model(
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **more,
             )
     except SafetensorError as error:
         raise SiftError(f"{folder}: damaged weights: {error}", ExitCode.WRONG_FILE) from error
-    except UNLOADABLE as error:
+    except (*UNLOADABLE, RuntimeError) as error:
         raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
-    return LoadedModel(model, tokenizer, _new_parameters(model, info))
+    return model, info
+
+
+def skeleton(config: PretrainedConfig, auto: Any) -> PreTrainedModel:
+    """The Auto class's model of a configuration, on the meta device.
+
+    Raises SiftError (exit code 3) where the configuration makes no model.
+    """
+    try:
+        with torch.device("meta"), quiet():
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+    except UNLOADABLE as error:
+        said = str(error).partition("\n")[0]
+        raise SiftError(f"config.json makes no model: {said}", ExitCode.WRONG_FILE) from error
+    return model
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raises SiftError for a PEFT adapter in the folder, which transformers would put on it."""
+    if (folder / "adapter_config.json").is_file():
+        raise SiftError(
+            f"{folder} holds a PEFT adapter (adapter_config.json) beside the model: move it to a "
+            "folder of its own, or merge it into the weights first"
+        )
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
@@ -266,12 +302,6 @@ def check_length(max_length: int, model: PreTrainedModel, tokenizer: Any) -> Non
     longest = longest_row(model, tokenizer)
     if max_length > longest:
         raise SiftError(f"data.max_length: {max_length}, but the model takes {longest} tokens")
-
-
-def _new_parameters(model: PreTrainedModel, info: dict[str, Any]) -> tuple[str, ...]:
-    lacking = set(info["missing_keys"])
-    lacking |= {one if isinstance(one, str) else one[0] for one in info["mismatched_keys"]}
-    return tuple(name for name, _ in model.named_parameters() if name in lacking)
 
 
 def on_meta(folder: Path, auto: Any, config: PretrainedConfig, dtype: torch.dtype) -> Any:

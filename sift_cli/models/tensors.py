@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import tensor_bytes
-from sift_cli.models.loading import INDEX_FILE
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -21,6 +20,7 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -143,12 +143,3 @@ def write_file(file: Path, text: str, tensors: Iterable[Tensor]) -> None:
         opened.write(len(raw).to_bytes(8, "little") + raw)
         for tensor in tensors:
             opened.write(tensor_bytes(tensor))
-
-
-def write_index(out: Path, sizes: Mapping[str, tuple[str, int]]) -> None:
-    """The index of a sharded model; `sizes` has file and bytes of each tensor."""
-    index = {
-        "metadata": {"total_size": sum(size for _, size in sizes.values())},
-        "weight_map": {name: file for name, (file, _) in sorted(sizes.items())},
-    }
-    (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

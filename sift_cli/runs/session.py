@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sift_cli.models.devices import pick_device
-from sift_cli.models.loading import DTYPES, LoadedModel, check_length, load_model, model_folder
+from sift_cli.models.loading import (
+    DTYPES,
+    LoadedModel,
+    base_config,
+    check_length,
+    load_model,
+    model_folder,
+)
 from sift_cli.recipe import ModelSection, Recipe, TrainSection
 from sift_cli.runs.language import language_task
 from sift_cli.runs.sources import source_of
@@ -139,10 +146,14 @@ def open_session(
     if tuned is None:
         assert folder is not None
         torch.manual_seed(recipe.train.seed)
+        before = base_config(folder)
+        task = task.on_head(before)
         config = task.configure(folder)
-        tuned = load_model(folder, task.auto, config, DTYPES[recipe.model.dtype])
+        dtype, new_head = DTYPES[recipe.model.dtype], train and task.new_head
+        tuned = load_model(folder, task.auto, config, dtype, new_head=new_head)
+        head = task.told_head(before, bool(tuned.new))
     else:
-        task.require_fit(tuned.model.config)
+        task, head = task.fitted(tuned.model.config), None
     tuned.model.to(where)  # type: ignore[arg-type]
     check_length(data.max_length, tuned.model, tuned.tokenizer)
     settings = recipe.train
@@ -161,7 +172,7 @@ def open_session(
         bf16=autocasts(recipe.model, recipe.train, where),
         eval_batch_size=recipe.eval.batch_size,
         eval_max_tokens=recipe.eval.max_tokens,
-        notes=tuple(said),
+        notes=(*([head] if head else []), *tuned.notes, *said),
     )
 
 

@@ -18,7 +18,7 @@ from sift_cli.runs.language import language_of
 from sift_cli.tasks.classification import Classification
 from sift_cli.tasks.kinds import load_as_it_is, task_of, task_of_config
 from sift_cli.tasks.sources import find_rows
-from sift_cli.tasks.table import LANGUAGE
+from sift_cli.tasks.table import LANGUAGE, text_columns
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.templates import TEMPLATE_FILE
 
@@ -64,14 +64,30 @@ def with_rows(
     return recipe.model_copy(update={"data": data}), split or ("train" if source.whole else None)
 
 
+def require_texts(tuned: str, recipe: Recipe, texts: int) -> None:
+    """Raises SiftError where a row of its training had one text and here has two, or otherwise."""
+    columns = text_columns(recipe.data.task, recipe.data.text)
+    if texts == 2 and len(columns) == 1:
+        raise SiftError(
+            f"{tuned} was trained on one text ({columns[0]}); leave --pair out, or a column"
+        )
+    if texts == 1 and len(columns) == 2:
+        raise SiftError(
+            f"{tuned} was trained on pairs of texts ({', '.join(columns)}); give the second of "
+            "each with --pair, or in data.text"
+        )
+
+
 def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | None]:
     delta = load_delta(path)
     header = delta.header
     source = base or header.base.path
     folder = model_folder(source, None if base else header.base.revision)
     task = task_of(header)
-    loaded = load_model(folder, task.auto, task.configure(folder), DTYPES[header.base.dtype])
+    dtype, new_head = DTYPES[header.base.dtype], bool(delta.dense)
+    loaded = load_model(folder, task.auto, task.configure(folder), dtype, new_head=new_head)
     apply_delta(loaded.model, delta, source, stored_kinds(folder))
+    loaded.model.config.architectures = [type(loaded.model).__name__]  # not the base's any more
     if template := task.side_texts(folder).get(TEMPLATE_FILE):  # as a merged folder has it
         loaded.tokenizer.chat_template = template
     recipe = header.recipe  # a difference of two models may have none

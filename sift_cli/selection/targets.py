@@ -69,6 +69,39 @@ def output_head(model: nn.Module) -> set[str]:
     return {name for name, weight in model.named_parameters() if id(weight) in own}
 
 
+def left_out(
+    model: nn.Module, target: str | Sequence[str], trained: Container[str]
+) -> dict[str, int]:
+    """The sizes of the weights that `all-linear` goes past: matrices of no linear layer.
+
+    Such are the experts of a mixture that lie in one tensor. Embeddings are not meant, nor what is
+    `trained`, nor is anything where another target was asked for.
+    """
+    if "all-linear" not in ([target] if isinstance(target, str) else target):
+        return {}
+    known = linear_layers(model).keys() | output_head(model)
+    known |= {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embeddings")
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    return {
+        name: weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.dim() > 1 and name not in known and name not in trained
+    }
+
+
+def tell_left_out(sizes: Mapping[str, int]) -> str:
+    """What to say of the weights of `left_out`, with the target that would train them."""
+    kinds = dict.fromkeys(re.sub(r"^.*\.\d+\.", "", name) for name in sizes)
+    return (
+        f"all-linear leaves out {sum(sizes.values()):,} entries in {len(sizes)} weights of no "
+        f"linear layer; they train with selection.target: [all-linear, {', '.join(kinds)}]"
+    )
+
+
 def choose_vectors(model: nn.Module, exclude: Sequence[str], dense: Iterable[str]) -> list[str]:
     """Names of the biases and norm weights: the 1-d parameters beside `dense` and `exclude`."""
     linear, taken = linear_layers(model), set(dense)

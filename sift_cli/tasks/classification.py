@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from sift_cli.errors import SiftError
-from sift_cli.models.loading import UNLIMITED, LoadedModel, longest_row, read_config
+from sift_cli.models.loading import UNLIMITED, LoadedModel, base_config, longest_row
 from sift_cli.tasks.evaluation import collect
+from sift_cli.tasks.labels import codes_in, listed, names_of
 from sift_cli.tasks.language import is_causal
 from sift_cli.tasks.metrics import REGRESSION, Metrics, better, compute_metrics, short
 from sift_cli.tasks.table import head_width
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH = 32  # texts that are predicted at once
+FEW = 5  # rows for each label
 MISTAKES = 10  # so many rows of a split keep their text
 USE = """```python
 from transformers import pipeline
@@ -162,7 +164,7 @@ class Classification:
         Raises SiftError where there is no usable one.
         """
         names = dict(enumerate(self.labels if self.labels is not None else ["score"]))
-        return read_config(
+        return base_config(
             folder,
             num_labels=len(names),
             id2label=names,
@@ -175,24 +177,86 @@ class Classification:
         config.num_labels = 2
         config.problem_type = None
 
-    def require_fit(self, config: PretrainedConfig) -> None:
-        """Raises SiftError where a model has no head for this task, or none as wide."""
+    def fitted(self, config: PretrainedConfig) -> Classification:
+        """The task with its labels as a tuned model has them: by name, in the order of its outputs.
+
+        Raises SiftError where the model has no head for this task, or where a label is no output.
+        """
         if is_causal(config):
             kind = ", ".join(config.architectures or [])
             raise SiftError(
                 f"data.task: {self.name} needs a model with a head for it, and the model is {kind}"
             )
-        if config.num_labels != self.width:
-            raise SiftError(
-                f"the model has {config.num_labels} outputs, the task {self.name} needs "
-                f"{self.width}"
-            )
+        names = names_of(config)
+        if self.labels is None or config.num_labels == 1 or names is None:
+            if config.num_labels != self.width:
+                raise SiftError(
+                    f"the model has {config.num_labels} outputs, the task {self.name} needs "
+                    f"{self.width}"
+                )
+            return self
+        codes = codes_in(self.labels, names, f"data.task: {self.name}")
+        if codes == list(range(len(names))):
+            return replace(self, labels=names)
+
+        def recoded(rows: Dataset) -> Dataset:
+            labels = [codes[code] for code in rows["label"]]
+            return rows.remove_columns("label").add_column("label", labels)
+
+        return replace(
+            self,
+            labels=names,
+            train=None if self.train is None else recoded(self.train),
+            evaluation={suffix: recoded(rows) for suffix, rows in self.evaluation.items()},
+        )
+
+    def on_head(self, config: PretrainedConfig) -> Classification:
+        """The task on a base of this configuration, whose head may be tuned already.
+
+        Where its outputs have the names of the labels in another order, theirs is taken.
+        """
+        if self.labels is None or not _is_tuned(config) or config.num_labels != self.width:
+            return self
+        try:
+            return self.fitted(config)
+        except SiftError:
+            return self  # of another task
+
+    def told_head(self, config: PretrainedConfig, new: bool) -> str:
+        """What to say of the head, of which something is `new`, on a base of this configuration."""
+        if new:
+            was = f", in place of the base's of {config.num_labels}" * _is_tuned(config)
+            return f"head: new, for {self._outputs()}{was}"
+        names = names_of(config) if self.labels is not None else None
+        if names is None or names == self.labels:
+            return f"head: the base's, kept for {self._outputs()}"
+        return f"head: the base's, kept, whose outputs were {listed(names)}: {self._outputs()} now"
+
+    def _outputs(self) -> str:
+        return (
+            "a number"
+            if self.labels is None
+            else f"{len(self.labels)} labels {listed(self.labels)}"
+        )
 
     def ready(
         self, loaded: LoadedModel, *, packs: bool, chunk_loss: int | str
     ) -> tuple[Classification, list[str]]:
-        """Itself, and its notes."""
-        return self, list(self.notes)
+        """Itself, and its notes, and which labels the rows to evaluate on say little of."""
+        if self.labels is None:
+            return self, list(self.notes)
+        said = list(self.notes)
+        for suffix, rows in self.evaluation.items():
+            there = {*rows["label"]}
+            lacking = [name for code, name in enumerate(self.labels) if code not in there]
+            if lacking:
+                said.append(f"evaluation{suffix}: no row has the label {listed(lacking)}")
+            if len(rows) < FEW * len(self.labels):
+                said.append(
+                    f"evaluation{suffix}: {len(rows)} rows for {len(self.labels)} labels, so that "
+                    f"one row moves accuracy by {1 / len(rows):.2g}"
+                )
+        return self, said
 
     def expected(
         self, config: PretrainedConfig, kind: str, *, packs: bool, chunk_loss: int | str
@@ -323,6 +387,10 @@ class Classification:
             one: dict[str, Any] = {"text": text} | ({"pair": pairs[at]} if pairs else {})
             out.append(one | self.kind.answer(logits[at], self.labels or ()))
         return out
+
+
+def _is_tuned(config: PretrainedConfig) -> bool:
+    return any("ForSequenceClassification" in one for one in config.architectures or [])
 
 
 def task_of_labels(labels: Sequence[str] | None) -> Classification:

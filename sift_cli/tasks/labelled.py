@@ -6,6 +6,7 @@ Importing this module loads no dataset library; functions do when they need it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import date, time
 from numbers import Number
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
 from sift_cli.tasks.classification import Classification, task_of_labels
+from sift_cli.tasks.labels import listed, plain
 from sift_cli.tasks.metrics import CLASSIFICATION, METRICS, REGRESSION
 from sift_cli.tasks.sources import (
     NUMBER_COLUMN,
@@ -53,7 +55,7 @@ def load_task(
     path, task, spec = source.path, source.task, TASKS.get(source.task)
     columns, column = text_columns(task, text), label or (spec.label if spec else "label")
     original = spec.original if spec else {}
-    raw = read_rows(source, numbers=(column, original.get(column, column)))
+    raw = read_rows(source, (column, original.get(column, column)))
     for name, some in raw.items():
         raw[name] = _usual_names(some, original)
     wanted = {name: take_split(raw, name, path) for name in evaluation_splits(raw, source.split)}
@@ -134,7 +136,7 @@ def _refuse_other_metrics(metrics: Sequence[str], names: Sequence[str] | None, c
 
 
 def _infer_labels(rows: Dataset, column: str) -> tuple[str, ...] | None:
-    """Label names from the data: a ClassLabel's, the sorted strings, or codes up to the largest."""
+    """Label names from the data: a ClassLabel's, the sorted strings or whole numbers."""
     import datasets
 
     require_columns(rows, "train", [column])
@@ -145,15 +147,34 @@ def _infer_labels(rows: Dataset, column: str) -> tuple[str, ...] | None:
     if all(isinstance(value, str) for value in values):
         return tuple(sorted(set(values)))
     if all(isinstance(value, bool | int) for value in values):
-        count = int(max(values)) + 1
+        count = int(max(values, default=0)) + 1
         if count > max(len(values), 100):
             raise SiftError(
                 f"data.label: {column!r} goes up to {count - 1:,} in {len(values):,} rows, so it "
                 "holds no codes of classes; name them in data.labels, or write 3.0 for 3 where "
                 "numbers are to be predicted"
             )
-        return tuple(str(code) for code in range(count))
+        return tuple(map(str, sorted({int(value) for value in values})))
     return None
+
+
+def _named(given: list[Any], own: Sequence[str], names: Sequence[str], split: str) -> list[Any]:
+    """The labels of a column by name, where its codes have names (`own`), or are names themselves.
+
+    Raises SiftError where the source has names, and none of them is one of `names`.
+    """
+    if not own or all(name.isdigit() for name in own):
+        if all(re.fullmatch(r"-?\d+", name) for name in names):
+            return [str(int(value)) if isinstance(value, int) else value for value in given]
+        return given
+    alike = {plain(name): name for name in names}
+    here = [alike.get(plain(name), name) for name in own]
+    if {*here}.isdisjoint(names):
+        raise SiftError(
+            f"data: the labels of the {split} split are called {listed(own)}, and those of the "
+            f"task {listed(names)}; name them alike in data.labels"
+        )
+    return [here[code] if code in range(len(here)) else code for code in given]
 
 
 def _check_rows(
@@ -189,8 +210,7 @@ def _check_rows(
     else:
         feature = rows.features[label]
         own = feature.names if isinstance(feature, ClassLabel) else []
-        if set(own) == set(names):  # the source's own codes, which may be in another order
-            given = [own[code] if code in range(len(own)) else code for code in given]
+        given = _named(given, own, names, split)
         codes = {name: code for code, name in enumerate(names)}
         coded = [
             codes.get(value, -1) if isinstance(value, str) else _whole(value) for value in given

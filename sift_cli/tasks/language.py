@@ -17,7 +17,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sift_cli.errors import SiftError
-from sift_cli.models.loading import LoadedModel, load_tokenizer, read_config
+from sift_cli.models.loading import LoadedModel, base_config, load_tokenizer
 from sift_cli.models.readout import whole_logits
 from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
 from sift_cli.tasks.conversations import asked_and_expected, row_of
@@ -95,20 +95,29 @@ class Language:
 
     def configure(self, folder: Path) -> PretrainedConfig:
         """The configuration of the base in `folder`; SiftError where it is no language model's."""
-        config = read_config(folder)
-        self.require_fit(config)
+        config = base_config(folder)
+        self.fitted(config)
         return config
 
     def unconfigure(self, config: PretrainedConfig) -> None:
         """Nothing: the base is a language model as well."""
 
-    def require_fit(self, config: PretrainedConfig) -> None:
-        """Raises SiftError where a configuration is that of another kind of model."""
+    def on_head(self, config: PretrainedConfig) -> Language:
+        """Itself."""
+        return self
+
+    def told_head(self, config: PretrainedConfig, new: bool) -> None:
+        """Nothing."""
+        return None
+
+    def fitted(self, config: PretrainedConfig) -> Language:
+        """Itself; SiftError where a configuration is that of another kind of model."""
         if not is_causal(config):
             named = ", ".join(config.architectures or ["no model"])
             raise SiftError(
                 f"data.task: {self.name} needs a causal language model, and the model is {named}"
             )
+        return self
 
     def ready(
         self, loaded: LoadedModel, *, packs: bool, chunk_loss: int | str

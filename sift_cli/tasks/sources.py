@@ -171,18 +171,26 @@ def _refuse_idle(path: str, source: Found, cells: Cells) -> None:
             raise SiftError(f"data.{key}: it is for .csv and .tsv files, and {path} holds none")
 
 
-def read_rows(source: Source, numbers: Sequence[str] = ()) -> DatasetDict:
+def read_rows(source: Source, labels: Sequence[str] = ()) -> DatasetDict:
     """The splits of `load_splits`, some training rows held out or left out as the source says.
 
+    `labels` names the columns that may hold them: their cells may be numbers, and rows are held out
+    of each class in proportion, where there are classes.
     Raises SiftError where that leaves none to train on.
     """
-    raw = load_splits(source.path, source.task, source.config, source.cells, numbers)
+    raw = load_splits(source.path, source.task, source.config, source.cells, labels)
     split, seed = source.split, source.seed
 
     def hold_out(key: str, share: float) -> None:
         whole = take_split(raw, "train", source.path)
         if not 0 < math.ceil(share * len(whole)) < len(whole):
             raise SiftError(f"data.{key}: {share} leaves none of {len(whole)} rows to train on")
+        column = next((one for one in labels if one in whole.column_names), None)
+        classes = list(whole[column]) if column else []
+        if classes and not any(isinstance(one, float | list | dict) for one in classes):
+            kept, held = held_of_each(classes, math.ceil(share * len(whole)), seed)
+            raw[split], raw["train"] = whole.select(held), whole.select(kept)
+            return
         parts = whole.train_test_split(test_size=share, seed=seed)
         raw[split], raw["train"] = parts["test"], parts["train"]
 
@@ -194,6 +202,30 @@ def read_rows(source: Source, numbers: Sequence[str] = ()) -> DatasetDict:
     if source.inner_holdout is not None:
         hold_out("inner_holdout", source.inner_holdout)
     return raw
+
+
+def held_of_each(classes: Sequence[Any], count: int, seed: int) -> tuple[list[int], list[int]]:
+    """The rows to keep and the `count` rows to hold out of classes in proportion, in seeded order.
+
+    Of each class a row is kept, and one held out if it has two, as far as `count` goes.
+    """
+    import numpy as np
+
+    order = [int(row) for row in np.random.default_rng(seed).permutation(len(classes))]
+    rows: dict[Any, list[int]] = {}
+    for row in order:
+        rows.setdefault(classes[row], []).append(row)
+    quota = {name: min(1, len(some) - 1) for name, some in rows.items()}
+    if sum(quota.values()) > count:
+        quota = dict.fromkeys(rows, 0)
+    share = count / len(classes)
+    while sum(quota.values()) < count:  # to the class that is furthest below its share
+        free = [name for name, some in rows.items() if quota[name] < len(some) - 1]
+        free = free or [name for name, some in rows.items() if quota[name] < len(some)]
+        most = max(free, key=lambda name: share * len(rows[name]) - quota[name])
+        quota[most] += 1
+    held = {row for name, some in rows.items() for row in some[: quota[name]]}
+    return [row for row in order if row not in held], [row for row in order if row in held]
 
 
 def _read_files(split: str, files: Sequence[Path]) -> Dataset:

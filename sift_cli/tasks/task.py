@@ -102,8 +102,14 @@ class Task(Protocol):
     def unconfigure(self, config: PretrainedConfig) -> None:
         """Takes what `configure` put in out of `config`, in place."""
 
-    def require_fit(self, config: PretrainedConfig) -> None:
-        """Raises SiftError where the model of a configuration is not one for this task."""
+    def fitted(self, config: PretrainedConfig) -> Task:
+        """The task on a tuned model of this configuration; SiftError where it is none for it."""
+
+    def on_head(self, config: PretrainedConfig) -> Task:
+        """The task on a base of this configuration, in the order of a head that is tuned."""
+
+    def told_head(self, config: PretrainedConfig, new: bool) -> str | None:
+        """What to say of the head on such a base, of which something is new."""
 
     def ready(
         self, loaded: LoadedModel, *, packs: bool, chunk_loss: int | str

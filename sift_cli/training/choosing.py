@@ -24,7 +24,13 @@ from sift_cli.runs.summary import EntryCounts, Summary, Written
 from sift_cli.selection.scale import input_scales
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import Retained, Rule, beside, check, planned, select
-from sift_cli.selection.targets import choose_vectors, choose_weights, linear_layers
+from sift_cli.selection.targets import (
+    choose_vectors,
+    choose_weights,
+    left_out,
+    linear_layers,
+    tell_left_out,
+)
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
 from sift_cli.sparse.coordinates import Coordinates, InputScale
 from sift_cli.sparse.parameters import whole_supports
@@ -84,6 +90,11 @@ class Parts:
         sparse, rule = beside(model, sparse, vectors, rule)
         check(model, sparse, rule)
         return cls(sparse, vectors, dense, rule)
+
+    @property
+    def all(self) -> set[str]:
+        """The names of all that trains."""
+        return {*self.sparse, *self.vectors, *self.dense}
 
     def planned(self, model: nn.Module) -> dict[str, int]:
         """The entries of each weight that will train within the budget, from shapes alone."""
@@ -155,15 +166,19 @@ class Chooser:
         Raises SiftError where its patterns, densities, budgets, blocks or head do not fit.
         """
         start_of(train, session.model)  # raises where it cannot be
+        console = console or Console(stderr=True, quiet=True)
+        parts = Parts.of(selection, session.model, session.new, rule)
+        if sizes := left_out(session.model, selection.target, parts.all):
+            console.print(f"target: {tell_left_out(sizes)}", highlight=False)
         return cls(
             selection=selection,
             train=train,
             session=session,
             batches=batches,
-            parts=Parts.of(selection, session.model, session.new, rule),
+            parts=parts,
             every=selection.period,
             drop=selection.drop or 1.0,
-            console=console or Console(stderr=True, quiet=True),
+            console=console,
         )
 
     @property

@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_exits_with_4(recipe_file: Path, tmp_path: Pat
         (["eval", "nowhere/at/all"], "no such folder"),
         (["merge", "no.safetensors", "--out", "x"], "no such delta file"),
         (["predict", "{base}", "a", "b", "--pair", "c"], "give one for each"),
-        (["eval", "{base}"], "carries no recipe"),
+        (["eval", "{base}"], "has not been trained for this task"),
         (["train", "{recipe}", "--device", "tpu"], "no such device"),
         (["train", "{recipe}", "--set", "data.text=[nope]"], "no column 'nope'; it has"),
         (["train", "{recipe}", "--set", "selection.target=[qery]"], "matches 'qery'"),

@@ -281,8 +281,8 @@ def test_a_sharded_tuned_model(base: Path, tuned: Path, tmp_path: Path) -> None:
 def test_a_changed_buffer_is_refused(
     base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_buffer(*args: object) -> LoadedModel:
-        loaded = load_model(*args)  # type: ignore[arg-type]
+    def with_buffer(*args: object, **more: object) -> LoadedModel:
+        loaded = load_model(*args, **more)  # type: ignore[arg-type]
         loaded.model.register_buffer("steps", torch.tensor(3))
         return loaded
 

@@ -25,10 +25,11 @@ from sift_cli.delta.file import weight_delta
 from sift_cli.delta.identity import rest_fingerprints
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint, state_fingerprints
-from sift_cli.models.loading import INDEX_FILE
+from sift_cli.models.shards import INDEX_FILE
 from sift_cli.runs.tuned import load_tuned
 from sift_cli.sparse import Support
 from tests.support.command import Run
+from tests.support.folders import shard
 from tests.support.models import SIZE, save_base, tiny_model, tiny_tokenizer
 
 # of a merge's report, in their order; others follow where more was asked for
@@ -102,24 +103,6 @@ def test_the_folder_is_ordinary(run: Run, tmp_path: Path) -> None:
     assert config["problem_type"] == "single_label_classification"
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("good film")["input_ids"][0] == 2
     assert not list(tmp_path.glob("merged.partial"))
-
-
-def shard(folder: Path, parts: int) -> dict[str, list[str]]:
-    """Splits the folder's one file into `parts`, with an index; returns the names in each."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(weights)
-    files = {
-        f"model-{at + 1:05}-of-{parts:05}.safetensors": names[at::parts] for at in range(parts)
-    }
-    for file, part in files.items():
-        save_file({n: weights[n] for n in part}, folder / file, metadata={"format": "pt"})
-    index = {
-        "metadata": {"total_size": sum(w.nbytes for w in weights.values())},
-        "weight_map": {n: f for f, part in files.items() for n in part},
-    }
-    (folder / INDEX_FILE).write_text(json.dumps(index))
-    return files
 
 
 def test_sharded_bases_stay_sharded_and_come_back(run: Run, base: Path, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_an_architecture_without_a_classification_head(base: Path) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_head_that_a_backbone_lacks_is_new(tmp_path: Path, architecture: str) -> None:
     folder = save_base(tmp_path / "base", architecture)
-    loaded = load_model(folder, AUTO, configured(folder, ["a", "b"]), torch.float32)
+    loaded = load_model(folder, AUTO, configured(folder, ["a", "b"]), torch.float32, new_head=True)
     assert loaded.new == NEW[architecture]
     saved = tiny_model(architecture, torch.float32).base_model.state_dict()
     held = loaded.model.base_model.state_dict()
@@ -209,7 +209,7 @@ def test_a_head_of_the_right_size_is_not_new(tmp_path: Path, architecture: str) 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_head_of_another_size_is_new(tmp_path: Path, architecture: str) -> None:
     folder = save_whole(tmp_path / "whole", architecture)
-    loaded = load_model(folder, AUTO, configured(folder, ["a", "b"]))
+    loaded = load_model(folder, AUTO, configured(folder, ["a", "b"]), new_head=True)
     assert loaded.new == RESIZED[architecture]
     weights = dict(loaded.model.named_parameters())
     assert len(weights[loaded.new[0]]) == 2
@@ -226,8 +226,8 @@ def test_the_head_fits_the_task(base: Path) -> None:
 
 def test_the_dtype_is_that_of_the_folder_unless_given(tmp_path: Path) -> None:
     folder = save_base(tmp_path / "half", dtype=torch.bfloat16)
-    assert load_as_it_is(folder).model.dtype == torch.bfloat16
-    assert load_model(folder, AUTO, dtype=torch.float32).model.dtype == torch.float32
+    assert load_model(folder, AUTO, new_head=True).model.dtype == torch.bfloat16
+    assert load_model(folder, AUTO, dtype=torch.float32, new_head=True).model.dtype == torch.float32
 
 
 def test_loading_says_nothing(
@@ -240,7 +240,7 @@ def test_loading_says_nothing(
     folder = save_whole(tmp_path / "whole")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     capfd.readouterr()
-    load_model(folder, AUTO, configured(folder, ["a", "b"]))
+    load_model(folder, AUTO, configured(folder, ["a", "b"]), new_head=True)
     assert capfd.readouterr() == ("", "")
     assert caplog.messages == []
 
@@ -261,7 +261,7 @@ def test_a_tokenizer_without_a_padding_token_gets_one(
 ) -> None:
     folder = set_tokenizer(save_base(tmp_path / "gpt2", "gpt2"), **special)
     set_config(folder, pad_token_id=None)
-    loaded = load_as_it_is(folder)
+    loaded = load_model(folder, AUTO, new_head=True)
     (token,) = special.values()
     assert loaded.tokenizer.pad_token == token
     assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id
@@ -290,7 +290,7 @@ def test_padding_changes_no_logits(
     """These heads find the last token of a row by the padding that the configuration names."""
     folder = set_tokenizer(save_base(tmp_path / "base", architecture), **special)
     set_config(folder, pad_token_id=code)
-    loaded = load_model(folder, AUTO, configured(folder, ["a", "b"]), torch.float64)
+    loaded = load_model(folder, AUTO, configured(folder, ["a", "b"]), torch.float64, new_head=True)
     model = loaded.model.eval()
     rows = [[5, 6, 7], [5, 6, 7, 8, 9, 10]]
     collate = DataCollatorWithPadding(loaded.tokenizer)

@@ -43,7 +43,7 @@ class Completions:
 
     auto: ClassVar[Any] = AutoModelForCausalLM
     packs: ClassVar[bool] = False
-    new_head: ClassVar[bool] = False
+    new_head: ClassVar[bool] = True
     published: ClassVar[Published] = Published("text-generation", "CAUSAL_LM", (), "text", "")
 
     def configure(self, folder: Path) -> PretrainedConfig:
@@ -51,7 +51,14 @@ class Completions:
 
     def unconfigure(self, config: PretrainedConfig) -> None: ...
 
-    def require_fit(self, config: PretrainedConfig) -> None: ...
+    def fitted(self, config: PretrainedConfig) -> "Completions":
+        return self
+
+    def on_head(self, config: PretrainedConfig) -> "Completions":
+        return self
+
+    def told_head(self, config: PretrainedConfig, new: bool) -> None:
+        return None
 
     def ready(self, loaded: Any, **asked: Any) -> tuple["Completions", list[str]]:
         return self, []

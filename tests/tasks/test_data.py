@@ -20,7 +20,7 @@ from sift_cli.tasks import tokens
 from sift_cli.tasks.classification import Classification
 from sift_cli.tasks.labelled import load_task
 from sift_cli.tasks.metrics import REGRESSION
-from sift_cli.tasks.sources import BUILTIN, Source
+from sift_cli.tasks.sources import BUILTIN, Source, held_of_each
 from sift_cli.tasks.table import TASKS
 from sift_cli.tasks.tokens import encode
 from tests.support.models import VOCABULARY, WORDS, tiny_tokenizer
@@ -282,6 +282,44 @@ def test_holdout_parts_the_training_rows(tmp_path: Path) -> None:
     assert parted(seed=2) != (train, held)
 
 
+def test_holdout_takes_of_each_class_in_proportion(tmp_path: Path) -> None:
+    """However the rows are ordered, and at least one of a rare class."""
+    path = folder(tmp_path, train=rows(*["a"] * 70, *["b"] * 27, *["c"] * 3, key="t"))
+    for seed in range(5):
+        task = load_task(path, "custom", text=["t"], holdout=0.1, seed=seed)
+        assert task.train is not None
+        assert Counter(task.evaluation[""]["label"]) == {0: 7, 1: 2, 2: 1}
+        assert Counter(task.train["label"]) == {0: 63, 1: 25, 2: 2}
+        assert task.ready(None, packs=False, chunk_loss=0)[1] == [  # type: ignore[arg-type]
+            "evaluation: 10 rows for 3 labels, so that one row moves accuracy by 0.1"
+        ]
+
+
+@given(st.lists(st.sampled_from("aabbc"), min_size=2, max_size=60), st.data())
+def test_what_is_held_out_of_each_class(classes: list[str], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(classes) - 1))
+    kept, held = held_of_each(classes, count, seed=data.draw(st.integers(0, 3)))
+    assert sorted(kept + held) == list(range(len(classes)))
+    assert len(held) == count
+    sizes, of = Counter(classes), Counter(classes[row] for row in held)
+    pairs = sum(size > 1 for size in sizes.values())
+    if pairs <= count <= len(classes) - len(sizes):
+        for name, size in sizes.items():
+            assert of[name] < size
+            assert abs(of[name] - count * size / len(classes)) < len(sizes)
+            assert of[name] > 0 or size == 1
+
+
+def test_labels_that_no_row_to_evaluate_on_has_are_told(tmp_path: Path) -> None:
+    path = folder(
+        tmp_path, train=rows(*["a", "b", "c"] * 4, key="t"), validation=rows("a", key="t")
+    )
+    task = load_task(path, "custom", text=["t"])
+    said = task.ready(None, packs=False, chunk_loss=0)[1]  # type: ignore[arg-type]
+    assert said[0] == "evaluation: no row has the label [b, c]"
+    assert "1 rows for 3 labels" in said[1]
+
+
 def test_holdout_leaves_another_split_alone(tmp_path: Path) -> None:
     path = folder(tmp_path, train=rows(*[0, 1] * 5), test=rows(1, 0, 0))
     task = read(path, "sst2", holdout=0.5, split="test")
@@ -468,11 +506,13 @@ def test_string_labels_are_mapped_to_the_codes_of_the_task(tmp_path: Path) -> No
     ("marks", "labels", "codes"),
     [
         (("warm", "cold", "warm"), ("cold", "warm"), [1, 0, 1]),
-        ((0, 3, 1), ("0", "1", "2", "3"), [0, 3, 1]),
+        ((0, 3, 1), ("0", "1", "3"), [0, 2, 1]),
+        ((5, 1, 3), ("1", "3", "5"), [2, 0, 1]),
+        ((1, -1, 1), ("-1", "1"), [1, 0, 1]),
         ((True, False, True), ("0", "1"), [1, 0, 1]),
         ((0.5, 1.0, -2.0), None, [0.5, 1.0, -2.0]),
     ],
-    ids=["strings", "integers", "booleans", "floats"],
+    ids=["strings", "integers", "stars", "signs", "booleans", "floats"],
 )
 def test_a_custom_task_takes_its_labels_from_the_training_rows(
     tmp_path: Path, marks: tuple[Any, ...], labels: tuple[str, ...] | None, codes: list[Any]
@@ -508,6 +548,10 @@ def test_labels_that_are_given_come_in_code_order(tmp_path: Path) -> None:
     assert task.train["label"][:] == [0, 2]
     with pytest.raises(SiftError, match=r"outside \{0: 'warm', 1: 'hot'\}: 1 rows, .* 1 \('cold'"):
         custom(path, labels=["warm", "hot"])
+    stars = rows(5, 1, key="words", label="mark")
+    task = custom(folder(tmp_path / "stars", train=stars, validation=stars), labels=["5", "3", "1"])
+    assert task.train is not None
+    assert task.train["label"][:] == [0, 2]
 
 
 def test_a_label_that_only_the_evaluation_split_has_is_refused(tmp_path: Path) -> None:
@@ -714,6 +758,18 @@ def test_codes_of_a_class_label_follow_its_names_not_its_order(tmp_path: Path) -
     task = read(str(tmp_path), "sst2")
     assert task.train is not None
     assert list(task.train["label"]) == [1, 0, 0]
+
+
+def test_a_class_label_of_other_names_is_refused_with_both_lists(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"t": ["a", "b"], "y": [0, 1]})
+    rows = rows.cast_column("y", datasets.ClassLabel(names=["Warm", "cold"]))
+    for split in ("train", "validation"):
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(SiftError, match=r"called \[Warm, cold\], and those of the task \[x, y\]"):
+        load_task(str(tmp_path), "custom", text=["t"], label="y", labels=["x", "y"])
+    task = load_task(str(tmp_path), "custom", text=["t"], label="y", labels=["COLD", "warm"])
+    assert task.train is not None
+    assert list(task.train["label"]) == [1, 0]
 
 
 def test_a_column_of_ids_is_not_taken_for_labels(tmp_path: Path) -> None:
