@@ -110,7 +110,7 @@ def _takes(kind: Any) -> str:
     if origin is list:
         return "list"
     if origin is dict:
-        return "names" if get_args(kind)[1] is str else "patterns"
+        return "names" if get_args(kind)[1] is str else "numbers by name"
     if hasattr(kind, "__metadata__"):
         return _takes(get_args(kind)[0])
     return {"str": "text", "int": "integer", "float": "number", "bool": "true, false"}[

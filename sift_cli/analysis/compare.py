@@ -25,7 +25,7 @@ from sift_cli.recipe import AUTO, Rate, Recipe
 from sift_cli.runs.session import tell_emulated
 from sift_cli.runs.summary import Summary
 from sift_cli.selection.policies import POLICIES
-from sift_cli.tasks.metrics import better
+from sift_cli.tasks.metrics import better, own_metrics
 from sift_cli.training.choosing import rule_of
 from sift_cli.training.rates import with_rate
 
@@ -68,6 +68,7 @@ def compare(
     rates = rates or {}
     recipe = with_rate(recipe)
     rule_of(recipe.selection, allow_code)
+    own_metrics(recipe.metric_names, allow_code)
     check_methods([*methods, *rates])
     if not methods:
         raise SiftError("--methods: name one at least, such as sift,random,lora")

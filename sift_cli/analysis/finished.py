@@ -13,6 +13,7 @@ from sift_cli.recipe import Rate, load_recipe
 from sift_cli.runs.facts import flat, settings_of
 from sift_cli.runs.folder import RECIPE_FILE, SUMMARY_FILE
 from sift_cli.runs.summary import Summary
+from sift_cli.tasks.metrics import LOSS
 from sift_cli.tasks.table import LANGUAGE
 
 # what the table has columns for
@@ -81,7 +82,9 @@ class Finished:
             found |= {f"data.{key}": data[key] for key in keys}
             found["data.holdout"] = data["holdout"]
             found["eval.split"] = self.settings["eval"]["split"]
-        return found | {"metrics": ", ".join(self.summary.metrics)}
+        first, *more = self.summary.metrics
+        told = [first, *(name for name in more if not name.startswith(LOSS))]  # older runs lack it
+        return found | {"metrics": ", ".join(told)}
 
 
 def require_one_task(runs: Sequence[Finished]) -> None:

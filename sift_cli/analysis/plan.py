@@ -274,7 +274,7 @@ def device_memory(device: torch.device) -> int | None:
 
 def measured(recipe: Recipe, device: torch.device, allow_code: bool) -> dict[str, Any]:
     """The time of three steps, and of an epoch by the tokens of its batches."""
-    session = open_session(recipe, device=str(device))
+    session = open_session(recipe.without_code(), device=str(device))
     assert session.train is not None
     lengths = session.train.lengths
     batches = steps_of(recipe.train, lengths, session.task.packs)

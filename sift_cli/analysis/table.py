@@ -7,7 +7,7 @@ from typing import Any
 
 from sift_cli.recipe import AUTO, Rate
 from sift_cli.runs.summary import Summary
-from sift_cli.tasks.metrics import METRICS, shown
+from sift_cli.tasks.metrics import rises, shown
 
 REFERENCE = "sift"
 SELECTION = "selection."  # keys of what belongs to a method
@@ -150,7 +150,7 @@ class Comparison:
     @property
     def falls(self) -> bool:
         """Whether a lower metric is better."""
-        return self.metric in METRICS and not METRICS[self.metric].rises
+        return not rises(self.metric)
 
     @property
     def best(self) -> TableRow | None:
@@ -166,7 +166,8 @@ def tabulated(
     runs: Sequence[FinishedRun], notes: Sequence[str], diverged: Sequence[Diverged] = ()
 ) -> Comparison:
     """A row for each group of runs, all of one task, with its difference from `sift`."""
-    metrics = list(runs[-1].summary.metrics)
+    shared = [run.summary.metrics for run in runs]
+    metrics = [name for name in shared[-1] if all(name in one for one in shared)]
     grouped: dict[tuple[Any, ...], list[FinishedRun]] = {}
     for run in runs:
         grouped.setdefault((run.method, str(run.density), run.settings), []).append(run)

@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,7 @@ from sift_cli.cli.options import (
     stderr,
     stdout,
 )
+from sift_cli.cli.tables import show_classes
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.tasks.metrics import shown
 
@@ -172,6 +174,7 @@ def evaluate(
     batch_size: TaskBatch = None,
     out: TasksOut = None,
     device: Device = None,
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -199,13 +202,23 @@ def evaluate(
     if given is None and own is None:
         raise SiftError(f"{tuned} carries no recipe; name the data with --recipe")
     chosen = given or parse_recipe(own.to_yaml(), tuned, overrides or [])  # type: ignore[union-attr]
-    session = open_session(chosen, device=device, train=False, split=split, tuned=loaded)
-    metrics = session.evaluate()
+    session = open_session(
+        chosen, device=device, train=False, split=split, tuned=loaded, allow_code=allow_code
+    )
+    outputs = session.predict()
+    metrics = session.score(outputs)
+    classes = {
+        suffix: session.task.by_class(lines) for suffix, lines in session.lines(outputs).items()
+    }
     if as_json:
-        print_json({"metrics": metrics})
+        told = {"classes" + key: [asdict(one) for one in rows] for key, rows in classes.items()}
+        print_json({"metrics": metrics, **{key: rows for key, rows in told.items() if rows}})
         return
     rows = sum(map(len, session.evaluation.values()))
     table = Table("metric", "value", title=f"{session.task.name}, {rows:,} rows")
     for name, value in metrics.items():
         table.add_row(name, shown(value))
     print_table(table)
+    for suffix, some in classes.items():
+        if some:
+            show_classes(some, suffix)

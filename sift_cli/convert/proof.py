@@ -154,8 +154,11 @@ def prove_logits(logits: Tensor, trained: Tensor, dtype: str) -> float:
 
 
 def score(folder: Path, recipe: Recipe) -> Metrics:
-    """The metrics of the folder's model on the evaluation split of the recipe's data."""
-    return open_session(recipe, train=False, tuned=reload(folder)).evaluate()
+    """The metrics of the folder's model on the evaluation split of the recipe's data.
+
+    Those that are code are left out: a delta by other hands may name any.
+    """
+    return open_session(recipe.without_code(), train=False, tuned=reload(folder)).evaluate()
 
 
 def prove_metrics(metrics: Metrics, trained: Metrics) -> None:

@@ -10,7 +10,7 @@ from pydantic import (
     model_validator,
 )
 
-from sift_cli.recipe.evaluation import EvalSection
+from sift_cli.recipe.evaluation import METRIC_SCHEMA, EvalSection, MetricName
 from sift_cli.recipe.kinds import (
     Names,
     PositiveInt,
@@ -23,16 +23,12 @@ from sift_cli.recipe.kinds import (
 )
 from sift_cli.recipe.selection import SelectionSection, policy_row
 from sift_cli.tasks.conversations import FORMATS, NAMES
-from sift_cli.tasks.metrics import METRICS
+from sift_cli.tasks.metrics import is_code
 from sift_cli.tasks.table import LANGUAGE, TASKS
 
 AUTO = "auto"  # of train.learning_rate
 TaskName = Annotated[str, one_of([*TASKS, "custom", *LANGUAGE])]
-MetricNames = Annotated[
-    list[Annotated[str, one_of(METRICS)]],
-    BeforeValidator(as_list),
-    or_list({"enum": list(METRICS)}),
-]
+MetricNames = Annotated[list[MetricName], BeforeValidator(as_list), or_list(METRIC_SCHEMA)]
 
 
 class ModelSection(Section):
@@ -88,8 +84,9 @@ class DataSection(Section):
     metrics: MetricNames | None = Field(
         None,
         min_length=1,
-        description="the first decides what is best; loss is the mean over rows, over supervised "
-        "tokens for language tasks",
+        description="the first decides what is best; precision, recall and f1 are of class 1, "
+        "NAME:CLASS of another; FILE.py:FUNCTION is one of your own; loss, which is always among "
+        "them, is the mean over rows, over supervised tokens for language tasks",
     )
     format: Annotated[str, one_of([AUTO, *FORMATS])] | None = Field(
         None, description="how rows are laid out; auto: as their columns tell"
@@ -191,6 +188,19 @@ def _chunk_loss(value: object) -> object:
     raise ValueError(f"give auto, off or a number of tokens, got {value!r}")
 
 
+BALANCED = "balanced"  # of train.class_weights
+ClassWeights = Literal["balanced"] | dict[str, Number]
+
+
+def _class_weights(value: object) -> object:
+    """`balanced`, or a weight above 0 by class."""
+    if isinstance(value, dict):
+        return checked(dict[str, Number], value)
+    if value in (None, BALANCED):
+        return value
+    raise ValueError(f"give balanced, or {{CLASS: WEIGHT}}, got {value!r}")
+
+
 class TrainSection(Section):
     """The optimisation."""
 
@@ -240,6 +250,14 @@ class TrainSection(Section):
     )
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.06, description="share of the steps")
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    class_weights: Annotated[ClassWeights | None, BeforeValidator(_class_weights)] = Field(
+        None,
+        description="what a row counts in the loss by its class: {CLASS: WEIGHT}, 1 for classes "
+        "that are not named; balanced: all classes alike, however many rows they have",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of each label that is spread over all classes"
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="bfloat16 autocast or none; auto: bfloat16 on a GPU that has it"
@@ -326,8 +344,9 @@ class LogSection(Section):
     report: bool = Field(True, description="write report.html and plots after training")
 
 
-# Keys outside `data` that language tasks alone have.
+# Keys outside `data` that language tasks alone have, and those that all others alone have.
 TOKEN_KEYS = {"train": ("tokens", "packing", "chunk_loss"), "eval": ("samples", "generate")}
+CLASS_KEYS = {"train": ("class_weights", "label_smoothing")}
 
 
 class Recipe(Section):
@@ -355,16 +374,15 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _keys_of_tokens_fit_the_task(self) -> "Recipe":
-        if self.data.task in LANGUAGE:
-            return self
-        for section, keys in TOKEN_KEYS.items():
+        language = self.data.task in LANGUAGE
+        belongs = "rows with labels" if language else f"task: {' or '.join(LANGUAGE)}"
+        for section, keys in (CLASS_KEYS if language else TOKEN_KEYS).items():
             part = getattr(self, section)
             for key in keys:
                 usual = type(part).model_fields[key].default
                 if getattr(part, key) not in (usual, False):
                     raise ValueError(
-                        f"{section}.{key}: it belongs to task: {' or '.join(LANGUAGE)}, and would "
-                        "do nothing here"
+                        f"{section}.{key}: it belongs to {belongs}, and would do nothing here"
                     )
         return self
 
@@ -377,6 +395,20 @@ class Recipe(Section):
                 f"{longest:,}; give as many or more"
             )
         return self
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The metrics that it names."""
+        return [*(self.data.metrics or ()), *([self.eval.metric] if self.eval.metric else ())]
+
+    def without_code(self) -> "Recipe":
+        """The recipe with no metrics that are code."""
+        names = [name for name in self.data.metrics or () if not is_code(name)]
+        first = self.eval.metric
+        data = self.data.model_copy(update={"metrics": names or None})
+        metric = None if first is None or is_code(first) else first
+        evaluation = self.eval.model_copy(update={"metric": metric})
+        return self.model_copy(update={"data": data, "eval": evaluation})
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, in the order of the schema."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +20,18 @@ from transformers import (
 from sift_cli.errors import SiftError
 from sift_cli.models.loading import LoadedModel, read_config
 from sift_cli.tasks.language import is_causal
-from sift_cli.tasks.metrics import REGRESSION, Metrics, better, compute_metrics, short
+from sift_cli.tasks.metrics import (
+    CLASS,
+    NUMBER,
+    ClassScore,
+    Metric,
+    Metrics,
+    better,
+    compute_metrics,
+    evidence_of,
+    scores_by_class,
+    short,
+)
 from sift_cli.tasks.table import head_width
 from sift_cli.tasks.task import Loss, Published
 from sift_cli.tasks.tokens import Encoded, encode
@@ -43,6 +54,7 @@ Lines = list[dict[str, Any]]
 class LabelKind:
     """A row of the table of what differs between a label out of several and a number.
 
+    `holds` is the kind of its metrics, `metrics` are those that it has unless others are asked for.
     `problem` names transformers' loss, `target` is the dtype of labels in a batch. `predicted`
     makes what metrics see ([N]) of logits ([N, C]), `losses` each row's loss ([N]) of logits and
     labels ([N]). `lines` makes the lines of predictions.jsonl of logits, labels and label names,
@@ -50,6 +62,7 @@ class LabelKind:
     logits ([C]).
     """
 
+    holds: str
     problem: str
     target: torch.dtype
     metrics: tuple[str, ...]
@@ -85,7 +98,8 @@ def _label(logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
     return {"label": names[code], "probability": float(probabilities[code])}
 
 
-LABEL = LabelKind(
+LABELLED = LabelKind(
+    holds=CLASS,
     problem="single_label_classification",
     target=torch.long,
     metrics=("accuracy", "f1_macro"),
@@ -94,10 +108,11 @@ LABEL = LabelKind(
     lines=_lines_of_label,
     answer=_label,
 )
-NUMBER = LabelKind(
+NUMBERED = LabelKind(
+    holds=NUMBER,
     problem="regression",
     target=torch.float,
-    metrics=REGRESSION,
+    metrics=("pearson", "spearman"),
     predicted=lambda logits: logits.squeeze(-1),
     losses=lambda logits, labels: (logits.squeeze(-1) - labels).square(),
     lines=_lines_of_number,
@@ -106,7 +121,7 @@ NUMBER = LabelKind(
 
 
 def _kind(labels: Sequence[str] | None) -> LabelKind:
-    return NUMBER if labels is None else LABEL
+    return NUMBERED if labels is None else LABELLED
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,9 @@ class Classification:
     """A task whose rows have a label each: a name out of `labels`, or a number where that is None.
 
     Its rows have the columns `text` (or `text` and `pair`), `label`, `row`. MNLI has two splits to
-    evaluate on, "" and "_mismatched"; other tasks have one.
+    evaluate on, "" and "_mismatched"; other tasks have one. `own` are metrics that are no rows of
+    METRICS. `class_weights` are what a row of each class counts in the loss that trains, 1 unless
+    given, and `label_smoothing` what of each label goes to all classes alike.
     """
 
     name: str
@@ -122,6 +139,9 @@ class Classification:
     metrics: tuple[str, ...]
     train: Dataset | None
     evaluation: dict[str, Dataset]
+    own: Mapping[str, Metric] = field(default_factory=dict)
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
 
     auto: ClassVar[Any] = AutoModelForSequenceClassification
     packs: ClassVar[bool] = False
@@ -225,9 +245,18 @@ class Classification:
         batch: Mapping[str, Tensor] = DataCollatorWithPadding(tokenizer)(list(features))  # type: ignore[arg-type]
         return batch
 
-    def counted(self, data: Encoded, rows: Sequence[int]) -> int:
-        """The number of rows."""
-        return len(rows)
+    def counted(self, data: Encoded, rows: Sequence[int]) -> float:
+        """The number of rows, or what they count together by their classes."""
+        if self.class_weights is None:
+            return len(rows)
+        codes: list[int] = data.rows.select_columns("label")[list(rows)]["label"]
+        return sum(self.class_weights[code] for code in codes)
+
+    def row_weights(self, data: Encoded) -> Tensor | None:
+        """What each row counts by its class, [N]; None without class weights."""
+        if self.class_weights is None:
+            return None
+        return torch.tensor(self.class_weights, dtype=torch.float64)[self.targets(data)]
 
     def groups(self, data: Encoded) -> dict[str, list[int]]:
         """The rows of each label that there is, in code order; empty for a regression."""
@@ -249,8 +278,20 @@ class Classification:
         return {"input_ids": ids, "labels": torch.zeros(len(ids), dtype=self.kind.target)}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
-        """The sum over the batch's rows, by the loss of transformers for this kind of label."""
-        return Loss.of_mean(model(**batch).loss, len(batch["labels"]))
+        """The sum over the batch's rows, by the loss of transformers for this kind of label.
+
+        With class weights or label smoothing it is torch's cross-entropy with these.
+        """
+        labels = batch["labels"]
+        if self.class_weights is None and not self.label_smoothing:
+            return Loss.of_mean(model(**batch).loss, len(labels))
+        logits = self.outputs(model, batch)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        weights = wide.new_tensor(self.class_weights or [1.0] * self.width)
+        mean = nn.functional.cross_entropy(
+            wide, labels, weights, label_smoothing=self.label_smoothing
+        )
+        return Loss.of_mean(mean, float(weights[labels].sum()))
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The logits, [B, C]."""
@@ -265,9 +306,15 @@ class Classification:
     def score(self, outputs: Tensor, data: Encoded) -> Metrics:
         """The task's metrics of a split, of which all logits are there (fp32 [N, C])."""
         labels = torch.tensor(data.rows["label"][:])
-        predicted = self.kind.predicted(outputs)
-        losses = self.kind.losses(outputs.double(), labels)
-        return compute_metrics(self.metrics, predicted.numpy(), labels.numpy(), losses.numpy())
+        wide = outputs.double()
+        evidence = evidence_of(
+            self.kind.predicted(outputs).numpy(),
+            labels.numpy(),
+            self.kind.losses(wide, labels).numpy(),
+            None if self.labels is None else wide.softmax(-1).numpy(),
+            self.labels or (),
+        )
+        return compute_metrics(self.metrics, evidence, self.own)
 
     def better(self, new: Metrics, old: Metrics | None) -> bool:
         """Whether the first metric is better; an undefined one gives way to any later one."""
@@ -288,6 +335,13 @@ class Classification:
                 one = rows[at]
                 lines[at] |= {key: one[key] for key in ("text", "pair") if key in one}
         return lines
+
+    def by_class(self, lines: Sequence[Mapping[str, Any]]) -> list[ClassScore]:
+        """The score of each label, from the `lines` of a split; none for a regression."""
+        if self.labels is None:
+            return []
+        labels, predicted = ([line[key] for line in lines] for key in ("label", "predicted"))
+        return scores_by_class(self.labels, labels, predicted)
 
     @torch.no_grad()
     def predict(

@@ -6,12 +6,13 @@ Importing this module loads no dataset library; functions do when they need it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
 from sift_cli.tasks.classification import Classification, task_of_labels
-from sift_cli.tasks.metrics import CLASSIFICATION, METRICS, REGRESSION
+from sift_cli.tasks.metrics import Metric, called, leading, require_fit
 from sift_cli.tasks.sources import (
     NUMBER_COLUMN,
     by_suffix,
@@ -36,6 +37,10 @@ def load_task(
     label: str | None = None,
     labels: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
+    first: str | None = None,
+    own: Mapping[str, Metric] | None = None,
+    class_weights: str | Mapping[str, float] | None = None,
+    label_smoothing: float = 0.0,
     config: str | None = None,
     split: str = "validation",
     holdout: float | None = None,
@@ -45,6 +50,10 @@ def load_task(
     train: bool = True,
 ) -> Classification:
     """Loads and checks the training rows (unless `train` is false) and those of the split `split`.
+
+    `first` is the metric that decides, if not the first of `metrics` (the task's unless given);
+    `own` are those that are code. `class_weights` are by name, or `balanced`: such that each class
+    counts alike over the training rows; without these, evaluation needs none.
 
     Raises SiftError for a source that is not there, a missing split or column, an empty split,
     labels outside the range, all-equal training labels, missing text, targets that are not finite
@@ -73,9 +82,47 @@ def load_task(
     if train and source is not None:
         rows = _check_rows(source, "train", columns, column, names)
         _refuse_one_label(rows, names, path)
-    chosen = tuple(metrics or (spec.metrics if spec else task_of_labels(names).metrics))
-    _refuse_other_metrics(chosen, names, column)
-    return Classification(task, names, chosen, rows, checked)
+    kind = task_of_labels(names).kind
+    chosen = metrics or (spec.metrics if spec else kind.metrics)
+    for key, some in (("data.metrics", chosen), ("eval.metric", [first] if first else [])):
+        require_fit(key, some, kind.holds, f"{column!r} holds", names or ())
+    wanted_metrics = tuple(map(called, leading(chosen, first)))
+    if names is None and (class_weights is not None or label_smoothing):
+        key = "label_smoothing" if class_weights is None else "class_weights"
+        raise SiftError(f"train.{key}: {column!r} holds numbers to predict, and no classes")
+    return Classification(
+        task,
+        names,
+        wanted_metrics,
+        rows,
+        checked,
+        own or {},
+        _class_weights(class_weights, names or (), rows),
+        label_smoothing,
+    )
+
+
+def _class_weights(
+    given: str | Mapping[str, float] | None, names: Sequence[str], rows: Dataset | None
+) -> tuple[float, ...] | None:
+    """What a row of each class counts, in code order; None where all count alike.
+
+    Balanced, a class counts N / (classes that have rows) over all of its rows, as in scikit-learn.
+    """
+    if given is None or (rows is None and isinstance(given, str)):
+        return None
+    if not isinstance(given, str):
+        if unknown := sorted(set(given) - set(names)):
+            raise SiftError(
+                f"train.class_weights: no class {unknown[0]!r}; there is {', '.join(names)}"
+            )
+        return tuple(float(given.get(name, 1.0)) for name in names)
+    assert rows is not None
+    counts = Counter(rows["label"][:])
+    return tuple(
+        len(rows) / (len(counts) * counts[code]) if counts[code] else 0.0
+        for code in range(len(names))
+    )
 
 
 def _labels(
@@ -95,19 +142,6 @@ def _refuse_one_label(rows: Dataset, names: Sequence[str] | None, path: str) -> 
         raise SiftError(
             f"{path}: all {len(rows):,} training rows have the label {rows['label'][0]}; "
             "nothing can be learnt from them"
-        )
-
-
-def _refuse_other_metrics(metrics: Sequence[str], names: Sequence[str] | None, column: str) -> None:
-    fitting = REGRESSION if names is None else CLASSIFICATION
-    if wrong := [name for name in metrics if METRICS[name].compute is None]:
-        raise SiftError(
-            f"data.metrics: {', '.join(wrong)} is of language models; use {', '.join(fitting)}"
-        )
-    if names is None and (wrong := [name for name in metrics if name in CLASSIFICATION]):
-        raise SiftError(
-            f"data.metrics: {', '.join(wrong)} needs classes, and {column!r} holds numbers "
-            f"to predict; use {', '.join(REGRESSION)}"
         )
 
 

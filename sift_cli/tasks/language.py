@@ -22,7 +22,7 @@ from sift_cli.models.readout import whole_logits
 from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
 from sift_cli.tasks.conversations import asked_and_expected, loaded
 from sift_cli.tasks.generation import Answer, answer, asked_ids
-from sift_cli.tasks.metrics import LANGUAGE, Metrics, better, score_tokens, short
+from sift_cli.tasks.metrics import LANGUAGE, ClassScore, Metrics, better, score_tokens, short
 from sift_cli.tasks.prompts import Prompt, prompts_of
 from sift_cli.tasks.table import LONGEST_ANSWER
 from sift_cli.tasks.task import Loss, Published
@@ -201,6 +201,9 @@ class Language:
         """The number of tokens that are learnt."""
         return sum(data.targets[row] for row in rows)
 
+    def row_weights(self, data: Encoded) -> None:
+        """None: tokens count alike."""
+
     def groups(self, data: Encoded) -> dict[str, list[int]]:
         """None: rows are of no classes."""
         return {}
@@ -259,6 +262,10 @@ class Language:
             return {"row": row, **said, "prompt": asked, "expected": expected}
 
         return [line(row) for row in sums]
+
+    def by_class(self, lines: Sequence[Mapping[str, Any]]) -> list[ClassScore]:
+        """None: rows are of no classes."""
+        return []
 
     def predict(
         self,

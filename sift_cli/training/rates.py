@@ -24,6 +24,7 @@ MORE = 2  # beyond the edge of these, where the best one lies there
 SHARE = 0.1  # of the steps, and of the training rows, which are held out
 FEWEST_STEPS, FEWEST_ROWS = 10, 50
 WIDTH = 384  # of MiniLM, on which the usual rates were measured
+ONE_LOSS = {"keep": "last", "metric": None, "patience": None, "samples": 0}  # of `eval`
 
 Trial = Callable[[Recipe, Path], Summary]  # a whole training into a folder; goes on where it can
 
@@ -122,7 +123,7 @@ def trial_of(recipe: Recipe, rate: float, steps: int) -> Recipe:
         update={
             "data": recipe.data.model_copy(update={"metrics": [LOSS], "inner_holdout": SHARE}),
             "train": recipe.train.model_copy(update=train),
-            "eval": recipe.eval.model_copy(update={"every": steps, "keep": "last", "samples": 0}),
+            "eval": recipe.eval.model_copy(update={"every": steps, **ONE_LOSS}),
             "log": recipe.log.model_copy(
                 update={"tensorboard": False, "wandb": False, "report": False}
             ),
