@@ -86,7 +86,7 @@ class Outline:
         """Reads the configuration of the model, and the rows where they are on this machine."""
         rule = rule_of(recipe.selection, allow_code)
         folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
-        expected_task(recipe.data.task, recipe.data.labels).configure(folder)  # or it raises
+        expected_task(*recipe.data.expected).configure(folder)  # or it raises
         rows = PlannedRows.of(recipe, folder)
         config = rows.task.configure(folder)
         if getattr(config, "pad_token_id", None) is None:

@@ -39,7 +39,7 @@ class PlannedRows:
             task = load_rows(recipe)
             tokenizer = load_tokenizer(folder)
         except SiftError as error:
-            return cls(expected_task(data.task, data.labels), None, {}, str(error).splitlines()[0])
+            return cls(expected_task(*data.expected), None, {}, str(error).splitlines()[0])
         assert task.train is not None
         return cls(
             task,

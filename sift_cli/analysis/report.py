@@ -57,7 +57,7 @@ def report(
     drawn = charts(
         recorded.metrics,
         weights,
-        predictions,
+        [] if summary.kind else predictions,
         summary.labels,
         summary.metrics_before,
         probed,
@@ -68,6 +68,7 @@ def report(
     page = _template().render(
         run=run,
         shown=shown,
+        named=lambda said: (", ".join(said) or "none") if isinstance(said, list) else said,
         base=recorded.recipe.model.path,
         summary=summary,
         tiles=_tiles(summary),

@@ -144,14 +144,15 @@ def _write(output: Path, lines: Iterator[dict[str, Any]]) -> None:
 
 def _print(predictions: list[dict[str, Any]]) -> None:
     """A table of what was asked and what came out."""
-    known = ("label", "probability", "score", "answer", "expected")
+    known = ("label", "labels", "probability", "score", "answer", "expected")
     keys = [key for key in known if any(key in one for one in predictions)]
     table = Table("text", *keys)
     for one in predictions:
         asked = one.get("text", one.get("prompt"))
         asked = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
         texts = " / ".join([asked, one["pair"]] if "pair" in one else [asked])
-        cells = [one.get(key, "") for key in keys]
+        found = (one.get(key, "") for key in keys)
+        cells = [", ".join(cell) or "none" if isinstance(cell, list) else cell for cell in found]
         shown = (visible(cell) if isinstance(cell, str) else f"{cell:.4f}" for cell in cells)
         table.add_row(escape(texts), *map(escape, shown))
     print_table(table)

@@ -66,6 +66,13 @@ def _renamed(value: object) -> object:
     return given
 
 
+def _label(value: object) -> object:
+    """A column, or at least two."""
+    if isinstance(value, list) and (len(value) < 2 or not all(isinstance(x, str) for x in value)):
+        raise ValueError(f"give a column, or at least two, got {value!r}")
+    return value
+
+
 class DataSection(Section):
     """The dataset and how its rows become inputs."""
 
@@ -79,7 +86,11 @@ class DataSection(Section):
     text: Names | None = Field(
         None, min_length=1, max_length=2, description="one or two text columns"
     )
-    label: str | None = Field(None, description="the label column")
+    label: Annotated[str | list[str] | None, BeforeValidator(_label)] = Field(
+        None,
+        description="the label column; lists in it are any of several labels, as are several "
+        "columns, one a label, that hold 0 or 1",
+    )
     labels: list[str] | None = Field(None, min_length=2, description="label names, in code order")
     metrics: MetricNames | None = Field(
         None,
@@ -117,6 +128,12 @@ class DataSection(Section):
         "choose settings without a look at it",
     )
 
+    @property
+    def expected(self) -> tuple[str, list[str] | None, bool]:
+        """What is known without the rows: the task, its labels, and that there are several."""
+        columns = self.label if isinstance(self.label, list) else None
+        return self.task, self.labels or columns, columns is not None
+
     @model_validator(mode="before")
     @classmethod
     def _as_the_task_has_it(cls, given: Any) -> Any:
@@ -150,6 +167,12 @@ class DataSection(Section):
             )
         if self.too_long == "split" and self.task != "text":
             raise ValueError("too_long: an answer is not split from its question; only texts are")
+        return self
+
+    @model_validator(mode="after")
+    def _a_name_for_each_column(self) -> "DataSection":
+        if isinstance(self.label, list) and len(self.labels or self.label) != len(self.label):
+            raise ValueError(f"labels: {len(self.label)} columns of labels need as many names")
         return self
 
     @model_validator(mode="after")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,10 +18,9 @@ from transformers import (
 
 from sift_cli.errors import SiftError
 from sift_cli.models.loading import LoadedModel, read_config
+from sift_cli.tasks.label_kinds import A_NUMBER, ANY_LABELS, LabelKind, kind_of
 from sift_cli.tasks.language import is_causal
 from sift_cli.tasks.metrics import (
-    CLASS,
-    NUMBER,
     ClassScore,
     Metric,
     Metrics,
@@ -30,9 +28,8 @@ from sift_cli.tasks.metrics import (
     compute_metrics,
     evidence_of,
     scores_by_class,
-    short,
 )
-from sift_cli.tasks.table import head_width
+from sift_cli.tasks.table import MULTI_LABEL, head_width
 from sift_cli.tasks.task import Loss, Published
 from sift_cli.tasks.tokens import Encoded, encode
 
@@ -47,86 +44,12 @@ classify = pipeline("text-classification", model="PATH_OR_ID_OF_THIS_FOLDER")
 classify({example})
 ```"""
 
-Lines = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class LabelKind:
-    """A row of the table of what differs between a label out of several and a number.
-
-    `holds` is the kind of its metrics, `metrics` are those that it has unless others are asked for.
-    `problem` names transformers' loss, `target` is the dtype of labels in a batch. `predicted`
-    makes what metrics see ([N]) of logits ([N, C]), `losses` each row's loss ([N]) of logits and
-    labels ([N]). `lines` makes the lines of predictions.jsonl of logits, labels and label names,
-    and how wrong each is ([N], 0 where it is right); `answer` what `sift predict` says of one row's
-    logits ([C]).
-    """
-
-    holds: str
-    problem: str
-    target: torch.dtype
-    metrics: tuple[str, ...]
-    predicted: Callable[[Tensor], Tensor]
-    losses: Callable[[Tensor, Tensor], Tensor]
-    lines: Callable[[Tensor, Tensor, Sequence[str]], tuple[Lines, Tensor]]
-    answer: Callable[[Tensor, Sequence[str]], dict[str, Any]]
-
-
-def _lines_of_label(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[Lines, Tensor]:
-    probability, code = logits.softmax(-1).max(-1)
-    lines = [
-        {"label": names[label], "predicted": names[one], "probability": short(value)}
-        for label, one, value in zip(
-            labels.tolist(), code.tolist(), probability.tolist(), strict=True
-        )
-    ]
-    return lines, probability.where(code != labels, 0.0)
-
-
-def _lines_of_number(logits: Tensor, labels: Tensor, _: Sequence[str]) -> tuple[Lines, Tensor]:
-    predicted = logits.squeeze(-1)
-    lines = [
-        {"label": short(label), "predicted": short(value)}
-        for label, value in zip(labels.tolist(), predicted.tolist(), strict=True)
-    ]
-    return lines, (predicted - labels).abs()
-
-
-def _label(logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    probabilities = logits.softmax(-1)
-    code = int(probabilities.argmax())
-    return {"label": names[code], "probability": float(probabilities[code])}
-
-
-LABELLED = LabelKind(
-    holds=CLASS,
-    problem="single_label_classification",
-    target=torch.long,
-    metrics=("accuracy", "f1_macro"),
-    predicted=lambda logits: logits.argmax(-1),
-    losses=partial(nn.functional.cross_entropy, reduction="none"),
-    lines=_lines_of_label,
-    answer=_label,
-)
-NUMBERED = LabelKind(
-    holds=NUMBER,
-    problem="regression",
-    target=torch.float,
-    metrics=("pearson", "spearman"),
-    predicted=lambda logits: logits.squeeze(-1),
-    losses=lambda logits, labels: (logits.squeeze(-1) - labels).square(),
-    lines=_lines_of_number,
-    answer=lambda logits, _: {"score": float(logits[0])},
-)
-
-
-def _kind(labels: Sequence[str] | None) -> LabelKind:
-    return NUMBERED if labels is None else LABELLED
-
 
 @dataclass(frozen=True)
 class Classification:
     """A task whose rows have a label each: a name out of `labels`, or a number where that is None.
+
+    Where they may have `several`, a row's label is a 0 or 1 for each name.
 
     Its rows have the columns `text` (or `text` and `pair`), `label`, `row`. MNLI has two splits to
     evaluate on, "" and "_mismatched"; other tasks have one. `own` are metrics that are no rows of
@@ -142,6 +65,7 @@ class Classification:
     own: Mapping[str, Metric] = field(default_factory=dict)
     class_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
+    several: bool = False
 
     auto: ClassVar[Any] = AutoModelForSequenceClassification
     packs: ClassVar[bool] = False
@@ -149,8 +73,8 @@ class Classification:
 
     @property
     def kind(self) -> LabelKind:
-        """The row of what differs between labels and numbers."""
-        return _kind(self.labels)
+        """The row of what differs between kinds of labels."""
+        return kind_of(self.labels, self.several)
 
     @property
     def width(self) -> int:
@@ -165,6 +89,8 @@ class Classification:
         else:
             predicts = ", ".join(f"`{label}`" for label in self.labels)
             names = f", id2label={dict(enumerate(self.labels))!r}"
+        if self.several:
+            predicts, names = f"any of {predicts}", f"{names}, problem_type={self.kind.problem!r}"
         return Published(
             pipeline_tag="text-classification",
             peft_type="SEQ_CLS",
@@ -218,8 +144,9 @@ class Classification:
         return self
 
     def header(self) -> dict[str, Any]:
-        """The labels, in code order; None for a regression."""
-        return {"labels": None if self.labels is None else list(self.labels)}
+        """The labels, in code order (None for a regression), and whether rows may have several."""
+        kind = {"kind": MULTI_LABEL} if self.several else {}
+        return {"labels": None if self.labels is None else list(self.labels), **kind}
 
     def side_texts(self, folder: Path) -> dict[str, str]:
         """Nothing: labels stand in the configuration."""
@@ -259,8 +186,8 @@ class Classification:
         return torch.tensor(self.class_weights, dtype=torch.float64)[self.targets(data)]
 
     def groups(self, data: Encoded) -> dict[str, list[int]]:
-        """The rows of each label that there is, in code order; empty for a regression."""
-        if self.labels is None:
+        """The rows of each label that there is, in code order; empty where they have no one."""
+        if self.labels is None or self.several:
             return {}
         found: dict[int, list[int]] = {}
         for row, label in enumerate(data.rows["label"]):
@@ -268,14 +195,14 @@ class Classification:
         return {self.labels[code]: found[code] for code in sorted(found)}
 
     def targets(self, data: Encoded) -> Tensor:
-        """The labels, [N]: int64 codes, or fp64 numbers."""
-        return torch.tensor(
-            data.rows["label"][:], dtype=torch.float64 if self.labels is None else torch.int64
-        )
+        """The labels: int64 codes [N], fp64 numbers [N], or fp64 0 and 1 [N, C]."""
+        coded = self.kind.target == torch.long
+        return torch.tensor(data.rows["label"][:], dtype=torch.int64 if coded else torch.float64)
 
     def example(self, ids: Tensor) -> dict[str, Tensor]:
         """A batch of made-up tokens (int64 [B, T]), each row with the first label, or with 0."""
-        return {"input_ids": ids, "labels": torch.zeros(len(ids), dtype=self.kind.target)}
+        shape = (len(ids), self.width) if self.several else (len(ids),)
+        return {"input_ids": ids, "labels": torch.zeros(shape, dtype=self.kind.target)}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
         """The sum over the batch's rows, by the loss of transformers for this kind of label.
@@ -291,7 +218,7 @@ class Classification:
         mean = nn.functional.cross_entropy(
             wide, labels, weights, label_smoothing=self.label_smoothing
         )
-        return Loss.of_mean(mean, float(weights[labels].sum()))
+        return Loss.of_mean(mean, weights[labels].sum())
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The logits, [B, C]."""
@@ -306,12 +233,12 @@ class Classification:
     def score(self, outputs: Tensor, data: Encoded) -> Metrics:
         """The task's metrics of a split, of which all logits are there (fp32 [N, C])."""
         labels = torch.tensor(data.rows["label"][:])
-        wide = outputs.double()
+        wide, kind = outputs.double(), self.kind
         evidence = evidence_of(
-            self.kind.predicted(outputs).numpy(),
-            labels.numpy(),
-            self.kind.losses(wide, labels).numpy(),
-            None if self.labels is None else wide.softmax(-1).numpy(),
+            kind.predicted(outputs).numpy(),
+            (labels if kind is A_NUMBER else labels.long()).numpy(),
+            kind.losses(wide, labels).numpy(),
+            None if kind.probabilities is None else kind.probabilities(wide).numpy(),
             self.labels or (),
         )
         return compute_metrics(self.metrics, evidence, self.own)
@@ -369,13 +296,17 @@ class Classification:
         return out
 
 
-def task_of_labels(labels: Sequence[str] | None) -> Classification:
+def task_of_labels(labels: Sequence[str] | None, several: bool = False) -> Classification:
     """The task, without rows, of a delta whose header or summary holds these labels."""
     names = None if labels is None else tuple(labels)
-    return Classification("custom", names, _kind(names).metrics, None, {})
+    metrics = kind_of(names, several).metrics
+    return Classification("custom", names, metrics, None, {}, several=several)
 
 
 def task_of_config(config: PretrainedConfig) -> Classification:
     """The task, without rows, of a head that a configuration describes."""
     names: dict[Any, str] = {**(config.id2label or {})}
-    return task_of_labels(None if len(names) == 1 else [names[code] for code in sorted(names)])
+    several = config.problem_type == ANY_LABELS.problem
+    if len(names) == 1 and not several:
+        return task_of_labels(None)
+    return task_of_labels([names[code] for code in sorted(names)], several)

@@ -11,7 +11,7 @@ from sift_cli.models.loading import load_model, read_config
 from sift_cli.tasks import classification
 from sift_cli.tasks.classification import Classification, task_of_labels
 from sift_cli.tasks.language import Language, is_causal, task_of_language
-from sift_cli.tasks.table import LANGUAGE, TASKS
+from sift_cli.tasks.table import LANGUAGE, MULTI_LABEL, TASKS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,6 +28,10 @@ class Stated(Protocol):
         """Label names in code order, None for a regression."""
 
     @property
+    def kind(self) -> str | None:
+        """What else the rows have than one label each; None where they have that."""
+
+    @property
     def language(self) -> Mapping[str, Any] | None:
         """What a language task says of itself; None for others."""
 
@@ -36,7 +40,7 @@ def task_of(stated: Stated) -> Task:
     """The task of a delta whose header, or of a run whose summary, says this."""
     if stated.language is not None:
         return task_of_language(stated.language)
-    return task_of_labels(stated.labels)
+    return task_of_labels(stated.labels, stated.kind == MULTI_LABEL)
 
 
 def task_of_config(config: PretrainedConfig) -> Task:
@@ -57,17 +61,15 @@ def task_of_tuned(config: PretrainedConfig, source: str) -> Task:
             f"{source} is {named}; a delta turns a base into a model for sequence classification "
             "or regression, or a causal language model"
         )
-    if config.problem_type == "multi_label_classification":
-        raise SiftError(f"{source} gives several labels at once; sift knows one label, or a score")
     return task_of_config(config)
 
 
-def expected_task(name: str, labels: Sequence[str] | None) -> Task:
+def expected_task(name: str, labels: Sequence[str] | None, several: bool = False) -> Task:
     """What a recipe's task will be: labels as given, else the task's, else two."""
     if name in LANGUAGE:
         return Language(name)
     spec = TASKS.get(name)
-    return task_of_labels(labels or (spec.labels if spec else ("0", "1")))
+    return task_of_labels(labels or (spec.labels if spec else ("0", "1")), several)
 
 
 def load_as_it_is(folder: Path) -> LoadedModel:

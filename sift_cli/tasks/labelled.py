@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
-from sift_cli.tasks.classification import Classification, task_of_labels
-from sift_cli.tasks.metrics import Metric, called, leading, require_fit
+from sift_cli.tasks.classification import Classification
+from sift_cli.tasks.label_kinds import ONE_LABEL, kind_of
+from sift_cli.tasks.metrics import KINDS, Metric, called, leading, require_fit
+from sift_cli.tasks.several import GATHERED, are_lists, gathered, held, names_in
 from sift_cli.tasks.sources import (
     NUMBER_COLUMN,
     by_suffix,
@@ -34,7 +36,7 @@ def load_task(
     task: str,
     *,
     text: Sequence[str] | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
     first: str | None = None,
@@ -51,6 +53,7 @@ def load_task(
 ) -> Classification:
     """Loads and checks the training rows (unless `train` is false) and those of the split `split`.
 
+    `label` is a column, of lists where rows may have several labels, or a column for each of these.
     `first` is the metric that decides, if not the first of `metrics` (the task's unless given);
     `own` are those that are code. `class_weights` are by name, or `balanced`: such that each class
     counts alike over the training rows; without these, evaluation needs none.
@@ -73,23 +76,30 @@ def load_task(
     columns, column = text_columns(task, text), label or (spec.label if spec else "label")
     wanted = {name: take_split(raw, name, path) for name in evaluation_splits(raw, split)}
     source = take_split(raw, "train", path) if train or spec is None else None
-    names = _labels(labels, spec, source, column)
+    if not isinstance(column, str):
+        given, labels, column = column, labels or column, GATHERED
+        wanted = {key: gathered(rows, key, given, labels) for key, rows in wanted.items()}
+        source = source and gathered(source, "train", given, labels)
+    known = source or next(iter(wanted.values()))
+    several = are_lists(known, column)
+    names = _labels(labels, spec, source, column, several)
     checked = {
-        suffix: _check_rows(rows, where, columns, column, names)
+        suffix: _check_rows(rows, where, columns, column, names, several)
         for where, (suffix, rows) in zip(wanted, by_suffix(wanted).items(), strict=True)
     }
     rows = None
     if train and source is not None:
-        rows = _check_rows(source, "train", columns, column, names)
+        rows = _check_rows(source, "train", columns, column, names, several)
         _refuse_one_label(rows, names, path)
-    kind = task_of_labels(names).kind
-    chosen = metrics or (spec.metrics if spec else kind.metrics)
+    kind = kind_of(names, several)
+    chosen = metrics or (spec.metrics if spec and not several else kind.metrics)
+    said = "there are" if column == GATHERED else f"{column!r} holds"
     for key, some in (("data.metrics", chosen), ("eval.metric", [first] if first else [])):
-        require_fit(key, some, kind.holds, f"{column!r} holds", names or ())
+        require_fit(key, some, kind.holds, said, names or ())
     wanted_metrics = tuple(map(called, leading(chosen, first)))
-    if names is None and (class_weights is not None or label_smoothing):
+    if kind is not ONE_LABEL and (class_weights is not None or label_smoothing):
         key = "label_smoothing" if class_weights is None else "class_weights"
-        raise SiftError(f"train.{key}: {column!r} holds numbers to predict, and no classes")
+        raise SiftError(f"train.{key}: it is for one label a row, and {said} {KINDS[kind.holds]}")
     return Classification(
         task,
         names,
@@ -99,6 +109,7 @@ def load_task(
         own or {},
         _class_weights(class_weights, names or (), rows),
         label_smoothing,
+        several,
     )
 
 
@@ -126,7 +137,11 @@ def _class_weights(
 
 
 def _labels(
-    given: Sequence[str] | None, spec: TaskSpec | None, source: Dataset | None, column: str
+    given: Sequence[str] | None,
+    spec: TaskSpec | None,
+    source: Dataset | None,
+    column: str,
+    several: bool,
 ) -> tuple[str, ...] | None:
     """Label names in code order, None for a regression: as given, the task's, or the data's."""
     if given is not None:
@@ -134,13 +149,14 @@ def _labels(
     if spec is not None:
         return spec.labels
     assert source is not None
-    return _infer_labels(source, column)
+    return names_in(source, "train", column) if several else _infer_labels(source, column)
 
 
 def _refuse_one_label(rows: Dataset, names: Sequence[str] | None, path: str) -> None:
-    if names is not None and len(set(rows["label"])) == 1:
+    first = rows["label"][0]
+    if names is not None and all(label == first for label in rows["label"]):
         raise SiftError(
-            f"{path}: all {len(rows):,} training rows have the label {rows['label'][0]}; "
+            f"{path}: all {len(rows):,} training rows have the label {first}; "
             "nothing can be learnt from them"
         )
 
@@ -174,6 +190,7 @@ def _check_rows(
     text: Sequence[str],
     label: str,
     names: tuple[str, ...] | None,
+    several: bool = False,
 ) -> Dataset:
     """The same rows with the columns text, pair, label and row alone, every value checked."""
     from datasets import ClassLabel, Dataset
@@ -185,6 +202,9 @@ def _check_rows(
         values = column_values(rows, split, column)
         refuse_rows(split, f"text in {column!r} is missing", numbers, [v is None for v in values])
         out[key] = [str(value) for value in values]
+    if several:
+        out["label"] = held(rows, split, label, names or ())
+        return Dataset.from_dict(out | {"row": numbers})
     given = column_values(rows, split, label)
     if names is None:
         numeric = [isinstance(value, int | float) for value in given]

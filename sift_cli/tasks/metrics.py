@@ -21,15 +21,21 @@ Metrics = Mapping[str, float | None]  # by name; None where one is undefined
 
 # What a metric may ask for, of a split of N rows. Codes of classes are the places of their names.
 EVIDENCE = {
-    "predicted": "what the model says of each row, [N]: codes of classes, or numbers",
-    "labels": "what is true of it, [N]",
-    "probabilities": "of each class, [N, C]; of classes alone",
-    "names": "the names of the classes, in the order of their codes; of classes alone",
+    "predicted": "what the model says of each row, [N]: codes of classes, or numbers; of several "
+    "labels a row 0 or 1 for each class, [N, C]",
+    "labels": "what is true of it, as `predicted`",
+    "probabilities": "of each class, [N, C]; not of numbers",
+    "names": "the names of the classes, in the order of their codes; not of numbers",
     "losses": "the loss of each row, [N]",
 }
-CLASS, NUMBER, TOKENS = "class", "number", "tokens"  # what a task has its model predict
-OWN_KINDS = (CLASS, NUMBER)  # of functions in files
-KINDS = {CLASS: "classes", NUMBER: "numbers to predict", TOKENS: "tokens of a language model"}
+CLASS, SEVERAL, NUMBER, TOKENS = "class", "several", "number", "tokens"  # what a model predicts
+OWN_KINDS = (CLASS, SEVERAL, NUMBER)  # of functions in files
+KINDS = {
+    CLASS: "classes",
+    SEVERAL: "several labels a row",
+    NUMBER: "numbers to predict",
+    TOKENS: "tokens of a language model",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,12 @@ class Metric:
 
 def _same(values: Array) -> bool:
     return bool(values.min() == values.max())
+
+
+def _is(codes: Array, code: int) -> Array:
+    """Whether rows are of a class, bool [N]: of codes [N], or of 0 and 1 for each class [N, C]."""
+    of: Array = codes == code if codes.ndim == 1 else codes[:, code] == 1
+    return of
 
 
 def _accuracy(predicted: Array, labels: Array) -> float:
@@ -105,9 +117,13 @@ def _roc_auc(probabilities: Array, labels: Array) -> float | None:
     from sklearn import metrics
 
     count = probabilities.shape[1]
-    classes = [1] if count == 2 else range(count)
-    defined = [code for code in classes if not _same(labels == code)]
-    found = [metrics.roc_auc_score(labels == one, probabilities[:, one]) for one in defined]
+    classes = [1] if count == 2 and labels.ndim == 1 else range(count)
+    truths = {code: _is(labels, code) for code in classes}
+    found = [
+        metrics.roc_auc_score(truth, probabilities[:, code])
+        for code, truth in truths.items()
+        if not _same(truth)
+    ]
     return float(sum(found) / len(found)) if found else None
 
 
@@ -175,18 +191,22 @@ METRICS = {
     "balanced_accuracy": Metric(_balanced_accuracy, (CLASS,)),
     **{name: Metric(_of_one_class(name), (CLASS,)) for name in ONE_CLASS},
     **{
-        f"{name}_{average}": Metric(_mean_over_classes(name, average), (CLASS,))
+        f"{name}_{average}": Metric(_mean_over_classes(name, average), (CLASS, SEVERAL))
         for name in ONE_CLASS
         for average in ("macro", "weighted")
     },
-    "roc_auc": Metric(_roc_auc, (CLASS,)),
+    **{
+        f"{name}_micro": Metric(_mean_over_classes(name, "micro"), (SEVERAL,)) for name in ONE_CLASS
+    },
+    "subset_accuracy": Metric(_accuracy, (SEVERAL,)),
+    "roc_auc": Metric(_roc_auc, (CLASS, SEVERAL)),
     "matthews": Metric(_matthews, (CLASS,)),
     "pearson": Metric(_pearson, (NUMBER,)),
     "spearman": Metric(_spearman, (NUMBER,)),
     "mae": Metric(_mae, (NUMBER,), rises=False),
     "rmse": Metric(_rmse, (NUMBER,), rises=False),
     "r2": Metric(_r2, (NUMBER,)),
-    LOSS: Metric(_loss, (CLASS, NUMBER, TOKENS), rises=False),
+    LOSS: Metric(_loss, tuple(KINDS), rises=False),
     "perplexity": Metric(_perplexity, (TOKENS,), rises=False),
     "token_accuracy": Metric(_token_accuracy, (TOKENS,)),
 }
@@ -245,6 +265,8 @@ def require_fit(
     for name in names:
         base, colon, label = name.partition(":")
         kinds = OWN_KINDS if is_code(name) else METRICS[base].kinds
+        if base in ONE_CLASS and colon:
+            kinds = (CLASS, SEVERAL)
         if kind not in kinds:
             of = " or ".join(KINDS[one] for one in kinds)
             raise SiftError(
@@ -272,7 +294,7 @@ def compute_metrics(
         given = dict(evidence)
         if base in ONE_CLASS:
             code = list(evidence["names"]).index(label) if colon else 1
-            given |= {"said": given["predicted"] == code, "truth": given["labels"] == code}
+            given |= {"said": _is(given["predicted"], code), "truth": _is(given["labels"], code)}
         if name in (own or {}):
             assert own is not None
             found[name] = _run(name, own[name], given)
@@ -350,13 +372,21 @@ class ClassScore:
 
 
 def scores_by_class(
-    names: Sequence[str], labels: Sequence[str], predicted: Sequence[str]
+    names: Sequence[str], labels: Sequence[Any], predicted: Sequence[Any]
 ) -> list[ClassScore]:
-    """The score of each class, from the names of each row's label and prediction ([N])."""
+    """The score of each class, from the names of each row's label and prediction ([N]).
+
+    Where a row may have several, it has a list of names.
+    """
+    import numpy as np
     from sklearn import metrics
 
+    def held(rows: Sequence[Any]) -> Array:
+        sets = [{row} if isinstance(row, str) else set(row) for row in rows]
+        return np.array([[int(name in one) for name in names] for one in sets])
+
     columns = metrics.precision_recall_fscore_support(
-        labels, predicted, labels=list(names), average=None, zero_division=0
+        held(labels), held(predicted), average=None, zero_division=0
     )
     values = zip(*(column.tolist() for column in columns), strict=True)
     return [ClassScore(name, *one) for name, one in zip(names, values, strict=True)]

@@ -33,6 +33,8 @@ TASKS: dict[str, TaskSpec] = {  # GLUE (Wang et al., ICLR 2019), with its offici
     "wnli": TaskSpec(SENTENCES, ("not_entailment", "entailment"), ("accuracy",)),
 }
 
+MULTI_LABEL = "multi-label"  # what headers and summaries call rows that may have several labels
+
 LANGUAGE = ("instruct", "text")  # tasks of language models: a loss on answers, or on every token
 
 LONGEST_ANSWER = 256  # tokens that a model may answer with, where nobody says how many

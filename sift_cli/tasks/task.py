@@ -31,10 +31,10 @@ class Loss:
     """
 
     sum: Tensor
-    count: float
+    count: float | Tensor
 
     @classmethod
-    def of_mean(cls, mean: Tensor, count: float) -> Loss:
+    def of_mean(cls, mean: Tensor, count: float | Tensor) -> Loss:
         """From the mean over `count`, as models of transformers give it."""
         wide = torch.float32 if mean.device.type == "mps" else torch.float64
         return cls(mean.float().to(wide) * count, count)
@@ -153,7 +153,8 @@ class Task(Protocol):
     def targets(self, data: Encoded) -> Tensor | None:
         """What a linear layer that makes the outputs is to give: codes of classes, or numbers.
 
-        int64 or fp64 [N], of each row; None where outputs are no such layer's.
+        int64 or fp64 [N], of each row, or fp64 0 and 1 of each class [N, C]; None where outputs are
+        no such layer's.
         """
 
     def example(self, ids: Tensor) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ class Readout:
         bias: bool,
         weights: Tensor | None = None,
     ) -> "Readout":
-        """Fits features ([N, inputs]) to targets ([N], codes of classes or numbers).
+        """Fits features ([N, inputs]) to targets: codes of classes or numbers, [N], or 0 and 1 for
+        each of several labels, [N, outputs].
 
         `weights` ([N]) are what rows count, 1 unless given. A class without rows gets no weights,
         and a bias as if it had half a row.
@@ -62,7 +63,10 @@ class Readout:
         scale = (wide - mean).square().mean(0).sqrt()
         scale = torch.where(scale > 1e-6 * scale.max(), scale, torch.ones_like(scale))
         standard = ((wide - mean) / scale).numpy()
-        if targets.is_floating_point():
+        if targets.dim() == 2:
+            each = [_label(standard, column, penalty, bias) for column in targets.T]
+            weight, offset = (torch.stack(some) for some in zip(*each, strict=True))
+        elif targets.is_floating_point():
             from sklearn.linear_model import Ridge
 
             ridge = Ridge(alpha=penalty, fit_intercept=bias).fit(standard, targets.numpy())
@@ -78,7 +82,7 @@ class Readout:
         return outputs
 
     def loss(self, features: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each row, [N]: cross-entropy, or the squared error of numbers."""
+        """The loss of each row, [N]; see `losses`."""
         return losses(self(features), targets)
 
 
@@ -166,7 +170,12 @@ def head_layer(start: str, model: nn.Module) -> str:
 
 
 def losses(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each row, [N]: cross-entropy of codes, the squared error of numbers."""
+    """The loss of each row, [N]: cross-entropy of codes, the squared error of numbers.
+
+    Of several labels ([N, outputs]) the mean of their binary cross-entropies.
+    """
+    if targets.dim() == 2:
+        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
     if targets.is_floating_point():
         return torch.square(outputs[:, 0] - targets)
     return F.cross_entropy(outputs, targets, reduction="none")
@@ -175,8 +184,11 @@ def losses(outputs: Tensor, targets: Tensor) -> Tensor:
 def prior(targets: Tensor, outputs: int, weights: Tensor | None = None) -> Tensor:
     """The best constant output, fp64 [outputs]: log frequencies of classes, or the mean number.
 
+    Of several labels ([N, outputs]) the log odds of each.
     `weights` ([N]) are what rows count, 1 unless given. A class without rows counts as half a row.
     """
+    if targets.dim() == 2:
+        return torch.stack([_log_odds(column) for column in targets.T])
     if targets.is_floating_point():
         return targets.double().mean().view(1)
     counts = torch.bincount(targets, weights, minlength=outputs).double()
@@ -301,6 +313,25 @@ def _probe(
         f"a probe of {len(rows):,} rows (penalty {penalty:g}); loss on them {before:.4f} -> "
         f"{after:.4f}"
     )
+
+
+def _log_odds(held: Tensor) -> Tensor:
+    """Those of a label that rows hold (1) or not (0), [N]; one side has half a row at least."""
+    count = held.double().sum().clamp(0.5, len(held) - 0.5)
+    return (count / (len(held) - count)).log()
+
+
+def _label(
+    standard: "np.ndarray[Any, Any]", held: Tensor, penalty: float, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias ([inputs], []) of a logistic regression to whether rows hold a label, [N]."""
+    from sklearn.linear_model import LogisticRegression
+
+    if bool((held == held[0]).all()):
+        return torch.zeros(standard.shape[1], dtype=torch.float64), _log_odds(held)
+    fitted = LogisticRegression(C=1 / penalty, fit_intercept=bias, max_iter=1000)
+    fitted.fit(standard, held.long().numpy())
+    return torch.tensor(fitted.coef_[0]).double(), torch.tensor(fitted.intercept_).double().view(())
 
 
 def _classes(
