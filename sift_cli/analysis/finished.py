@@ -14,13 +14,13 @@ from sift_cli.runs.facts import flat, settings_of
 from sift_cli.runs.folder import RECIPE_FILE, SUMMARY_FILE
 from sift_cli.runs.summary import Summary
 from sift_cli.tasks.metrics import LOSS
-from sift_cli.tasks.table import LANGUAGE
+from sift_cli.tasks.table import LANGUAGE, TAGGING
 
 # what the table has columns for
 SHOWN = ("train.seed", "train.learning_rate", "selection.policy", "selection.density")
 # what tells, beside the name of a task, which rows and which of their tokens are scored
 ROWS_OF = {
-    "custom": ("path", "config", "label"),
+    **dict.fromkeys(("custom", TAGGING), ("path", "config", "label")),
     **dict.fromkeys(
         LANGUAGE,
         ("path", "config", "columns", "max_length", "template", "system", "train_on", "too_long"),

@@ -94,7 +94,8 @@ class Outline:
         build = builder(rows.task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
         new = head_of(model) if rows.task.new_head else []
-        start = start_of(recipe.train, model) if new else "random"
+        started = bool(new) and rows.task.row_head
+        start = start_of(recipe.train, model) if started else "random"
         parts = Parts.of(recipe.selection, model, new, rule)
         return cls(recipe, rows, build, model, parts, parts.planned(model), start)
 

@@ -162,7 +162,9 @@ def _worst(predictions: list[dict[str, Any]], classes: bool) -> list[dict[str, A
     """The mistakes to show, the most confident or the largest first."""
 
     def size(row: Mapping[str, Any]) -> float:
-        return float(row["probability"] if classes else abs(row["predicted"] - row["label"]))
+        if classes:
+            return float(row.get("probability", row.get("loss")))
+        return float(abs(row["predicted"] - row["label"]))
 
     mistakes = [row for row in predictions if "text" in row]  # a run keeps no other row's text
     return sorted(mistakes, key=size, reverse=True)[:MISTAKES]

@@ -16,7 +16,7 @@ from sift_cli.tasks.coder import Coded
 from sift_cli.tasks.conversations import is_conversation, loaded
 from sift_cli.tasks.kinds import expected_task
 from sift_cli.tasks.supervision import code
-from sift_cli.tasks.table import LANGUAGE
+from sift_cli.tasks.table import LANGUAGE, TAGGING
 from sift_cli.tasks.token_rows import SplitCounts, fit, require_enough, tokenise
 from sift_cli.tasks.tokens import UNSEEN, decoded
 
@@ -135,7 +135,9 @@ def _labelled(
     fate = KEPT if whole <= len(ids) else f"cut to {len(ids):,} tokens"
     names, value = task.header()["labels"], rows["label"][at]
     shown = _spelt(tokenizer, ids, [False] * len(ids))
-    if isinstance(value, list):
+    if isinstance(value, list) and task.name == TAGGING:
+        label = " ".join(names[code] for code in value)
+    elif isinstance(value, list):
         label = ", ".join(name for name, one in zip(names, value, strict=True) if one) or "none"
     else:
         label = str(value) if names is None else names[value]

@@ -142,9 +142,15 @@ def _write(output: Path, lines: Iterator[dict[str, Any]]) -> None:
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
 
 
+def _listed(items: list[Any]) -> str:
+    """Labels, tags or entities in a line."""
+    texts = [one if isinstance(one, str) else f"{one['words']} ({one['kind']})" for one in items]
+    return ", ".join(texts) or "none"
+
+
 def _print(predictions: list[dict[str, Any]]) -> None:
     """A table of what was asked and what came out."""
-    known = ("label", "labels", "probability", "score", "answer", "expected")
+    known = ("label", "labels", "entities", "tags", "probability", "score", "answer", "expected")
     keys = [key for key in known if any(key in one for one in predictions)]
     table = Table("text", *keys)
     for one in predictions:
@@ -152,7 +158,7 @@ def _print(predictions: list[dict[str, Any]]) -> None:
         asked = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
         texts = " / ".join([asked, one["pair"]] if "pair" in one else [asked])
         found = (one.get(key, "") for key in keys)
-        cells = [", ".join(cell) or "none" if isinstance(cell, list) else cell for cell in found]
+        cells = [_listed(cell) if isinstance(cell, list) else cell for cell in found]
         shown = (visible(cell) if isinstance(cell, str) else f"{cell:.4f}" for cell in cells)
         table.add_row(escape(texts), *map(escape, shown))
     print_table(table)

@@ -24,10 +24,10 @@ from sift_cli.recipe.kinds import (
 from sift_cli.recipe.selection import SelectionSection, policy_row
 from sift_cli.tasks.conversations import FORMATS, NAMES
 from sift_cli.tasks.metrics import is_code
-from sift_cli.tasks.table import LANGUAGE, TASKS
+from sift_cli.tasks.table import LANGUAGE, TAGGING, TASKS
 
 AUTO = "auto"  # of train.learning_rate
-TaskName = Annotated[str, one_of([*TASKS, "custom", *LANGUAGE])]
+TaskName = Annotated[str, one_of([*TASKS, "custom", TAGGING, *LANGUAGE])]
 MetricNames = Annotated[list[MetricName], BeforeValidator(as_list), or_list(METRIC_SCHEMA)]
 
 
@@ -78,7 +78,7 @@ class DataSection(Section):
 
     path: str = Field(description="hub id, local folder or file, or builtin:NAME")
     task: TaskName = Field(
-        description="a GLUE task, custom, instruct (answers are learnt), or text"
+        description="a GLUE task, custom, tags (of words), instruct (answers are learnt), or text"
     )
     config: str | None = Field(
         None, description="configuration of a hub dataset; the task if unset"
@@ -173,6 +173,13 @@ class DataSection(Section):
     def _a_name_for_each_column(self) -> "DataSection":
         if isinstance(self.label, list) and len(self.labels or self.label) != len(self.label):
             raise ValueError(f"labels: {len(self.label)} columns of labels need as many names")
+        return self
+
+    @model_validator(mode="after")
+    def _tags_have_one_column_each(self) -> "DataSection":
+        for key in ("text", "label") if self.task == TAGGING else ():
+            if isinstance(value := getattr(self, key), list) and len(value) > 1:
+                raise ValueError(f"{key}: task: {TAGGING} takes one column, of lists")
         return self
 
     @model_validator(mode="after")
@@ -367,9 +374,12 @@ class LogSection(Section):
     report: bool = Field(True, description="write report.html and plots after training")
 
 
-# Keys outside `data` that language tasks alone have, and those that all others alone have.
-TOKEN_KEYS = {"train": ("tokens", "packing", "chunk_loss"), "eval": ("samples", "generate")}
-CLASS_KEYS = {"train": ("class_weights", "label_smoothing")}
+# Keys outside `data` that language tasks alone have, and those of rows with a label each.
+TOKEN_KEYS: dict[str, tuple[str, ...]] = {
+    "train": ("tokens", "packing", "chunk_loss"),
+    "eval": ("samples", "generate"),
+}
+CLASS_KEYS: dict[str, tuple[str, ...]] = {"train": ("class_weights", "label_smoothing")}
 
 
 class Recipe(Section):
@@ -398,15 +408,18 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _keys_of_tokens_fit_the_task(self) -> "Recipe":
         language = self.data.task in LANGUAGE
-        belongs = "rows with labels" if language else f"task: {' or '.join(LANGUAGE)}"
-        for section, keys in (CLASS_KEYS if language else TOKEN_KEYS).items():
-            part = getattr(self, section)
-            for key in keys:
-                usual = type(part).model_fields[key].default
-                if getattr(part, key) not in (usual, False):
-                    raise ValueError(
-                        f"{section}.{key}: it belongs to {belongs}, and would do nothing here"
-                    )
+        others = [] if language else [(TOKEN_KEYS, f"task: {' or '.join(LANGUAGE)}")]
+        if language or self.data.task == TAGGING:
+            others.append((CLASS_KEYS, "rows with a label each"))
+        for table, belongs in others:
+            for section, keys in table.items():
+                part = getattr(self, section)
+                for key in keys:
+                    usual = type(part).model_fields[key].default
+                    if getattr(part, key) not in (usual, False):
+                        raise ValueError(
+                            f"{section}.{key}: it belongs to {belongs}, and would do nothing here"
+                        )
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from sift_cli.runs.folder import DELTA_FILE, REPORT_FILE
 from sift_cli.runs.summary import Summary
 from sift_cli.tasks.kinds import task_of
 from sift_cli.tasks.metrics import Metrics, shown
-from sift_cli.tasks.table import LANGUAGE, language_facts, text_columns
+from sift_cli.tasks.table import LANGUAGE, TAGGING, language_facts, text_columns
 from sift_cli.tasks.task import Published
 
 PAPER = "[SIFT, Song et al., ICML 2024](https://arxiv.org/abs/2312.11875)"
@@ -169,7 +169,7 @@ def _title(settings: Mapping[str, Any]) -> str:
 
 
 def _dataset(data: Mapping[str, Any]) -> str:
-    named = data["task"] in ("custom", *LANGUAGE)  # after its rows, not after a benchmark
+    named = data["task"] in ("custom", TAGGING, *LANGUAGE)  # after its rows, not after a benchmark
     return _name(data["path"]) if named else str(data["task"])
 
 

@@ -18,7 +18,8 @@ from sift_cli.runs.sources import source_of
 from sift_cli.tasks.evaluation import collect_outputs
 from sift_cli.tasks.labelled import load_task
 from sift_cli.tasks.metrics import Metric, Metrics, own_metrics
-from sift_cli.tasks.table import LANGUAGE
+from sift_cli.tasks.table import LANGUAGE, TAGGING
+from sift_cli.tasks.tagged import load_tagging
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.token_rows import SplitCounts
 from sift_cli.tasks.tokens import Encoded
@@ -124,6 +125,17 @@ def load_rows(
     data = recipe.data
     if data.task in LANGUAGE:
         return language_task(recipe, train=train, split=split)
+    if data.task == TAGGING:
+        assert not isinstance(data.label, list)
+        return load_tagging(
+            **source_of(recipe, split),
+            text=data.text,
+            label=data.label,
+            labels=data.labels,
+            metrics=data.metrics,
+            first=recipe.eval.metric,
+            train=train,
+        )
     return load_task(
         **source_of(recipe, split),
         text=data.text,

@@ -50,6 +50,7 @@ def _from_delta(path: Path, base: str | None) -> tuple[LoadedModel, Recipe | Non
     task = task_of(header)
     loaded = load_model(folder, task.auto, task.configure(folder), DTYPES[header.base.dtype])
     apply_delta(loaded.model, delta, source, stored_kinds(folder))
+    loaded.model.config.architectures = [type(loaded.model).__name__]  # no longer the base's
     if template := task.side_texts(folder).get(TEMPLATE_FILE):  # as a merged folder has it
         loaded.tokenizer.chat_template = template
     recipe = header.recipe  # a difference of two models may have none

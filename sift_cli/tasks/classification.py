@@ -30,6 +30,7 @@ from sift_cli.tasks.metrics import (
     scores_by_class,
 )
 from sift_cli.tasks.table import MULTI_LABEL, head_width
+from sift_cli.tasks.tagging import is_tagging
 from sift_cli.tasks.task import Loss, Published
 from sift_cli.tasks.tokens import Encoded, encode
 
@@ -70,6 +71,7 @@ class Classification:
     auto: ClassVar[Any] = AutoModelForSequenceClassification
     packs: ClassVar[bool] = False
     new_head: ClassVar[bool] = True
+    row_head: ClassVar[bool] = True
 
     @property
     def kind(self) -> LabelKind:
@@ -120,7 +122,7 @@ class Classification:
 
     def require_fit(self, config: PretrainedConfig) -> None:
         """Raises SiftError where a model has no head for this task, or none as wide."""
-        if is_causal(config):
+        if is_causal(config) or is_tagging(config):
             kind = ", ".join(config.architectures or [])
             raise SiftError(
                 f"data.task: {self.name} needs a model with a head for it, and the model is {kind}"

@@ -85,6 +85,7 @@ class Language:
 
     auto: ClassVar[Any] = AutoModelForCausalLM
     new_head: ClassVar[bool] = False
+    row_head: ClassVar[bool] = False
     published: ClassVar[Published] = Published(
         pipeline_tag="text-generation",
         peft_type="CAUSAL_LM",

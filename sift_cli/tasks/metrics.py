@@ -28,12 +28,14 @@ EVIDENCE = {
     "names": "the names of the classes, in the order of their codes; not of numbers",
     "losses": "the loss of each row, [N]",
 }
-CLASS, SEVERAL, NUMBER, TOKENS = "class", "several", "number", "tokens"  # what a model predicts
+CLASS, SEVERAL, NUMBER = "class", "several", "number"  # what a model predicts of a row
+TAG, TOKENS = "tag", "tokens"  # or of each word, or token
 OWN_KINDS = (CLASS, SEVERAL, NUMBER)  # of functions in files
 KINDS = {
     CLASS: "classes",
     SEVERAL: "several labels a row",
     NUMBER: "numbers to predict",
+    TAG: "tags of words",
     TOKENS: "tokens of a language model",
 }
 
@@ -191,7 +193,7 @@ METRICS = {
     "balanced_accuracy": Metric(_balanced_accuracy, (CLASS,)),
     **{name: Metric(_of_one_class(name), (CLASS,)) for name in ONE_CLASS},
     **{
-        f"{name}_{average}": Metric(_mean_over_classes(name, average), (CLASS, SEVERAL))
+        f"{name}_{average}": Metric(_mean_over_classes(name, average), (CLASS, SEVERAL, TAG))
         for name in ONE_CLASS
         for average in ("macro", "weighted")
     },
@@ -208,7 +210,10 @@ METRICS = {
     "r2": Metric(_r2, (NUMBER,)),
     LOSS: Metric(_loss, tuple(KINDS), rises=False),
     "perplexity": Metric(_perplexity, (TOKENS,), rises=False),
-    "token_accuracy": Metric(_token_accuracy, (TOKENS,)),
+    "token_accuracy": Metric(_token_accuracy, (TAG, TOKENS)),
+    "entity_f1": Metric(lambda entity_f1: entity_f1, (TAG,)),
+    "entity_precision": Metric(lambda entity_precision: entity_precision, (TAG,)),
+    "entity_recall": Metric(lambda entity_recall: entity_recall, (TAG,)),
 }
 LANGUAGE = tuple(name for name, metric in METRICS.items() if TOKENS in metric.kinds)
 

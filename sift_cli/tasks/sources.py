@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
+from sift_cli.tasks.conll import read_conll
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
 
 BUILTIN = Path(__file__).parent / "builtin"
 NUMBER_COLUMN = "__row__"  # row numbers, in source splits that may have a column `row` of their own
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+CONLL = "conll"
+BUILDERS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".conll": CONLL,
+}
 # No hub id ends like this, so such a path is never looked for there.
 FILE_ENDINGS = (*BUILDERS, ".tsv", ".txt", ".arrow", ".xlsx", ".gz", ".zip")
 TOLD = 5  # files that one error names
@@ -105,6 +113,8 @@ def _read_files(split: str, files: Sequence[Path]) -> Dataset:
     header = 1 if files[0].suffix == ".csv" else 0
     if files[0].suffix != ".parquet" and not any(_has_lines(file, header) for file in files):
         raise SiftError(f"data.path: {files[0]}: the split {split!r} is empty")
+    if BUILDERS[files[0].suffix] == CONLL:
+        return read_conll(files)
     try:
         rows: Dataset = datasets.load_dataset(
             BUILDERS[files[0].suffix],

@@ -33,6 +33,7 @@ TASKS: dict[str, TaskSpec] = {  # GLUE (Wang et al., ICLR 2019), with its offici
     "wnli": TaskSpec(SENTENCES, ("not_entailment", "entailment"), ("accuracy",)),
 }
 
+TAGGING = "tags"  # the task of words that have a tag each; headers and summaries call it so too
 MULTI_LABEL = "multi-label"  # what headers and summaries call rows that may have several labels
 
 LANGUAGE = ("instruct", "text")  # tasks of language models: a loss on answers, or on every token

@@ -92,6 +92,10 @@ class Task(Protocol):
         """Whether a base lacks the head that its models have."""
 
     @property
+    def row_head(self) -> bool:
+        """Whether that head gives outputs a row: what a probe or a prior can start."""
+
+    @property
     def published(self) -> Published:
         """What cards and exported adapters say."""
 

@@ -44,6 +44,7 @@ class Completions:
     auto: ClassVar[Any] = AutoModelForCausalLM
     packs: ClassVar[bool] = False
     new_head: ClassVar[bool] = False
+    row_head: ClassVar[bool] = False
     published: ClassVar[Published] = Published("text-generation", "CAUSAL_LM", (), "text", "")
 
     def configure(self, folder: Path) -> PretrainedConfig:

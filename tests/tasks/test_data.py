@@ -25,6 +25,7 @@ from tests.support.models import VOCABULARY, WORDS, tiny_tokenizer
 
 Row = dict[str, Any]
 FORMATS = ("parquet", "jsonl", "json", "csv")
+ENDINGS = ".parquet, .jsonl, .json, .csv, .conll"
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +131,7 @@ def test_a_name_that_goes_on_with_a_number(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_split_says_what_it_holds(tmp_path: Path) -> None:
     path = folder(tmp_path, alpaca=rows(0, 1))
-    assert refusal(path).endswith("(.parquet, .jsonl, .json, .csv); it holds alpaca.jsonl")
+    assert refusal(path).endswith(f"({ENDINGS}); it holds alpaca.jsonl")
 
 
 def test_a_folder_with_a_folder_of_the_task(tmp_path: Path) -> None:
@@ -187,9 +188,9 @@ def test_an_unknown_built_in_set_lists_those_there_are() -> None:
 def test_a_file_of_another_format(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
     path.write_text("text")
-    assert refusal(str(path)) == (f"data.path: {path} is not one of .parquet, .jsonl, .json, .csv")
+    assert refusal(str(path)) == f"data.path: {path} is not one of {ENDINGS}"
     assert refusal(str(tmp_path)) == (
-        f"data.path: {tmp_path} holds no train or validation file (.parquet, .jsonl, .json, .csv)"
+        f"data.path: {tmp_path} holds no train or validation file ({ENDINGS})"
     )
 
 

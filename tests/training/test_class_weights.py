@@ -128,6 +128,11 @@ def test_a_weighted_run_starts_its_head_so(recipe: Path, tmp_path: Path, start: 
         assert f"-> {np.log(3):.4f}" in done.stderr, "all three classes count alike"
 
 
+def test_a_plan_measures_a_step_with_weights(recipe: Path) -> None:
+    done = sift("plan", recipe, "--set", "train.class_weights={few: 3}")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
