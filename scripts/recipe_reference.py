@@ -70,6 +70,9 @@ def reference() -> str:
         parts.append(f"| {name} | {', '.join(task.text)} | {labels} | {metrics} |\n")
     parts.append("| custom | `data.text` | `data.label` | `data.metrics` |\n")
     parts.append(
+        "| tags | `data.text`, lists of words | `data.label`, lists of tags | entity_f1 |\n"
+    )
+    parts.append(
         "\n## Formats\n\nThose of `task: text` and, the others, of `task: instruct`; a word"
     )
     parts.append(" of `data.columns` says what one of these names is called in your rows.\n\n")
