@@ -69,9 +69,7 @@ def reference() -> str:
         metrics = ", ".join(task.metrics)
         parts.append(f"| {name} | {', '.join(task.text)} | {labels} | {metrics} |\n")
     parts.append("| custom | `data.text` | `data.label` | `data.metrics` |\n")
-    parts.append(
-        "| tags | `data.text`, lists of words | `data.label`, lists of tags | entity_f1 |\n"
-    )
+    parts.append("| tags | `data.text`, words | `data.label`, tags | entity_f1 |\n")
     parts.append(
         "\n## Formats\n\nThose of `task: text` and, the others, of `task: instruct`; a word"
     )

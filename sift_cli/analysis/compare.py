@@ -25,7 +25,8 @@ from sift_cli.recipe import AUTO, Rate, Recipe
 from sift_cli.runs.session import tell_emulated
 from sift_cli.runs.summary import Summary
 from sift_cli.selection.policies import POLICIES
-from sift_cli.tasks.metrics import better, own_metrics
+from sift_cli.tasks.metrics import better
+from sift_cli.tasks.own_metrics import own_metrics
 from sift_cli.training.choosing import rule_of
 from sift_cli.training.rates import with_rate
 

@@ -17,7 +17,8 @@ from sift_cli.runs.language import language_task
 from sift_cli.runs.sources import source_of
 from sift_cli.tasks.evaluation import collect_outputs
 from sift_cli.tasks.labelled import load_task
-from sift_cli.tasks.metrics import Metric, Metrics, own_metrics
+from sift_cli.tasks.metrics import Metric, Metrics
+from sift_cli.tasks.own_metrics import own_metrics
 from sift_cli.tasks.table import LANGUAGE, TAGGING
 from sift_cli.tasks.tagged import load_tagging
 from sift_cli.tasks.task import Task

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import exp, isfinite, sqrt
+from math import exp, sqrt
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
-from sift_cli.system.code import function_in
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -240,26 +239,6 @@ def called(name: str) -> str:
     return name.rpartition(":")[2] if is_code(name) else name
 
 
-def own_metrics(names: Sequence[str], allow_code: bool) -> dict[str, Metric]:
-    """Those of `names` that are code, by what results call them.
-
-    Raises SiftError where code is not allowed, or where there is no such function.
-    """
-    own: dict[str, Metric] = {}
-    for name in dict.fromkeys(filter(is_code, names)):
-        function = called(name)
-        if function in METRICS or function in own:
-            raise SiftError(f"data.metrics: {name}: another metric is called {function}; rename it")
-        metric = Metric(function_in(name, "data.metrics", allow_code), OWN_KINDS)
-        if unknown := sorted(set(metric.needs) - set(EVIDENCE)):
-            raise SiftError(
-                f"data.metrics: {name} asks for {', '.join(unknown)}; a metric may ask for "
-                + ", ".join(EVIDENCE)
-            )
-        own[function] = metric
-    return own
-
-
 def require_fit(
     key: str, names: Sequence[str], kind: str, what: str, classes: Sequence[str] = ()
 ) -> None:
@@ -300,12 +279,10 @@ def compute_metrics(
         if base in ONE_CLASS:
             code = list(evidence["names"]).index(label) if colon else 1
             given |= {"said": _is(given["predicted"], code), "truth": _is(given["labels"], code)}
-        if name in (own or {}):
-            assert own is not None
-            found[name] = _run(name, own[name], given)
-        else:
-            metric = METRICS[base]
-            found[name] = metric.of(**{key: given[key] for key in metric.needs})
+        metric = own[name] if own and name in own else METRICS[base]
+        if lacking := [key for key in metric.needs if key not in given]:
+            raise SiftError(f"data.metrics: {name} asks for {lacking[0]}, and there are no classes")
+        found[name] = metric.of(**{key: given[key] for key in metric.needs})
     return found
 
 
@@ -320,19 +297,6 @@ def evidence_of(
     classes = {} if probabilities is None else {"probabilities": probabilities, "names": names}
     rows = {"predicted": predicted, "labels": labels, "losses": losses, **classes}
     return {**rows, LOSS: float(losses.sum()), "count": len(labels)}
-
-
-def _run(name: str, metric: Metric, evidence: Mapping[str, Any]) -> float | None:
-    """What a function in a file gives; SiftError where that is no number, or nothing at all."""
-    lacking = [key for key in metric.needs if key not in evidence]
-    if lacking:
-        raise SiftError(f"data.metrics: {name} asks for {lacking[0]}, and there are no classes")
-    try:
-        value = metric.of(**{key: evidence[key] for key in metric.needs})
-        found = None if value is None else float(value)
-    except Exception as error:  # whatever the function does
-        raise SiftError(f"data.metrics: {name}: {type(error).__name__}: {error}") from error
-    return None if found is None or not isfinite(found) else found
 
 
 def score_tokens(names: Sequence[str], rows: Array) -> dict[str, float | None]:

@@ -174,7 +174,7 @@ class Tagging:
         return Loss(losses.to(wide).sum(), (batch["labels"] != UNSEEN).sum())
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Of each word, in order, the code of its tag and its loss; then other tokens, [B, T, 2]."""
+        """Of each word, in order, its tag (a code) and loss; then all other tokens. [B, T, 2]."""
         logits, labels = self._logits(model, batch), batch["labels"]
         words = labels != UNSEEN
         found = torch.stack([logits.argmax(-1).float(), _losses(logits, labels).float()], -1)

@@ -22,12 +22,12 @@ from sift_cli.tasks.metrics import (
     fitting,
     is_metric,
     leading,
-    own_metrics,
     require_fit,
     score_tokens,
     scores_by_class,
     shown,
 )
+from sift_cli.tasks.own_metrics import own_metrics
 
 # true positives 3, false positives 1, false negatives 2, true negatives 4
 LABELS = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0])
