@@ -38,7 +38,7 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., float | N
     def guarded(**evidence: Any) -> float | None:
         try:
             value = function(**evidence)
-            found = None if value is None else float(value)
+            found = None if value is None else float(value) + 0.0  # no -0
         except Exception as error:  # whatever it does
             raise SiftError(f"data.metrics: {name}: {type(error).__name__}: {error}") from error
         return None if found is None or not isfinite(found) else found

@@ -239,8 +239,9 @@ class Tagging:
         max_length: int | None = None,
     ) -> list[dict[str, Any]]:
         """The words of each text with their tags, and the entities that these are."""
-        from datasets import Dataset
+        from datasets import Dataset, disable_progress_bars
 
+        disable_progress_bars()
         if pairs:
             raise SiftError("--pair: words have tags in one text at a time")
         model, tokenizer = loaded.model, loaded.tokenizer

@@ -332,7 +332,9 @@ def test_a_run_learns_and_all_that_comes_after_knows_of_it(recipe: Path, tmp_pat
     (said,) = asked["predictions"]
     assert said["tags"] == ["O", "O", "B-THING", "I-THING", "O"]
     assert said["entities"] == [{"kind": "THING", "words": "good film"}]
-    assert "good film (THING)" in sift("predict", out, "bad was good film again").stdout
+    shown = sift("predict", out, "bad was good film again")
+    assert "good film (THING)" in shown.stdout
+    assert shown.stderr == ""
     merged = sift("merge", out / "delta.safetensors", "--out", tmp_path / "merged", "--json")
     assert merged.returncode == 0, merged.stderr
     config = json.loads((tmp_path / "merged/config.json").read_text())
