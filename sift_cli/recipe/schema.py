@@ -11,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from sift_cli.recipe.evaluation import EvalSection
+from sift_cli.recipe.evaluation import METRIC_SCHEMA, EvalSection, MetricName
 from sift_cli.recipe.kinds import (
     Names,
     PositiveInt,
@@ -25,16 +25,12 @@ from sift_cli.recipe.kinds import (
 from sift_cli.recipe.selection import SelectionSection, policy_row
 from sift_cli.tasks.cells import TAB
 from sift_cli.tasks.conversations import FORMATS, NAMES
-from sift_cli.tasks.metrics import METRICS
-from sift_cli.tasks.table import LANGUAGE, TASKS
+from sift_cli.tasks.metrics import is_code
+from sift_cli.tasks.table import LANGUAGE, TAGGING, TASKS
 
 AUTO = "auto"  # of train.learning_rate
-TaskName = Annotated[str, one_of([*TASKS, "custom", *LANGUAGE])]
-MetricNames = Annotated[
-    list[Annotated[str, one_of(METRICS)]],
-    BeforeValidator(as_list),
-    or_list({"enum": list(METRICS)}),
-]
+TaskName = Annotated[str, one_of([*TASKS, "custom", TAGGING, *LANGUAGE])]
+MetricNames = Annotated[list[MetricName], BeforeValidator(as_list), or_list(METRIC_SCHEMA)]
 
 
 class ModelSection(Section):
@@ -90,12 +86,19 @@ def _encoding(value: object) -> object:
     return value
 
 
+def _label(value: object) -> object:
+    """A column, or at least two."""
+    if isinstance(value, list) and (len(value) < 2 or not all(isinstance(x, str) for x in value)):
+        raise ValueError(f"give a column, or at least two, got {value!r}")
+    return value
+
+
 class DataSection(Section):
     """The dataset and how its rows become inputs."""
 
     path: str = Field(description="hub id, local folder or file, or builtin:NAME")
     task: TaskName = Field(
-        description="a GLUE task, custom, instruct (answers are learnt), or text"
+        description="a GLUE task, custom, tags (of words), instruct (answers are learnt), or text"
     )
     config: str | None = Field(
         None, description="configuration of a hub dataset; the task if unset"
@@ -109,13 +112,18 @@ class DataSection(Section):
     text: Names | None = Field(
         None, min_length=1, max_length=2, description="one or two text columns"
     )
-    label: str | None = Field(None, description="the label column")
+    label: Annotated[str | list[str] | None, BeforeValidator(_label)] = Field(
+        None,
+        description="the label column; lists in it are any of several labels, as are several "
+        "columns, one a label, that hold 0 or 1",
+    )
     labels: list[str] | None = Field(None, min_length=2, description="label names, in code order")
     metrics: MetricNames | None = Field(
         None,
         min_length=1,
-        description="the first decides what is best; loss is the mean over rows, over supervised "
-        "tokens for language tasks",
+        description="the first decides what is best; precision, recall and f1 are of class 1, "
+        "NAME:CLASS of another; FILE.py:FUNCTION is one of your own; loss, which is always among "
+        "them, is the mean over rows, over supervised tokens for language tasks",
     )
     format: Annotated[str, one_of([AUTO, *FORMATS])] | None = Field(
         None, description="how rows are laid out; auto: as their columns tell"
@@ -145,6 +153,12 @@ class DataSection(Section):
         description="share of the rows left to train on to evaluate on instead of eval.split: to "
         "choose settings without a look at it",
     )
+
+    @property
+    def expected(self) -> tuple[str, list[str] | None, bool]:
+        """What is known without the rows: the task, its labels, and that there are several."""
+        columns = self.label if isinstance(self.label, list) else None
+        return self.task, self.labels or columns, columns is not None
 
     @model_validator(mode="before")
     @classmethod
@@ -182,6 +196,19 @@ class DataSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_name_for_each_column(self) -> "DataSection":
+        if isinstance(self.label, list) and len(self.labels or self.label) != len(self.label):
+            raise ValueError(f"labels: {len(self.label)} columns of labels need as many names")
+        return self
+
+    @model_validator(mode="after")
+    def _tags_have_one_column_each(self) -> "DataSection":
+        for key in ("text", "label") if self.task == TAGGING else ():
+            if isinstance(value := getattr(self, key), list) and len(value) > 1:
+                raise ValueError(f"{key}: task: {TAGGING} takes one column, of lists")
+        return self
+
+    @model_validator(mode="after")
     def _custom_is_whole(self) -> "DataSection":
         if self.task == "custom" and (self.text is None or self.label is None):
             raise ValueError("task: custom needs data.text (one or two columns) and data.label")
@@ -215,6 +242,19 @@ def _chunk_loss(value: object) -> object:
     if value == AUTO or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
     raise ValueError(f"give auto, off or a number of tokens, got {value!r}")
+
+
+BALANCED = "balanced"  # of train.class_weights
+ClassWeights = Literal["balanced"] | dict[str, Number]
+
+
+def _class_weights(value: object) -> object:
+    """`balanced`, or a weight above 0 by class."""
+    if isinstance(value, dict):
+        return checked(dict[str, Number], value)
+    if value in (None, BALANCED):
+        return value
+    raise ValueError(f"give balanced, or {{CLASS: WEIGHT}}, got {value!r}")
 
 
 class TrainSection(Section):
@@ -266,6 +306,14 @@ class TrainSection(Section):
     )
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.06, description="share of the steps")
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    class_weights: Annotated[ClassWeights | None, BeforeValidator(_class_weights)] = Field(
+        None,
+        description="what a row counts in the loss by its class: {CLASS: WEIGHT}, 1 for classes "
+        "that are not named; balanced: all classes alike, however many rows they have",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of each label that is spread over all classes"
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="bfloat16 autocast or none; auto: bfloat16 on a GPU that has it"
@@ -357,8 +405,12 @@ class LogSection(Section):
     report: bool = Field(True, description="write report.html and plots after training")
 
 
-# Keys outside `data` that language tasks alone have.
-TOKEN_KEYS = {"train": ("tokens", "packing", "chunk_loss"), "eval": ("samples", "generate")}
+# Keys outside `data` that language tasks alone have, and those of rows with a label each.
+TOKEN_KEYS: dict[str, tuple[str, ...]] = {
+    "train": ("tokens", "packing", "chunk_loss"),
+    "eval": ("samples", "generate"),
+}
+CLASS_KEYS: dict[str, tuple[str, ...]] = {"train": ("class_weights", "label_smoothing")}
 
 
 class Recipe(Section):
@@ -386,17 +438,19 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _keys_of_tokens_fit_the_task(self) -> "Recipe":
-        if self.data.task in LANGUAGE:
-            return self
-        for section, keys in TOKEN_KEYS.items():
-            part = getattr(self, section)
-            for key in keys:
-                usual = type(part).model_fields[key].default
-                if getattr(part, key) not in (usual, False):
-                    raise ValueError(
-                        f"{section}.{key}: it belongs to task: {' or '.join(LANGUAGE)}, and would "
-                        "do nothing here"
-                    )
+        language = self.data.task in LANGUAGE
+        others = [] if language else [(TOKEN_KEYS, f"task: {' or '.join(LANGUAGE)}")]
+        if language or self.data.task == TAGGING:
+            others.append((CLASS_KEYS, "rows with a label each"))
+        for table, belongs in others:
+            for section, keys in table.items():
+                part = getattr(self, section)
+                for key in keys:
+                    usual = type(part).model_fields[key].default
+                    if getattr(part, key) not in (usual, False):
+                        raise ValueError(
+                            f"{section}.{key}: it belongs to {belongs}, and would do nothing here"
+                        )
         return self
 
     @model_validator(mode="after")
@@ -408,6 +462,20 @@ class Recipe(Section):
                 f"{longest:,}; give as many or more"
             )
         return self
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The metrics that it names."""
+        return [*(self.data.metrics or ()), *([self.eval.metric] if self.eval.metric else ())]
+
+    def without_code(self) -> "Recipe":
+        """The recipe with no metrics that are code."""
+        names = [name for name in self.data.metrics or () if not is_code(name)]
+        first = self.eval.metric
+        data = self.data.model_copy(update={"metrics": names or None})
+        metric = None if first is None or is_code(first) else first
+        evaluation = self.eval.model_copy(update={"metric": metric})
+        return self.model_copy(update={"data": data, "eval": evaluation})
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, in the order of the schema."""
