@@ -15,6 +15,7 @@ from sift_cli.runs.session import load_rows
 from sift_cli.tasks.coder import Coded
 from sift_cli.tasks.conversations import is_conversation, row_of
 from sift_cli.tasks.kinds import expected_task
+from sift_cli.tasks.label_kinds import held_by
 from sift_cli.tasks.supervision import code
 from sift_cli.tasks.table import LANGUAGE, TAGGING
 from sift_cli.tasks.token_rows import SplitCounts, fit, require_enough, tokenise
@@ -138,7 +139,7 @@ def _labelled(
     if isinstance(value, list) and task.name == TAGGING:
         label = " ".join(names[code] for code in value)
     elif isinstance(value, list):
-        label = ", ".join(name for name, one in zip(names, value, strict=True) if one) or "none"
+        label = ", ".join(held_by(names, value)) or "none"
     else:
         label = str(value) if names is None else names[value]
     return ShownRow(

@@ -253,11 +253,17 @@ class LogSection(Section):
 
 
 # Keys outside `data` that language tasks alone have, and those of rows with a label each.
-TOKEN_KEYS: dict[str, tuple[str, ...]] = {
-    "train": ("tokens", "packing", "chunk_loss"),
-    "eval": ("samples", "generate"),
-}
-CLASS_KEYS: dict[str, tuple[str, ...]] = {"train": ("class_weights", "label_smoothing")}
+TOKEN_KEYS = ("train.tokens", "train.packing", "train.chunk_loss", "eval.samples", "eval.generate")
+CLASS_KEYS = ("train.class_weights", "train.label_smoothing")
+
+
+def keys_of_others(task: str) -> dict[str, str]:
+    """Keys outside `data` that do nothing for a task, and what they belong to."""
+    of_tokens = dict.fromkeys(TOKEN_KEYS, f"task: {' or '.join(LANGUAGE)}")
+    of_classes = dict.fromkeys(CLASS_KEYS, "rows with a label each")
+    if task in LANGUAGE:
+        return of_classes
+    return of_tokens | of_classes if task == TAGGING else of_tokens
 
 
 class Recipe(Section):
@@ -284,20 +290,13 @@ class Recipe(Section):
         return {**given, "train": {**train, **open_keys}} if open_keys else given
 
     @model_validator(mode="after")
-    def _keys_of_tokens_fit_the_task(self) -> "Recipe":
-        language = self.data.task in LANGUAGE
-        others = [] if language else [(TOKEN_KEYS, f"task: {' or '.join(LANGUAGE)}")]
-        if language or self.data.task == TAGGING:
-            others.append((CLASS_KEYS, "rows with a label each"))
-        for table, belongs in others:
-            for section, keys in table.items():
-                part = getattr(self, section)
-                for key in keys:
-                    usual = type(part).model_fields[key].default
-                    if getattr(part, key) not in (usual, False):
-                        raise ValueError(
-                            f"{section}.{key}: it belongs to {belongs}, and would do nothing here"
-                        )
+    def _keys_outside_data_fit_the_task(self) -> "Recipe":
+        for name, belongs in keys_of_others(self.data.task).items():
+            section, _, key = name.partition(".")
+            part = getattr(self, section)
+            usual = type(part).model_fields[key].default
+            if getattr(part, key) not in (usual, False):
+                raise ValueError(f"{name}: it belongs to {belongs}, and would do nothing here")
         return self
 
     @model_validator(mode="after")
