@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from sift_cli.api import evaluate
 from sift_cli.convert.difference import difference
 from sift_cli.convert.merge import merge
 from sift_cli.errors import SiftError
@@ -34,7 +35,7 @@ def turned(folder: Path, *names: str) -> Path:
         weights[key] = weights[key].flip(0).contiguous()
     save_file(weights, file, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    names = names or (config["id2label"]["1"], config["id2label"]["0"])
+    names = names or tuple(reversed(config["id2label"].values()))
     config["id2label"] = {str(code): name for code, name in enumerate(names)}
     config["label2id"] = {name: code for code, name in enumerate(names)}
     (folder / "config.json").write_text(json.dumps(config))
@@ -55,6 +56,48 @@ def test_scores_follow_the_names_of_the_outputs(
     assert score(tmp_path / "delta.safetensors", recipe) == right
     asked = load_recipe(recipe_file, ["data.labels=[negative, positive]", *CUSTOM])
     assert score(merged, asked)["accuracy"] == right["accuracy"]
+
+
+FILMS = [("good film", "good"), ("bad film", "bad"), ("bad song", "bad"), ("good bad", "good bad")]
+OTHER_ROWS = {
+    "lists": (
+        ["task=custom", "text=[words]", "label=tags"],
+        [{"words": text, "tags": held.split()} for text, held in FILMS],
+    ),
+    "columns": (
+        ["task=custom", "text=[words]", "label=[good, bad]"],
+        [{"words": text, **{x: int(x in held) for x in ("good", "bad")}} for text, held in FILMS],
+    ),
+    "tags": (
+        ["task=tags"],
+        [
+            {"tokens": text.split(), "tags": [x if x in held else "O" for x in text.split()]}
+            for text, held in FILMS
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_ROWS)
+def test_labels_go_by_name_whatever_rows_hold(
+    kind: str, run: Run, data: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    given, rows = OTHER_ROWS[kind]
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = [f"data.{one}" for one in given]
+    folder, recipe = tmp_path / "merged", load_recipe(recipe_file, changes)
+    merge(run(*changes, "train.max_steps=4", "train.learning_rate=0.02"), folder)
+    right = pytest.approx(score(folder, recipe), rel=1e-6)
+    again = load_recipe(recipe_file, [*changes, f"model.path={folder}"])
+    labels = open_session(again).task.header()["labels"]
+    turned(folder)
+    assert score(folder, recipe) == right
+    assert evaluate(folder, recipe, data=data / "validation.jsonl") == right
+    session = open_session(again)
+    assert session.task.header()["labels"] == labels[::-1]
+    assert session.evaluate() == right
+    assert ", kept for" in session.notes[0]
 
 
 def test_names_that_are_written_otherwise(merged: Path, recipe_file: Path) -> None:

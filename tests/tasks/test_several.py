@@ -143,6 +143,19 @@ def test_mistakes_are_located(
     assert said in str(caught.value)
 
 
+def test_cells_of_columns_are_numbers_and_rows_may_be_held_out_of_them(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    lines = [",".join(map(str, row.values())) for row in as_columns(8)]
+    file.write_text("\n".join([f"words,{','.join(NAMES)}", *lines]))
+    task = load_task(Source(str(file), "custom", holdout=0.25), text=["words"], label=list(NAMES))
+    assert task.train is not None
+    held = {row["row"]: row["label"] for rows in (task.train, task.evaluation[""]) for row in rows}
+    assert (len(task.train), len(task.evaluation[""])) == (6, 2)
+    assert [held[at] for at in range(8)] == [
+        [float(name in tags) for name in NAMES] for _, tags in rows_of(8)
+    ]
+
+
 def test_columns_hold_0_and_1(tmp_path: Path) -> None:
     row = {"words": "x", "cold": 2, "good": 0, "slow": 1}
     with pytest.raises(SiftError, match=r"than 0 and 1 in 'cold': 1 rows, such as row 8 \(2\)"):

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from sift_cli.api import Run
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe
 from sift_cli.runs.session import open_session
@@ -224,9 +225,10 @@ def test_mistakes_are_located(
     ],
 )
 def test_mistakes_in_a_recipe(recipe: Path, tmp_path: Path, change: str, said: str) -> None:
-    done = sift("train", recipe, "--out", tmp_path / "run", "--set", change)
-    assert done.returncode == 2
-    assert said in done.stderr
+    for command in (["train", "--out", tmp_path / "run"], ["plan"]):
+        done = sift(*command, recipe, "--set", change)
+        assert done.returncode == 2
+        assert said in done.stderr
 
 
 # Pieces
@@ -332,6 +334,10 @@ def test_a_run_learns_and_all_that_comes_after_knows_of_it(recipe: Path, tmp_pat
     (said,) = asked["predictions"]
     assert said["tags"] == ["O", "O", "B-THING", "I-THING", "O"]
     assert said["entities"] == [{"kind": "THING", "words": "good film"}]
+    finished = Run.load(out)
+    assert finished.predict(["bad was good film again"]) == [said]
+    with pytest.raises(SiftError, match=r"was trained on tokens; give texts"):
+        finished.predict([("bad was", "good film")])
     shown = sift("predict", out, "bad was good film again")
     assert "good film (THING)" in shown.stdout
     assert shown.stderr == ""
