@@ -61,7 +61,7 @@ class Classification:
     evaluate on, "" and "_mismatched"; other tasks have one. `notes` are what to tell of the rows.
     `own` are metrics that are no rows of METRICS. `class_weights` are what a row of each class
     counts in the loss that trains, 1 unless given, and `label_smoothing` what of each label goes to
-    all classes alike.
+    all classes alike. Metrics of one class are of `positive`, a code.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Classification:
     class_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
     several: bool = False
+    positive: int = 1
 
     auto: ClassVar[Any] = AutoModelForSequenceClassification
     packs: ClassVar[bool] = False
@@ -141,6 +142,7 @@ class Classification:
         if found is None or found[1] == list(range(len(found[0]))):
             return self if found is None else replace(self, labels=found[0])
         names, codes = found
+        positive = codes[self.positive] if self.positive < len(codes) else self.positive
 
         def moved(values: Sequence[float], missing: float) -> list[float]:
             given = dict(zip(codes, values, strict=True))
@@ -154,6 +156,7 @@ class Classification:
             self,
             labels=names,
             class_weights=None if weights is None else tuple(moved(weights, 1.0)),
+            positive=positive,
             **relabelled(self.train, self.evaluation, change),
         )
 
@@ -302,6 +305,7 @@ class Classification:
             kind.losses(wide, labels).numpy(),
             None if kind.probabilities is None else kind.probabilities(wide).numpy(),
             self.labels or (),
+            self.positive,
         )
         return compute_metrics(self.metrics, evidence, self.own)
 

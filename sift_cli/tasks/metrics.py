@@ -10,6 +10,7 @@ from math import exp, sqrt
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
+from sift_cli.tasks.labels import codes_in
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -271,18 +272,20 @@ def compute_metrics(
 ) -> dict[str, float | None]:
     """Each named metric, of METRICS or of `own`, from the evidence; see `evidence_of`.
 
-    `f1` is that of class 1, as GLUE defines it, and `f1:NAME` of the class of that name; `f1_macro`
-    averages over classes. None stands for what is undefined: a correlation where predictions or
-    labels are all the same, `matthews` where all labels are, `f1` where the class is neither there
-    nor predicted. By convention `matthews` is 0 where all predictions are the same and the labels
-    are not.
+    `f1` is that of class 1, as GLUE defines it, unless another is `positive`, and `f1:NAME` of the
+    class of that name; `f1_macro` averages over classes. None stands for what is undefined: a
+    correlation where predictions or labels are all the same, `matthews` where all labels are, `f1`
+    where the class is neither there nor predicted. By convention `matthews` is 0 where all
+    predictions are the same and the labels are not.
     """
     found = {}
     for name in names:
         base, colon, label = name.partition(":")
         given = dict(evidence)
         if base in ONE_CLASS:
-            code = list(evidence["names"]).index(label) if colon else 1
+            code = evidence.get("positive", 1)
+            if colon:
+                (code,) = codes_in([label], evidence["names"], name)
             given |= {"said": _is(given["predicted"], code), "truth": _is(given["labels"], code)}
         metric = own[name] if own and name in own else METRICS[base]
         if lacking := [key for key in metric.needs if key not in given]:
@@ -297,11 +300,15 @@ def evidence_of(
     losses: Array,
     probabilities: Array | None = None,
     names: Sequence[str] = (),
+    positive: int = 1,
 ) -> dict[str, Any]:
-    """What the metrics of a split with a label a row may ask for; shapes as in EVIDENCE."""
+    """What the metrics of a split with a label a row may ask for; shapes as in EVIDENCE.
+
+    `positive` is the code of the class that metrics of one class are of.
+    """
     classes = {} if probabilities is None else {"probabilities": probabilities, "names": names}
     rows = {"predicted": predicted, "labels": labels, "losses": losses, **classes}
-    return {**rows, LOSS: float(losses.sum()), "count": len(labels)}
+    return {**rows, "positive": positive, LOSS: float(losses.sum()), "count": len(labels)}
 
 
 def score_tokens(names: Sequence[str], rows: Array) -> dict[str, float | None]:
