@@ -13,6 +13,7 @@ from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.runs.session import open_session
 from sift_cli.runs.tuned import load_tuned
+from sift_cli.tasks.classification import Classification
 from sift_cli.tasks.labels import codes_in
 from tests.support.command import Run, sift
 from tests.support.rows import write_rows
@@ -124,6 +125,10 @@ def test_a_base_that_is_tuned_keeps_the_order_of_its_outputs(
     session = open_session(recipe)
     assert session.notes[0] == "head: the base's, kept for 2 labels [positive, negative]"
     assert session.evaluate() == right
+    weighed = ["train.class_weights={positive: 3}", "train.label_smoothing=0.1"]
+    task = open_session(load_recipe(recipe_file, [f"model.path={merged}", *weighed])).task
+    assert isinstance(task, Classification)
+    assert task.class_weights == (3.0, 1.0)
     delta = run(f"model.path={merged}", name="again")
     summary = json.loads((delta.parent / "summary.json").read_text())
     assert summary["labels"] == ["positive", "negative"]

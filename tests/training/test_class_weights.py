@@ -151,10 +151,12 @@ def test_mistakes_about_weights(recipe: Path, tmp_path: Path, change: str, said:
 @pytest.mark.parametrize("change", ["class_weights: balanced", "label_smoothing: 0.1"])
 def test_numbers_and_tokens_have_no_classes_to_weigh(recipe: Path, data: Path, change: str) -> None:
     text = f"model: {{path: x}}\ndata: {{path: y, task: text}}\ntrain: {{{change}}}\n"
-    with pytest.raises(SiftError, match="it belongs to rows with labels, and would do nothing"):
+    with pytest.raises(SiftError, match="it belongs to rows with a label each, and would do"):
         parse_recipe(text, "r.yaml")
     for split in ("train", "validation"):
         rows = [{"words": WORDS[at], "kind": at / 2} for at in range(4)]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(SiftError, match="'kind' holds numbers to predict, and no classes"):
+    with pytest.raises(
+        SiftError, match="it is for one label a row, and 'kind' holds numbers to predict"
+    ):
         opened(recipe, f"train={{{change}}}")
