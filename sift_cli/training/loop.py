@@ -32,6 +32,7 @@ from sift_cli.training.rates import (
     at_best_rate,
     rate_from,
     remove_trials,
+    told_rate,
     usual_rate_for,
     with_rate,
 )
@@ -80,7 +81,7 @@ def train(
         if recipe.train.learning_rate == AUTO:
             one = partial(train, build=build, device=device, resume=True, allow_code=allow_code)
             recipe = at_best_rate(recipe, out, one, usual_rate_for(recipe, narrow), console)
-        recipe = with_rate(recipe, narrow, console)
+        recipe = with_rate(recipe, narrow)
         timing = Timing()
         if resume:
             policy = recipe.selection.policy if build is None else None
@@ -89,6 +90,8 @@ def train(
                 return summary
         method = build(recipe) if build else selecting(recipe, allow_code, console)
         session = open_session(recipe, device=device, allow_code=allow_code)
+        if source == "usual":
+            console.print(told_rate(recipe, narrow is None), highlight=False)
         run = begin(recipe, session, method, checkpoints, timing, resume=resume)
         regular = recipe.checkpoint.every is not None
         require_space(out, space_for(run.state.parameters, regular))

@@ -207,22 +207,20 @@ def usual_rate_for(recipe: Recipe, narrow: float | None = None) -> float:
     return at_width(narrow, width_of(recipe))
 
 
-def with_rate(
-    recipe: Recipe, narrow: float | None = None, console: Console | None = None
-) -> Recipe:
-    """The recipe; where it says nothing of the rate, with the usual one, which is told."""
+def with_rate(recipe: Recipe, narrow: float | None = None) -> Recipe:
+    """The recipe; where it says nothing of the rate, with the usual one."""
     if recipe.train.learning_rate is not None:
         return recipe
-    rate = usual_rate_for(recipe, narrow)
-    if console is not None:
-        policy, share = recipe.selection.policy, f"{100 * share_of(recipe):.3g} % of the entries"
-        of = "this method on" if narrow else f"{policy} at {share} of"
-        console.print(
-            f"learning rate {rate:g}: the usual one of {of} a model {width_of(recipe)} wide",
-            highlight=False,
-        )
-    update = {"learning_rate": rate}
+    update = {"learning_rate": usual_rate_for(recipe, narrow)}
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=update)})
+
+
+def told_rate(recipe: Recipe, of_policy: bool = True) -> str:
+    """What to tell of the usual rate that the recipe has: that of its policy, or of a method."""
+    share = f"{100 * share_of(recipe):.3g} % of the entries"
+    of = f"{recipe.selection.policy} at {share} of" if of_policy else "this method on"
+    wide = f"a model {width_of(recipe)} wide"
+    return f"learning rate {recipe.train.rate:g}: the usual one of {of} {wide}"
 
 
 def rate_from(recipe: Recipe) -> str:

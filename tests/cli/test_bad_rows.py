@@ -53,12 +53,12 @@ ROWS: dict[str, tuple[list[Any], tuple[str, ...], str]] = {  # rows, overrides, 
 
 
 def refusal(recipe: Path, *options: str) -> str:
-    """The one line of training, which is that of a plan."""
+    """The last line of training, which is that of a plan."""
     said = set()
     for command in (("train", recipe, "--out", recipe.parent / "run"), ("plan", recipe)):
         done = sift(*command, *options)
         assert done.returncode == 2, done.stdout
-        (line,) = done.stderr.splitlines()
+        line = done.stderr.splitlines()[-1]  # after what training tells of the run
         said.add(line)
     (only,) = said
     return only
@@ -197,7 +197,10 @@ def test_settings(what: str, base: Path, refused: Callable[..., str]) -> None:
 
 
 LABELLED: dict[str, tuple[list[dict[str, Any]], str]] = {  # rows, what is told
-    "one label": ([{"sentence": "a", "label": 1}], "rows have the label 1; nothing can be learnt"),
+    "one label": (
+        [{"sentence": "a", "label": 1}],
+        "rows have the label positive; nothing can be learnt",
+    ),
     "an unknown label": ([{"sentence": "a", "label": 7}], "labels outside"),
     "no text": ([{"sentence": None, "label": 0}], "text in 'sentence' is missing"),
     "another column": ([{"words": "a", "label": 0}], "no column 'sentence'"),

@@ -22,9 +22,6 @@ from tests.support.command import Run, sift
 from tests.support.folders import shard
 
 TEXTS = ["good film", "the room was cold and we never liked it", "bad"]
-IN_PLACE = pytest.mark.xfail(
-    strict=False, reason="a layer that divides a linear layer's output in place"
-)
 BOTH = "selection.target=[all-linear, experts]"
 
 
@@ -43,10 +40,7 @@ def by_transformers(folder: Path) -> list[float]:
     return [float(model(**row).logits[0].softmax(-1).max()) for row in rows]
 
 
-ALL = [pytest.param(name, marks=IN_PLACE) if name == "longformer" else name for name in MAKERS]
-
-
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", MAKERS)
 def test_exact_from_training_to_undo(run: Run, base: Path, tmp_path: Path, name: str) -> None:
     folder = save_checkpoint(tmp_path / name, name)
     more = [BOTH] if name in EXPERTS else []
