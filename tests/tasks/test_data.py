@@ -285,7 +285,7 @@ def test_holdout_takes_of_each_class_in_proportion(tmp_path: Path) -> None:
     """However the rows are ordered, and at least one of a rare class."""
     path = folder(tmp_path, train=rows(*["a"] * 70, *["b"] * 27, *["c"] * 3, key="t"))
     for seed in range(5):
-        task = load_task(path, "custom", text=["t"], holdout=0.1, seed=seed)
+        task = read(path, "custom", text=["t"], holdout=0.1, seed=seed)
         assert task.train is not None
         assert Counter(task.evaluation[""]["label"]) == {0: 7, 1: 2, 2: 1}
         assert Counter(task.train["label"]) == {0: 63, 1: 25, 2: 2}
@@ -313,7 +313,7 @@ def test_labels_that_no_row_to_evaluate_on_has_are_told(tmp_path: Path) -> None:
     path = folder(
         tmp_path, train=rows(*["a", "b", "c"] * 4, key="t"), validation=rows("a", key="t")
     )
-    task = load_task(path, "custom", text=["t"])
+    task = read(path, "custom", text=["t"])
     said = task.ready(None, packs=False, chunk_loss=0)[1]  # type: ignore[arg-type]
     assert said[0] == "evaluation: no row has the label [b, c]"
     assert "1 rows for 3 labels" in said[1]
@@ -769,8 +769,8 @@ def test_a_class_label_of_other_names_is_refused_with_both_lists(tmp_path: Path)
     for split in ("train", "validation"):
         rows.to_parquet(tmp_path / f"{split}.parquet")
     with pytest.raises(SiftError, match=r"called \[Warm, cold\], and those of the task \[x, y\]"):
-        load_task(str(tmp_path), "custom", text=["t"], label="y", labels=["x", "y"])
-    task = load_task(str(tmp_path), "custom", text=["t"], label="y", labels=["COLD", "warm"])
+        read(str(tmp_path), "custom", text=["t"], label="y", labels=["x", "y"])
+    task = read(str(tmp_path), "custom", text=["t"], label="y", labels=["COLD", "warm"])
     assert task.train is not None
     assert list(task.train["label"]) == [1, 0]
 
