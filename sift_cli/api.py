@@ -164,10 +164,10 @@ def train(
         overwrite=overwrite,
         allow_code=allow_code,
         callbacks=callbacks,
-        console=Console(stderr=True, quiet=quiet),
+        console=Console(stderr=True, quiet=quiet, markup=False, soft_wrap=True),
     )
     if resolved.log.report:
-        _report(folder, Console(stderr=True))
+        _report(folder, Console(stderr=True, markup=False, soft_wrap=True))
     return Run(folder, summary)
 
 
@@ -271,7 +271,7 @@ def probe(
         steps=steps,
         device=device,
         allow_code=allow_code,
-        console=Console(stderr=True, quiet=quiet),
+        console=Console(stderr=True, quiet=quiet, markup=False, soft_wrap=True),
     )
 
 

@@ -86,6 +86,7 @@ def test_the_commands_of_a_page_run(
         save_talker(base.parent / "talker")
     for table in (ROOT / "docs").glob("*.csv"):
         shutil.copy(table, tmp_path)
+    (tmp_path / "new.csv").write_text("sentence,label\ngood film,positive\nbad film,negative\n")
     tuned = [at for at, args in enumerate(shown) if "my-tuned-model" in args]
     if tuned:
         shown.insert(tuned[0], ["merge", "runs/rte", "--out", "my-tuned-model"])

@@ -12,7 +12,6 @@ from sift_cli.delta.build import describe_base
 from sift_cli.errors import SiftError
 from sift_cli.models.fingerprints import dtype_name, state_fingerprints
 from sift_cli.models.loading import model_folder
-from sift_cli.models.names import all_names
 from sift_cli.models.prepare import frozen
 from sift_cli.models.stored import Stored
 from sift_cli.recipe import SelectionSection, selection_of, usual_rate
@@ -132,7 +131,7 @@ def _origin(model: nn.Module, base: str | None) -> tuple[str, str | None, tuple[
     if not path:
         return IN_MEMORY, None, ()
     revision = None if base else getattr(config, "_commit_hash", None)
-    stored = Stored(model_folder(path, revision), all_names(model))
+    stored = Stored(model_folder(path, revision), model)
     new = (
         name
         for name, weight in model.named_parameters()

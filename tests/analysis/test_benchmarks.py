@@ -433,7 +433,7 @@ def test_options_of_tasks_go_with_tasks(tmp_path: Path) -> None:
     assert refused(tmp_path, "--out", "x.json") == "--out stores results of --tasks"
     assert refused(tmp_path, "--tasks", ",").startswith("--tasks: name one at least")
     said = refused(tmp_path, "--tasks", "sums", "--split", "test")
-    assert said == "--tasks brings its own data; leave --recipe, --split and --set out"
+    assert said == "--tasks brings its own data; leave --recipe, --split, --data and --set out"
     said = refused(tmp_path, "--tasks", "sums", "--out", tmp_path / "no/x.json")
     assert "there is no folder" in said
 

@@ -132,7 +132,8 @@ def test_what_all_linear_leaves_out_is_told(recipe_file: Path, tmp_path: Path) -
         "train.max_steps=1",
     )
     assert "all-linear leaves out" in done.stderr
-    assert "selection.target: [all-linear, mlp.experts.gate_up_proj" in done.stderr
+    assert "selection.target: [all-linear, " in done.stderr
+    assert "mlp.experts.gate_up_proj" in done.stderr
     named = load_recipe(recipe_file, [f"model.path={folder}", BOTH])
     assert not any("experts" in kind for kind in plan(named)["left_out"])
     bert = plan(load_recipe(recipe_file, []))

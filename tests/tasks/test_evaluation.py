@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.loading import load_tokenizer
+from sift_cli.models.loading import load_model, load_tokenizer, read_config
 from sift_cli.recipe import load_recipe
 from sift_cli.runs.session import Session, open_session
 from sift_cli.tasks.evaluation import collect_outputs, probe
-from sift_cli.tasks.kinds import load_as_it_is, task_of_config
+from sift_cli.tasks.kinds import task_of_config
 from sift_cli.tasks.labelled import load_task
 from sift_cli.tasks.sources import Source
 from sift_cli.tasks.tokens import encode
@@ -64,9 +64,9 @@ def test_outputs_that_are_not_finite_stop(session: Session) -> None:
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
 def test_the_probe_marks_a_model(architecture: str, tmp_path: Path) -> None:
     folder = save_base(tmp_path / "m", architecture)
-    loaded = load_as_it_is(folder)
-    config = loaded.model.config
+    config = read_config(folder)
     task = task_of_config(config)
+    loaded = load_model(folder, task.auto, config, new_head=True)
     first = probe(task, loaded.model, config)
     assert first.shape == (4, 3)
     assert torch.equal(probe(task, loaded.model, config), first)
