@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification
 
-from sift_cli.cli import shipped
+from sift_cli.system import shipped
 from sift_cli.cli.editing import SCHEMA_FILE, editable, json_schema
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 from sift_cli.selection.targets import choose_weights
