@@ -69,6 +69,7 @@ def reference() -> str:
         metrics = ", ".join(task.metrics)
         parts.append(f"| {name} | {', '.join(task.text)} | {labels} | {metrics} |\n")
     parts.append("| custom | `data.text` | `data.label` | `data.metrics` |\n")
+    parts.append("| tags | `data.text`, words | `data.label`, tags | entity_f1 |\n")
     parts.append(
         "\n## Formats\n\nThose of `task: text` and, the others, of `task: instruct`; a word"
     )
@@ -110,7 +111,7 @@ def _takes(kind: Any) -> str:
     if origin is list:
         return "list"
     if origin is dict:
-        return "names" if get_args(kind)[1] is str else "patterns"
+        return "names" if get_args(kind)[1] is str else "numbers by name"
     if hasattr(kind, "__metadata__"):
         return _takes(get_args(kind)[0])
     return {"str": "text", "int": "integer", "float": "number", "bool": "true, false"}[

@@ -82,6 +82,7 @@ class Run:
         from sift_cli.tasks.classification import Classification
         from sift_cli.tasks.language import Language
         from sift_cli.tasks.prompts import prompts_of
+        from sift_cli.tasks.tagging import Tagging
 
         firsts, seconds = _texts(texts)
         if not firsts:
@@ -94,7 +95,7 @@ class Run:
             prompts = prompts_of(firsts, task.takes_text(loaded.tokenizer))
             answers = task.answers(loaded, prompts, device=where, longest=max_new_tokens)
             return [{"text": one.shown(), **answer.to_json()} for one, answer in answers]
-        assert isinstance(task, Classification)
+        assert isinstance(task, Classification | Tagging)
         limit = None
         if recipe is not None:
             columns = text_columns(recipe.data.task, recipe.data.text)
@@ -190,15 +191,23 @@ def evaluate(
     overrides: Sequence[str] = (),
     base: PathOf | None = None,
     device: str | None = None,
+    allow_code: bool = False,
 ) -> Mapping[str, float | None]:
     """The metrics of a run, a delta on its base, or any model folder: `sift eval`.
 
     They are of the data of `recipe`, or of the recipe that travels with `tuned`, and of its
     `eval.split` unless `split` names another; or of all rows of a file `data`, or the split of a
-    folder. Raises SiftError.
+    folder. `allow_code` lets metrics name functions in files. Raises SiftError.
     """
     session = session_of(
-        tuned, recipe, split=split, data=data, overrides=overrides, base=base, device=device
+        tuned,
+        recipe,
+        split=split,
+        data=data,
+        overrides=overrides,
+        base=base,
+        device=device,
+        allow_code=allow_code,
     )
     return session.evaluate()
 
@@ -212,6 +221,7 @@ def session_of(
     overrides: Sequence[str] = (),
     base: PathOf | None = None,
     device: str | None = None,
+    allow_code: bool = False,
 ) -> Session:
     """The tuned model on the data that `evaluate` scores it by."""
     path = fspath(tuned)
@@ -228,7 +238,9 @@ def session_of(
         require_texts(path, own, len(text_columns(given.data.task, given.data.text)))
     if data is not None:
         given, split = with_rows(given, fspath(data), split, loaded.model.config)
-    return open_session(given, device=device, train=False, split=split, tuned=loaded)
+    return open_session(
+        given, device=device, train=False, split=split, tuned=loaded, allow_code=allow_code
+    )
 
 
 def probe(

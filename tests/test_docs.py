@@ -72,7 +72,12 @@ def test_the_commands_of_a_page_run(
 ) -> None:
     """In order, on the page's own files and stand-ins for models, GLUE and the hub."""
     shown = commands(page)
-    own = {title: text for kind in ("yaml", "json") for title, text in blocks(page, kind) if title}
+    own = {
+        title: text
+        for kind in ("yaml", "json", "text")
+        for title, text in blocks(page, kind)
+        if title
+    }
     if page.name == "language-models.md":
         base = save_causal(tmp_path / "causal", "llama-tied")
     for title, text in own.items():

@@ -137,16 +137,25 @@ def gradient_share(gradients: Sequence[Line]) -> float | None:
 
 
 def _progress(steps: Sequence[Line], scores: Sequence[Line], before: Metrics) -> Figure:
-    figure = Figure(figsize=(WIDTH, 4.2 if scores else 2.3), layout="constrained")
-    axes = figure.subplots(2 if scores else 1, 1, sharex=True, squeeze=False)[:, 0]
-    axes[0].plot(*_series(steps, "loss"), color=BLUE, lw=1.2, marker=_marker(steps))
+    """Losses of rows, trained on and held out, on one axis; all other metrics on another."""
+    names = list(scores[0]["metrics"]) if scores else []
+    others = [name for name in names if not name.startswith(LOSS)]
+    figure = Figure(figsize=(WIDTH, 4.2 if others else 2.3), layout="constrained")
+    axes = figure.subplots(2 if others else 1, 1, sharex=True, squeeze=False)[:, 0]
+    axes[0].plot(*_series(steps, LOSS), color=BLUE, lw=1.2, marker=_marker(steps), label="training")
     axes[0].set_ylabel("loss")
+    for at, name in enumerate((name for name in names if name not in others), start=1):
+        told = name.replace(LOSS, "held out", 1)
+        points = _defined(name, scores, before)
+        axes[0].plot(*points, marker=".", label=told, color=_colour(at))
+    if len(others) < len(names):
+        axes[0].legend(fontsize=8.5)
+    for at, name in enumerate(others):
+        points = _defined(name, scores, before)
+        axes[1].plot(*points, marker=".", label=name, color=_colour(at))
     if scores:
-        for at, name in enumerate(scores[0]["metrics"]):
-            points = _defined(name, scores, before)
-            axes[1].plot(*points, marker=".", label=name, color=_colour(at))
-        _mark_best(axes[1], scores)
-        axes[1].legend(fontsize=8.5)
+        _mark_best(axes[-1], scores)
+        axes[-1].legend(fontsize=8.5)
     _count_steps(axes)
     return figure
 

@@ -27,6 +27,7 @@ from sift_cli.runs.session import tell_emulated
 from sift_cli.runs.summary import Summary
 from sift_cli.selection.policies import POLICIES
 from sift_cli.tasks.metrics import better
+from sift_cli.tasks.own_metrics import own_metrics
 from sift_cli.tasks.table import LANGUAGE
 from sift_cli.training.choosing import rule_of
 from sift_cli.training.rates import with_rate
@@ -74,6 +75,7 @@ def compare(
     rule_of(recipe.selection, allow_code)
     if methods is None:
         methods = usual_methods(recipe)
+    own_metrics(recipe.metric_names, allow_code)
     check_methods([*methods, *rates])
     if not methods:
         raise SiftError("--methods: name one at least, such as sign-descent,random,lora")

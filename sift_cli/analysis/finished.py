@@ -13,13 +13,14 @@ from sift_cli.recipe import Rate, load_recipe
 from sift_cli.runs.facts import flat, settings_of
 from sift_cli.runs.folder import RECIPE_FILE, SUMMARY_FILE
 from sift_cli.runs.summary import Summary
-from sift_cli.tasks.table import LANGUAGE
+from sift_cli.tasks.metrics import LOSS
+from sift_cli.tasks.table import LANGUAGE, TAGGING
 
 # what the table has columns for
 SHOWN = ("train.seed", "train.learning_rate", "selection.policy", "selection.density")
 # what tells, beside the name of a task, which rows and which of their tokens are scored
 ROWS_OF = {
-    "custom": ("path", "config", "label"),
+    **dict.fromkeys(("custom", TAGGING), ("path", "config", "label")),
     **dict.fromkeys(
         LANGUAGE,
         ("path", "config", "columns", "max_length", "template", "system", "train_on", "too_long"),
@@ -81,7 +82,9 @@ class Finished:
             found |= {f"data.{key}": data[key] for key in keys}
             found["data.holdout"] = data["holdout"]
             found["eval.split"] = self.settings["eval"]["split"]
-        return found | {"metrics": ", ".join(self.summary.metrics)}
+        first, *more = self.summary.metrics
+        told = [first, *(name for name in more if not name.startswith(LOSS))]  # older runs lack it
+        return found | {"metrics": ", ".join(told)}
 
 
 def require_one_task(runs: Sequence[Finished]) -> None:

@@ -99,7 +99,7 @@ class Outline:
         recipe = with_template(recipe)
         rule = rule_of(recipe.selection, allow_code)
         folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
-        expected_task(recipe.data.task, recipe.data.labels).configure(folder)  # or it raises
+        expected_task(*recipe.data.expected).configure(folder)  # or it raises
         task, missing = read_task(recipe)
         config = task.configure(folder)
         if padding_of(config) is None:
@@ -108,7 +108,7 @@ class Outline:
         model = build()
         rows = PlannedRows.of(recipe, task, missing, folder, model)
         new = _new_head(task, model, folder)
-        start = start_of(recipe.train, model)
+        start = start_of(recipe.train, task, model)
         parts = Parts.of(recipe.selection, model, new, rule)
         _require_beginning(recipe, rows, parts)
         return cls(
@@ -321,7 +321,7 @@ def measured(
 
     `run_s` has that of the trials of learning rates as well, but no evaluation.
     """
-    session = open_session(recipe, device=str(device))
+    session = open_session(recipe.without_code(), device=str(device))
     assert session.train is not None
     lengths = session.train.lengths
     batches = steps_of(recipe.train, lengths, session.task.packs)

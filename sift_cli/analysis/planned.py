@@ -33,7 +33,7 @@ def read_task(recipe: Recipe) -> tuple[Task, str | None]:
     try:
         task = load_rows(recipe)
     except NotHere as error:
-        return expected_task(recipe.data.task, recipe.data.labels), str(error).splitlines()[0]
+        return expected_task(*recipe.data.expected), str(error).splitlines()[0]
     assert task.train is not None
     if recipe.train.learning_rate == AUTO:
         require_enough_rows(len(task.train))

@@ -65,7 +65,7 @@ def probe(
     """
     console = console or Console(stderr=True, quiet=True)
     recipe = at_usual_rate(recipe)
-    session = open_session(recipe, device=device)
+    session = open_session(recipe.without_code(), device=device)
     prepare_model(session.model, session.device, recipe.train.gradient_checkpointing)
     walk = _Walk.begin(recipe, session, steps, _choosers(recipe, session, policies, allow_code))
     classes = _class_masks(session, walk.masks["sift"], recipe.train.batch_size)

@@ -31,7 +31,8 @@ from sift_cli.runs.folder import (
 )
 from sift_cli.runs.summary import Summary
 from sift_cli.tasks.classification import MISTAKES
-from sift_cli.tasks.metrics import shown
+from sift_cli.tasks.kinds import task_of
+from sift_cli.tasks.metrics import ClassScore, shown
 
 TEMPLATE = "report.html.j2"
 
@@ -57,7 +58,7 @@ def report(
     drawn = charts(
         recorded.metrics,
         weights,
-        predictions,
+        [] if summary.kind else predictions,
         summary.labels,
         summary.metrics_before,
         probed,
@@ -68,6 +69,7 @@ def report(
     page = _template().render(
         run=run,
         shown=shown,
+        named=lambda said: (", ".join(said) or "none") if isinstance(said, list) else said,
         base=recorded.recipe.model.path,
         rows=dataset_name(recorded.recipe.data.model_dump()),
         summary=summary,
@@ -78,6 +80,7 @@ def report(
         by_chance=_by_chance(weights, recorded.gradient),
         says=probed["says"] if probed else [],
         splits=Counter(line["split"] for line in predictions),
+        classes=_classes(summary, predictions),
         mistakes=_worst(predictions, bool(summary.labels)) if texts else [],
         spoken=Spoken.of(summary, recorded.predictions, recorded.samples) if language else None,
         texts=texts,
@@ -161,10 +164,23 @@ def _worst(predictions: list[dict[str, Any]], classes: bool) -> list[dict[str, A
     """The mistakes to show, the most confident or the largest first."""
 
     def size(row: Mapping[str, Any]) -> float:
-        return float(row["probability"] if classes else abs(row["predicted"] - row["label"]))
+        if classes:
+            return float(row.get("probability", row.get("loss")))
+        return float(abs(row["predicted"] - row["label"]))
 
     mistakes = [row for row in predictions if "text" in row]  # a run keeps no other row's text
     return sorted(mistakes, key=size, reverse=True)[:MISTAKES]
+
+
+def _classes(
+    summary: Summary, predictions: Sequence[Mapping[str, Any]]
+) -> dict[str, list[ClassScore]]:
+    """How well each class is told, by split."""
+    splits: dict[str, list[Mapping[str, Any]]] = {}
+    for line in predictions:
+        splits.setdefault(line["split"], []).append(line)
+    task = task_of(summary)
+    return {split: rows for split, some in splits.items() if (rows := task.by_class(some))}
 
 
 def _by_chance(

@@ -15,8 +15,9 @@ from sift_cli.runs.session import load_rows
 from sift_cli.tasks.coder import Coded
 from sift_cli.tasks.conversations import is_conversation, row_of
 from sift_cli.tasks.kinds import expected_task
+from sift_cli.tasks.label_kinds import held_by
 from sift_cli.tasks.supervision import code
-from sift_cli.tasks.table import LANGUAGE
+from sift_cli.tasks.table import LANGUAGE, TAGGING
 from sift_cli.tasks.token_rows import SplitCounts, fit, require_enough, tokenise
 from sift_cli.tasks.tokens import UNSEEN, decoded
 
@@ -78,7 +79,7 @@ def show_row(recipe: Recipe, row: int | None = None, split: str = TRAIN) -> Show
     Raises SiftError where the split has no such row, and for rows that cannot be used.
     """
     folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
-    expected_task(recipe.data.task, recipe.data.labels).configure(folder)  # or it raises
+    expected_task(*recipe.data.expected).configure(folder)  # or it raises
     tokenizer = load_tokenizer(folder)
     kind = _language if recipe.data.task in LANGUAGE else _labelled
     return kind(recipe, tokenizer, row, split)
@@ -133,10 +134,14 @@ def _labelled(
     (whole,) = task.encode(rows.select([at]), tokenizer, 2**30).lengths
     ids = data.rows["input_ids"][at]
     fate = KEPT if whole <= len(ids) else f"cut to {len(ids):,} tokens"
-    names = task.header()["labels"]
-    value = rows["label"][at]
+    names, value = task.header()["labels"], rows["label"][at]
     shown = _spelt(tokenizer, ids, [False] * len(ids))
-    label = str(value) if names is None else names[value]
+    if isinstance(value, list) and task.name == TAGGING:
+        label = " ".join(names[code] for code in value)
+    elif isinstance(value, list):
+        label = ", ".join(held_by(names, value)) or "none"
+    else:
+        label = str(value) if names is None else names[value]
     return ShownRow(
         split, rows["row"][at], task.name, whole, fate, *shown, SplitCounts.of(data), label
     )

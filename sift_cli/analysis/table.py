@@ -7,7 +7,7 @@ from typing import Any
 
 from sift_cli.recipe import AUTO, Rate
 from sift_cli.runs.summary import Summary
-from sift_cli.tasks.metrics import METRICS, shown
+from sift_cli.tasks.metrics import rises, shown
 
 SELECTION = "selection."  # keys of what belongs to a method
 FEW_SEEDS = 6  # with fewer, the notes say what p is worth
@@ -152,7 +152,7 @@ class Comparison:
     @property
     def falls(self) -> bool:
         """Whether a lower metric is better."""
-        return self.metric in METRICS and not METRICS[self.metric].rises
+        return not rises(self.metric)
 
     @property
     def best(self) -> TableRow | None:
@@ -176,7 +176,8 @@ def tabulated(
     """
     reference = own if own in {run.method for run in runs} else runs[0].method
     assert reference is not None
-    metrics = list(runs[-1].summary.metrics)
+    shared = [run.summary.metrics for run in runs]
+    metrics = [name for name in shared[-1] if all(name in one for one in shared)]
     grouped: dict[tuple[Any, ...], list[FinishedRun]] = {}
     for run in runs:
         grouped.setdefault((run.method, str(run.density), run.settings), []).append(run)

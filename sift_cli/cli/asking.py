@@ -69,6 +69,7 @@ def predict(
     from sift_cli.runs.tuned import load_tuned, require_texts, task_of_loaded
     from sift_cli.tasks.classification import Classification
     from sift_cli.tasks.language import Language
+    from sift_cli.tasks.tagging import Tagging
 
     loaded, recipe = load_tuned(tuned, base)
     task, where = task_of_loaded(loaded, recipe), pick_device(device)
@@ -83,7 +84,7 @@ def predict(
     else:
         if recipe is not None:
             require_texts(tuned, recipe, 2 if pair else 1)
-        assert isinstance(task, Classification)
+        assert isinstance(task, Classification | Tagging)
         limit = recipe.data.max_length if recipe else None
         found = iter(task.predict(loaded, texts, pair, device=where, max_length=limit))
     if output is not None:
@@ -137,16 +138,23 @@ def _write(output: Path, lines: Iterator[dict[str, Any]]) -> None:
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
 
 
+def _listed(items: list[Any]) -> str:
+    """Labels, tags or entities in a line."""
+    texts = [one if isinstance(one, str) else f"{one['words']} ({one['kind']})" for one in items]
+    return ", ".join(texts) or "none"
+
+
 def _print(predictions: list[dict[str, Any]]) -> None:
     """A table of what was asked and what came out."""
-    known = ("label", "probability", "score", "answer", "expected")
+    known = ("label", "labels", "entities", "tags", "probability", "score", "answer", "expected")
     keys = [key for key in known if any(key in one for one in predictions)]
     table = Table("text", *keys)
     for one in predictions:
         asked = one.get("text", one.get("prompt"))
         asked = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
         texts = " / ".join([asked, one["pair"]] if "pair" in one else [asked])
-        cells = [one.get(key, "") for key in keys]
+        found = (one.get(key, "") for key in keys)
+        cells = [_listed(cell) if isinstance(cell, list) else cell for cell in found]
         shown = (visible(cell) if isinstance(cell, str) else f"{cell:.4f}" for cell in cells)
         table.add_row(escape(texts), *map(escape, shown))
     print_table(table)

@@ -22,7 +22,8 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe.")
 ]
 AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Let selection.score run a function in a file.")
+    bool,
+    typer.Option("--allow-code", help="Let score and metrics run functions in files."),
 ]
 Device = Annotated[
     str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")

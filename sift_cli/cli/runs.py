@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +37,7 @@ from sift_cli.cli.options import (
     size,
     stdout,
 )
+from sift_cli.cli.tables import show_classes
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.tasks.metrics import shown
 
@@ -159,6 +161,7 @@ def evaluate(
     batch_size: TaskBatch = None,
     out: TasksOut = None,
     device: Device = None,
+    allow_code: AllowCode = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -191,13 +194,23 @@ def evaluate(
         overrides=overrides or [],
         base=base,
         device=device,
+        allow_code=allow_code,
     )
-    metrics = session.evaluate()
+    outputs = session.predict()
+    metrics = session.score(outputs)
+    classes = {
+        suffix: found
+        for suffix, lines in session.lines(outputs).items()
+        if (found := session.task.by_class(lines))
+    }
     rows = sum(map(len, session.evaluation.values()))
     if as_json:
-        print_json({"metrics": metrics} | ({} if data is None else {"rows": rows}))
+        told = {"classes" + key: [asdict(one) for one in some] for key, some in classes.items()}
+        print_json({"metrics": metrics} | ({} if data is None else {"rows": rows}) | told)
         return
     table = Table("metric", "value", title=f"{session.task.name}, {rows:,} rows")
     for name, value in metrics.items():
         table.add_row(name, shown(value))
     print_table(table)
+    for suffix, some in classes.items():
+        show_classes(some, suffix)

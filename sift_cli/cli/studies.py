@@ -24,7 +24,7 @@ from sift_cli.errors import SiftError
 from sift_cli.system import shipped
 
 if TYPE_CHECKING:
-    from sift_cli.recipe.schema import Rate
+    from sift_cli.recipe.training import Rate
 
 Methods = Annotated[
     str | None,

@@ -14,6 +14,7 @@ from sift_cli.tasks.table import language_facts
 
 if TYPE_CHECKING:
     from sift_cli.analysis.table import Comparison
+    from sift_cli.tasks.metrics import ClassScore
 
 
 def show_plan(plan: Mapping[str, Any], show_all: bool) -> None:
@@ -254,6 +255,16 @@ def show_benchmarks(stored: Mapping[str, Any], runs: Sequence[str]) -> None:
     for row in stored["benchmarks"]:
         values = ("" if value is None else shown(value) for value in row["values"])
         table.add_row(escape(row["task"]), escape(row["metric"]), *values, escape(row["way"]))
+    print_table(table)
+
+
+def show_classes(classes: Sequence["ClassScore"], suffix: str) -> None:
+    """Prints how well each class is told, of the split whose metrics have that suffix."""
+    table = Table(f"class{suffix}", "precision", "recall", "f1", "rows")
+    for one in classes:
+        values = (shown(value) for value in (one.precision, one.recall, one.f1))
+        table.add_row(escape(one.name), *values, f"{one.rows:,}")
+    _right(table)
     print_table(table)
 
 

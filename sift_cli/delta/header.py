@@ -67,13 +67,14 @@ class Header(_Stated):
     """What a delta says of itself beside its tensors.
 
     `labels` is None for a regression and for a language task, which `language` tells of, `recipe`
-    for what no recipe made. `logits` are the marks of the trained model by four fixed inputs
-    ([4, ...]). `composed` tells how several deltas, or one scaled, became this one, and
-    `difference` of which two models it is.
+    for what no recipe made. `kind` is told where rows have something else than one label each.
+    `logits` are the marks of the trained model by four fixed inputs ([4, ...]). `composed` tells
+    how several deltas, or one scaled, became this one, and `difference` of which two models it is.
     """
 
     base: Base
     labels: list[str] | None = None
+    kind: str | None = None
     language: dict[str, Any] | None = None
     architecture: str | None = None
     recipe: dict[str, Any] | None = None

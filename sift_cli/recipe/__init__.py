@@ -9,15 +9,7 @@ from sift_cli.recipe.reading import (
     selection_of,
     trace_recipe,
 )
-from sift_cli.recipe.schema import (
-    AUTO,
-    ROW_OPTIONS,
-    CheckpointSection,
-    ModelSection,
-    Rate,
-    Recipe,
-    TrainSection,
-)
+from sift_cli.recipe.schema import ROW_OPTIONS, CheckpointSection, ModelSection, Recipe
 from sift_cli.recipe.selection import (
     AXES,
     DEFAULT_POLICY,
@@ -25,6 +17,7 @@ from sift_cli.recipe.selection import (
     SelectionSection,
     usual_rate,
 )
+from sift_cli.recipe.training import AUTO, Rate, TrainSection
 
 __all__ = [
     "AUTO",

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sift_cli.recipe.schema import LABEL_KEYS, ROW_OPTIONS, TOKEN_KEYS, Recipe
+from sift_cli.recipe.schema import LABEL_KEYS, ROW_OPTIONS, Recipe, keys_of_others
 from sift_cli.recipe.selection import AXES, OPTIONS, policy_row
 from sift_cli.tasks.table import LANGUAGE
 
@@ -86,9 +86,8 @@ def idle_keys(values: Mapping[str, Any]) -> set[str]:
     idle = {f"selection.{key}" for key, option in OPTIONS.items() if not option.applies(axes)}
     task = str(data.get("task"))
     idle |= {f"data.{key}" for key, usual in ROW_OPTIONS.items() if task not in usual}
-    if task in LANGUAGE:
-        return idle | {f"data.{key}" for key in LABEL_KEYS}
-    return idle | {f"{section}.{key}" for section, keys in TOKEN_KEYS.items() for key in keys}
+    idle |= {*keys_of_others(task)}
+    return idle | {f"data.{key}" for key in LABEL_KEYS} if task in LANGUAGE else idle
 
 
 def _hint(place: KeyPlace) -> str:

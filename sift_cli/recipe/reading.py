@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from sift_cli.errors import SiftError
 from sift_cli.recipe.mistakes import KeyPlace, describe, dotted, idle_keys
-from sift_cli.recipe.schema import ROW_OPTIONS, Recipe, TrainSection
+from sift_cli.recipe.schema import ROW_OPTIONS, Recipe
 from sift_cli.recipe.selection import (
     AXES,
     OPTIONS,
@@ -18,6 +18,7 @@ from sift_cli.recipe.selection import (
     policy_row,
     row_options,
 )
+from sift_cli.recipe.training import TrainSection
 from sift_cli.selection.policies import POLICIES
 from sift_cli.system import shipped
 

@@ -11,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from sift_cli.recipe.evaluation import EvalSection
+from sift_cli.recipe.evaluation import METRIC_SCHEMA, EvalSection, MetricName
 from sift_cli.recipe.kinds import (
     Names,
     PositiveInt,
@@ -23,18 +23,14 @@ from sift_cli.recipe.kinds import (
     or_list,
 )
 from sift_cli.recipe.selection import SelectionSection, policy_row
+from sift_cli.recipe.training import AUTO, TrainSection
 from sift_cli.tasks.cells import TAB
 from sift_cli.tasks.conversations import FORMATS, NAMES
-from sift_cli.tasks.metrics import METRICS
-from sift_cli.tasks.table import LANGUAGE, TASKS
+from sift_cli.tasks.metrics import is_code
+from sift_cli.tasks.table import LANGUAGE, TAGGING, TASKS
 
-AUTO = "auto"  # of train.learning_rate
-TaskName = Annotated[str, one_of([*TASKS, "custom", *LANGUAGE])]
-MetricNames = Annotated[
-    list[Annotated[str, one_of(METRICS)]],
-    BeforeValidator(as_list),
-    or_list({"enum": list(METRICS)}),
-]
+TaskName = Annotated[str, one_of([*TASKS, "custom", TAGGING, *LANGUAGE])]
+MetricNames = Annotated[list[MetricName], BeforeValidator(as_list), or_list(METRIC_SCHEMA)]
 
 
 class ModelSection(Section):
@@ -90,12 +86,19 @@ def _encoding(value: object) -> object:
     return value
 
 
+def _label(value: object) -> object:
+    """A column, or at least two."""
+    if isinstance(value, list) and (len(value) < 2 or not all(isinstance(x, str) for x in value)):
+        raise ValueError(f"give a column, or at least two, got {value!r}")
+    return value
+
+
 class DataSection(Section):
     """The dataset and how its rows become inputs."""
 
     path: str = Field(description="hub id, local folder or file, or builtin:NAME")
     task: TaskName = Field(
-        description="a GLUE task, custom, instruct (answers are learnt), or text"
+        description="a GLUE task, custom, tags (of words), instruct (answers are learnt), or text"
     )
     config: str | None = Field(
         None, description="configuration of a hub dataset; the task if unset"
@@ -109,13 +112,18 @@ class DataSection(Section):
     text: Names | None = Field(
         None, min_length=1, max_length=2, description="one or two text columns"
     )
-    label: str | None = Field(None, description="the label column")
+    label: Annotated[str | list[str] | None, BeforeValidator(_label)] = Field(
+        None,
+        description="the label column; lists in it are any of several labels, as are several "
+        "columns, one a label, that hold 0 or 1",
+    )
     labels: list[str] | None = Field(None, min_length=2, description="label names, in code order")
     metrics: MetricNames | None = Field(
         None,
         min_length=1,
-        description="the first decides what is best; loss is the mean over rows, over supervised "
-        "tokens for language tasks",
+        description="the first decides what is best; precision, recall and f1 are of class 1, "
+        "NAME:CLASS of another; FILE.py:FUNCTION is one of your own; loss, which is always among "
+        "them, is the mean over rows, over supervised tokens for language tasks",
     )
     format: Annotated[str, one_of([AUTO, *FORMATS])] | None = Field(
         None, description="how rows are laid out; auto: as their columns tell"
@@ -145,6 +153,12 @@ class DataSection(Section):
         description="share of the rows left to train on to evaluate on instead of eval.split: to "
         "choose settings without a look at it",
     )
+
+    @property
+    def expected(self) -> tuple[str, list[str] | None, bool]:
+        """What is known without the rows: the task, its labels, and that there are several."""
+        columns = self.label if isinstance(self.label, list) else None
+        return self.task, self.labels or columns, columns is not None
 
     @model_validator(mode="before")
     @classmethod
@@ -182,142 +196,23 @@ class DataSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_name_for_each_column(self) -> "DataSection":
+        if isinstance(self.label, list) and len(self.labels or self.label) != len(self.label):
+            raise ValueError(f"labels: {len(self.label)} columns of labels need as many names")
+        return self
+
+    @model_validator(mode="after")
+    def _tags_have_one_column_each(self) -> "DataSection":
+        for key in ("text", "label") if self.task == TAGGING else ():
+            if isinstance(value := getattr(self, key), list) and len(value) > 1:
+                raise ValueError(f"{key}: task: {TAGGING} takes one column, of lists")
+        return self
+
+    @model_validator(mode="after")
     def _custom_is_whole(self) -> "DataSection":
         if self.task == "custom" and (self.text is None or self.label is None):
             raise ValueError("task: custom needs data.text (one or two columns) and data.label")
         return self
-
-
-Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Rate = Number | Literal["auto"]
-
-
-def _rate(value: object) -> object:
-    """A learning rate, `auto`, or None where it is left to the density."""
-    if value is None or value == AUTO:
-        return value
-    try:
-        return checked(Number, value)
-    except ValueError:
-        if isinstance(value, str):
-            raise ValueError(f"give a number above 0, or auto, got {value!r}") from None
-        raise
-
-
-OFF = "off"  # of train.chunk_loss
-ChunkLoss = PositiveInt | Literal["auto", "off"]
-
-
-def _chunk_loss(value: object) -> object:
-    """A number of tokens, `auto`, or `off`, which YAML reads as false."""
-    if value is False or value == OFF:
-        return OFF
-    if value == AUTO or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    raise ValueError(f"give auto, off or a number of tokens, got {value!r}")
-
-
-class TrainSection(Section):
-    """The optimisation."""
-
-    epochs: Annotated[float, Field(gt=0)] = 3
-    max_steps: PositiveInt | None = Field(None, description="stop after so many steps")
-    batch_size: PositiveInt = 32
-    max_tokens: PositiveInt | None = Field(
-        None,
-        description="tokens at once, padding included; a batch of more is computed in parts that "
-        "make the same step",
-    )
-    accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
-    tokens: PositiveInt | None = Field(
-        None,
-        description="tokens that make one step, at most, in place of batch_size x accumulate rows; "
-        "for packed rows",
-    )
-    packing: bool | None = Field(
-        None,
-        description="rows of language tasks end to end, in packs of max_tokens (1024, or "
-        "the longest row) with no padding; unset: where tokens is given",
-    )
-    chunk_loss: Annotated[ChunkLoss, BeforeValidator(_chunk_loss)] = Field(
-        "auto",
-        description="supervised tokens of language tasks whose logits are computed at once, the "
-        "rest again in the backward pass; auto: 32 MiB of logits, 256 on a GPU, at most 1024 "
-        "tokens; off: all",
-    )
-    learning_rate: Annotated[Rate | None, BeforeValidator(_rate)] = Field(
-        None,
-        description="the usual one if unset: 4e-3 at 1 % of a model 384 wide, less the more "
-        "entries train, the wider the model, and where the policy bears less; auto: the best of a "
-        "few, each tried for a tenth of the steps and scored by its loss on a tenth of the "
-        "training rows",
-    )
-    learning_rate_from: Literal["auto"] | None = Field(
-        None, description="how a run whose recipe says auto notes that its rate was found so"
-    )
-    step_scale: Literal["none", "input"] = Field(
-        "none",
-        description="input: each entry's rate is divided by how loud its input is, beside the "
-        "median input of its weight; the policy's own if unset",
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    decay_toward: Literal["zero", "base"] = Field(
-        "zero", description="where weight decay pulls the entries; new modules are pulled to zero"
-    )
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.06, description="share of the steps")
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="bfloat16 autocast or none; auto: bfloat16 on a GPU that has it"
-    )
-    gradient_checkpointing: bool | Literal["wide", "auto"] = Field(
-        "auto",
-        description="activations that the backward pass computes again, so as not to keep them: "
-        "all, or those that are cheap or wider than a layer's input; auto: wide for causal "
-        "language models, none for others",
-    )
-    offload_optimizer: bool = Field(
-        False,
-        description="masters, gradients and moments of what trains on the host: 16 bytes an entry "
-        "less on the device, and slower",
-    )
-    skip_nonfinite: Annotated[int, Field(ge=0, strict=True)] = Field(
-        0, description="steps to pass over whose loss or gradient is not finite; one more stops"
-    )
-    head_start: Literal["random", "probe", "prior", "auto"] = Field(
-        "random",
-        description="what a new head begins with: random numbers, a linear probe of the base's "
-        "features, or a bias at the log frequencies of the classes (the mean of numbers); auto: a "
-        "probe where the model and the task allow it; the policy's own if unset",
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-
-    @model_validator(mode="after")
-    def _one_size_of_a_step(self) -> "TrainSection":
-        if self.tokens is None:
-            if self.packing:
-                raise ValueError("packing: give train.tokens too, which says how many make a step")
-            return self
-        if self.packing is False:
-            raise ValueError(
-                "tokens: it is the size of a step of packed rows; without packing give batch_size "
-                "and accumulate"
-            )
-        for key in ("batch_size", "accumulate"):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key}: train.tokens says what makes a step; give one of the two")
-        return self
-
-    @property
-    def packs(self) -> bool:
-        """Whether rows are packed, `tokens` to a step."""
-        return self.tokens is not None
-
-    @property
-    def rate(self) -> float:
-        """The learning rate, of a recipe that does not leave it open."""
-        assert isinstance(self.learning_rate, float)
-        return self.learning_rate
 
 
 UNITS = {"s": 1, "min": 60, "h": 3600}
@@ -357,8 +252,18 @@ class LogSection(Section):
     report: bool = Field(True, description="write report.html and plots after training")
 
 
-# Keys outside `data` that language tasks alone have.
-TOKEN_KEYS = {"train": ("tokens", "packing", "chunk_loss"), "eval": ("samples", "generate")}
+# Keys outside `data` that language tasks alone have, and those of rows with a label each.
+TOKEN_KEYS = ("train.tokens", "train.packing", "train.chunk_loss", "eval.samples", "eval.generate")
+CLASS_KEYS = ("train.class_weights", "train.label_smoothing")
+
+
+def keys_of_others(task: str) -> dict[str, str]:
+    """Keys outside `data` that do nothing for a task, and what they belong to."""
+    of_tokens = dict.fromkeys(TOKEN_KEYS, f"task: {' or '.join(LANGUAGE)}")
+    of_classes = dict.fromkeys(CLASS_KEYS, "rows with a label each")
+    if task in LANGUAGE:
+        return of_classes
+    return of_tokens | of_classes if task == TAGGING else of_tokens
 
 
 class Recipe(Section):
@@ -385,18 +290,13 @@ class Recipe(Section):
         return {**given, "train": {**train, **open_keys}} if open_keys else given
 
     @model_validator(mode="after")
-    def _keys_of_tokens_fit_the_task(self) -> "Recipe":
-        if self.data.task in LANGUAGE:
-            return self
-        for section, keys in TOKEN_KEYS.items():
+    def _keys_outside_data_fit_the_task(self) -> "Recipe":
+        for name, belongs in keys_of_others(self.data.task).items():
+            section, _, key = name.partition(".")
             part = getattr(self, section)
-            for key in keys:
-                usual = type(part).model_fields[key].default
-                if getattr(part, key) not in (usual, False):
-                    raise ValueError(
-                        f"{section}.{key}: it belongs to task: {' or '.join(LANGUAGE)}, and would "
-                        "do nothing here"
-                    )
+            usual = type(part).model_fields[key].default
+            if getattr(part, key) not in (usual, False):
+                raise ValueError(f"{name}: it belongs to {belongs}, and would do nothing here")
         return self
 
     @model_validator(mode="after")
@@ -408,6 +308,20 @@ class Recipe(Section):
                 f"{longest:,}; give as many or more"
             )
         return self
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The metrics that it names."""
+        return [*(self.data.metrics or ()), *([self.eval.metric] if self.eval.metric else ())]
+
+    def without_code(self) -> "Recipe":
+        """The recipe with no metrics that are code."""
+        names = [name for name in self.data.metrics or () if not is_code(name)]
+        first = self.eval.metric
+        data = self.data.model_copy(update={"metrics": names or None})
+        metric = None if first is None or is_code(first) else first
+        evaluation = self.eval.model_copy(update={"metric": metric})
+        return self.model_copy(update={"data": data, "eval": evaluation})
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, in the order of the schema."""

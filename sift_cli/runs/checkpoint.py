@@ -31,11 +31,15 @@ KEPT = 2  # files
 
 @dataclass(frozen=True)
 class Best:
-    """The step of the weights kept so far, what they score, and the step evaluated last."""
+    """The step of the weights kept so far, what they score, and the step evaluated last.
+
+    `stale` counts the evaluations since the best one.
+    """
 
     step: int
     metrics: dict[str, float | None] | None
     seen: int
+    stale: int = 0  # of the checkpoints of older versions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,10 +55,11 @@ class Facts:
             assert rows is not None
             assert tokens is not None
             data[name] = f"{len(rows):,} rows, {_hash_rows(rows, tokens.lengths)}"
-        selection = settings["selection"]
-        score, _, _ = (selection["score"] or "").rpartition(".py:")
-        if score:
-            data[f"{score}.py"] = _hash(Path(f"{score}.py").read_bytes())
+        selection, metrics = settings["selection"], settings["data"]["metrics"] or ()
+        for name in (selection["score"], *metrics, settings["eval"]["metric"]):
+            file, _, _ = (name or "").rpartition(".py:")
+            if file:
+                data[f"{file}.py"] = _hash(Path(f"{file}.py").expanduser().read_bytes())
         device = session.device.type
         card = torch.cuda.get_device_name(session.device) if device == "cuda" else ""
         return cls(

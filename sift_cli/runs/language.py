@@ -9,7 +9,7 @@ from sift_cli.runs.sources import source_of
 from sift_cli.tasks.coder import ALL_TOKENS
 from sift_cli.tasks.instructions import LanguageRows, load_language_rows
 from sift_cli.tasks.language import Language, Wording
-from sift_cli.tasks.metrics import OF_TOKENS
+from sift_cli.tasks.metrics import OF_TOKENS, TOKENS, leading, require_fit
 from sift_cli.tasks.templates import BUILTIN, OWN, template_text
 from sift_cli.tasks.token_rows import DROP
 
@@ -30,15 +30,21 @@ def language_rows(
 
 
 def language_of(recipe: Recipe) -> Language:
-    """The task of a recipe for `instruct` or `text`, without rows."""
-    data = recipe.data
+    """The task of a recipe for `instruct` or `text`, without rows.
+
+    Raises SiftError for metrics of other tasks.
+    """
+    data, first = recipe.data, recipe.eval.metric
+    names = data.metrics or OF_TOKENS
+    for key, some in (("data.metrics", names), ("eval.metric", [first] if first else [])):
+        require_fit(key, some, TOKENS, f"rows of task: {data.task} hold")
     wording = Wording(
         template=data.template or OWN,
         system=data.system,
         train_on=data.train_on or ALL_TOKENS,
         too_long=data.too_long or DROP,
     )
-    return Language(data.task, tuple(data.metrics or OF_TOKENS), wording=wording)
+    return Language(data.task, leading(names, first), wording=wording)
 
 
 def with_template(recipe: Recipe) -> Recipe:

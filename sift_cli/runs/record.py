@@ -24,13 +24,12 @@ def write_predictions(
 
     A line holds the split, the row's number there, and what the task says of the row.
     """
-    task = session.task
     _write_lines(
         out / PREDICTIONS_FILE,
         (
             {"split": split + suffix, **line}
-            for suffix, one in outputs.items()
-            for line in task.lines(one, task.evaluation[suffix], session.evaluation[suffix])
+            for suffix, lines in session.lines(outputs).items()
+            for line in lines
         ),
     )
 

@@ -24,8 +24,10 @@ from sift_cli.runs.language import language_task
 from sift_cli.runs.sources import source_of
 from sift_cli.tasks.evaluation import collect_outputs
 from sift_cli.tasks.labelled import load_task
-from sift_cli.tasks.metrics import Metrics
-from sift_cli.tasks.table import LANGUAGE
+from sift_cli.tasks.metrics import Metric, Metrics
+from sift_cli.tasks.own_metrics import own_metrics
+from sift_cli.tasks.table import LANGUAGE, TAGGING
+from sift_cli.tasks.tagged import load_tagging
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.token_rows import SplitCounts
 from sift_cli.tasks.tokens import Encoded, require_readable
@@ -55,7 +57,7 @@ class Session:
         """One batch of rows to train on, as the task lays them out."""
         return self.task.collate(features, self.tokenizer, packs=self.task.packs)
 
-    def counted(self, rows: Sequence[Sequence[int]]) -> int:
+    def counted(self, rows: Sequence[Sequence[int]]) -> float:
         """What the mean loss of a step is the mean of; `rows` are its micro-batches."""
         assert self.train is not None
         return sum(self.task.counted(self.train, part) for part in rows)
@@ -87,6 +89,13 @@ class Session:
             for name, value in self.task.score(outputs[suffix], data).items()
         }
 
+    def lines(self, outputs: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:
+        """What the task says of each row of what `predict` returned, by the split's suffix."""
+        return {
+            suffix: self.task.lines(outputs[suffix], self.task.evaluation[suffix], data)
+            for suffix, data in self.evaluation.items()
+        }
+
     def evaluate(self) -> dict[str, float | None]:
         """The task's metrics of the model as it is now."""
         return self.score(self.predict())
@@ -112,17 +121,38 @@ class Session:
         return {name: SplitCounts.of(rows).to_json() for name, rows in self.splits.items()}
 
 
-def load_rows(recipe: Recipe, *, train: bool = True, split: str | None = None) -> Task:
-    """The recipe's task with its rows, checked."""
+def load_rows(
+    recipe: Recipe,
+    *,
+    train: bool = True,
+    split: str | None = None,
+    own: Mapping[str, Metric] | None = None,
+) -> Task:
+    """The recipe's task with its rows, checked; `own` are those of its metrics that are code."""
     data = recipe.data
     if data.task in LANGUAGE:
         return language_task(recipe, train=train, split=split)
+    if data.task == TAGGING:
+        assert not isinstance(data.label, list)
+        return load_tagging(
+            source_of(recipe, split),
+            text=data.text,
+            label=data.label,
+            labels=data.labels,
+            metrics=data.metrics,
+            first=recipe.eval.metric,
+            train=train,
+        )
     return load_task(
         source_of(recipe, split),
         text=data.text,
         label=data.label,
         labels=data.labels,
         metrics=data.metrics,
+        first=recipe.eval.metric,
+        own=own,
+        class_weights=recipe.train.class_weights,
+        label_smoothing=recipe.train.label_smoothing,
         train=train,
     )
 
@@ -134,15 +164,18 @@ def open_session(
     train: bool = True,
     split: str | None = None,
     tuned: LoadedModel | None = None,
+    allow_code: bool = False,
 ) -> Session:
     """Loads and checks everything that the recipe names, cheapest mistakes first.
 
     `tuned` stands in for the recipe's model. The head that a base lacks is drawn from `train.seed`.
+    `allow_code` lets its metrics name functions in files.
     """
     where = pick_device(device)
     data = recipe.data
+    own = own_metrics(recipe.metric_names, allow_code)
     folder = None if tuned else model_folder(recipe.model.path, recipe.model.revision)
-    task = load_rows(recipe, train=train, split=split)
+    task = load_rows(recipe, train=train, split=split, own=own)
     if tuned is None:
         assert folder is not None
         torch.manual_seed(recipe.train.seed)

@@ -24,6 +24,7 @@ LEFT_OUT = (
     "learning_rate",
     "learning_rate_from",
     "language",
+    "kind",
     "splits",
     "changed_entries",
     "delta_sha256",
@@ -35,11 +36,12 @@ class Summary:
     """What a finished run came to, by the keys of summary.json and in their order.
 
     `policy` is the policy, or the method that is no policy (`lora`), with its `rank`. `labels` are
-    None for a regression. Of the entries, `trained` are those of the supports at the end, `changed`
-    those that are not equal to the base, `dense` those of the modules that train whole, which the
-    other two leave out. `learning_rate_from` is `recipe`, `usual` or `auto`. `truncated` counts the
-    rows cut to `data.max_length` by split, `resumed_at` lists the steps after which the run was
-    resumed, `step_time_ms` is the median. `splits` are what the rows of a language task come to.
+    None for a regression; `kind` says what rows have where that is not one label each. Of the
+    entries, `trained` are those of the supports at the end, `changed` those that are not equal to
+    the base, `dense` those of the modules that train whole, which the other two leave out.
+    `learning_rate_from` is `recipe`, `usual` or `auto`. `truncated` counts the rows cut to
+    `data.max_length` by split, `resumed_at` lists the steps after which the run was resumed,
+    `step_time_ms` is the median. `splits` are what the rows of a language task come to.
 
     Fields with a default are those that baselines or the runs of older versions lack.
     """
@@ -51,6 +53,7 @@ class Summary:
     learning_rate: float | None = None
     learning_rate_from: str | None = None
     labels: list[str] | None = None
+    kind: str | None = None
     language: dict[str, Any] | None = None
     metrics: Metrics
     metrics_before: Metrics

@@ -19,6 +19,7 @@ from sift_cli.tasks.classification import Classification
 from sift_cli.tasks.kinds import load_as_it_is, task_of, task_of_config
 from sift_cli.tasks.sources import find_rows
 from sift_cli.tasks.table import LANGUAGE, text_columns
+from sift_cli.tasks.tagging import Tagging
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.templates import TEMPLATE_FILE
 
@@ -52,13 +53,13 @@ def with_rows(
     """The recipe with other rows to score a model of `config` on, and their split.
 
     All of a file's rows count, and nothing is held out of them. Labels are those of the model, by
-    their names: a file need not hold each of them.
+    their names: a file need not hold each of them. Columns of labels name their own.
     """
     source, task = find_rows(path, recipe.data.task), task_of_config(config)
     gone = ["config", "holdout", "inner_holdout", "max_train_rows"]
     gone += [] if source.cells else ["delimiter", "encoding"]
     changes: dict[str, Any] = {"path": path, **dict.fromkeys(gone)}
-    if isinstance(task, Classification):
+    if isinstance(task, Classification | Tagging) and not isinstance(recipe.data.label, list):
         changes["labels"] = list(task.labels or ())
     data = recipe.data.model_copy(update=changes)
     return recipe.model_copy(update={"data": data}), split or ("train" if source.whole else None)

@@ -1,18 +1,17 @@
 """The score table: how much each entry of one weight is worth training."""
 
-import importlib.util
 import inspect
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.selection.evidence import EVIDENCE, NEED_DATA
+from sift_cli.system.code import function_in
 
 
 def _itself(gradient: Tensor) -> Tensor:
@@ -208,22 +207,7 @@ def find_score(name: str, allow_code: bool = False) -> Score:
     """
     if name in SCORES:
         return SCORES[name]
-    file, _, function = name.rpartition(":")
-    if not allow_code:
-        raise SiftError(f"selection.score: {name} is code; pass --allow-code to run it")
-    path = Path(file).expanduser()
-    spec = importlib.util.spec_from_file_location("sift_own_score", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise SiftError(f"selection.score: {file}: no such file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise SiftError(f"selection.score: {file}: {type(error).__name__}: {error}") from error
-    own = getattr(module, function, None)
-    if not callable(own):
-        raise SiftError(f"selection.score: {file} holds no function {function!r}")
-    score = Score(own)
+    score = Score(function_in(name, "selection.score", allow_code))
     unknown = sorted(score.needs - set(EVIDENCE))
     if unknown:
         raise SiftError(

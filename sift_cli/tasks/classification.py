@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,10 +20,20 @@ from transformers import (
 from sift_cli.errors import SiftError
 from sift_cli.models.loading import UNLIMITED, LoadedModel, base_config, longest_row
 from sift_cli.tasks.evaluation import collect
-from sift_cli.tasks.labels import codes_in, listed, names_of
+from sift_cli.tasks.label_kinds import A_NUMBER, ANY_LABELS, LabelKind, held_by, kind_of
+from sift_cli.tasks.labels import listed, outputs_for, relabelled, told_head
 from sift_cli.tasks.language import is_causal
-from sift_cli.tasks.metrics import REGRESSION, Metrics, better, compute_metrics, short
-from sift_cli.tasks.table import head_width
+from sift_cli.tasks.metrics import (
+    ClassScore,
+    Metric,
+    Metrics,
+    better,
+    compute_metrics,
+    evidence_of,
+    scores_by_class,
+)
+from sift_cli.tasks.table import MULTI_LABEL, head_width
+from sift_cli.tasks.tagging import is_tagging
 from sift_cli.tasks.task import Loss, Published
 from sift_cli.tasks.tokens import Encoded, encode, require_readable
 
@@ -40,85 +50,18 @@ classify = pipeline("text-classification", model="PATH_OR_ID_OF_THIS_FOLDER")
 classify({example})
 ```"""
 
-Lines = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class LabelKind:
-    """A row of the table of what differs between a label out of several and a number.
-
-    `problem` names transformers' loss, `target` is the dtype of labels in a batch. `predicted`
-    makes what metrics see ([N]) of logits ([N, C]), `losses` each row's loss ([N]) of logits and
-    labels ([N]). `lines` makes the lines of predictions.jsonl of logits, labels and label names,
-    and how wrong each is ([N], 0 where it is right); `answer` what `sift predict` says of one row's
-    logits ([C]).
-    """
-
-    problem: str
-    target: torch.dtype
-    metrics: tuple[str, ...]
-    predicted: Callable[[Tensor], Tensor]
-    losses: Callable[[Tensor, Tensor], Tensor]
-    lines: Callable[[Tensor, Tensor, Sequence[str]], tuple[Lines, Tensor]]
-    answer: Callable[[Tensor, Sequence[str]], dict[str, Any]]
-
-
-def _lines_of_label(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[Lines, Tensor]:
-    probability, code = logits.softmax(-1).max(-1)
-    lines = [
-        {"label": names[label], "predicted": names[one], "probability": short(value)}
-        for label, one, value in zip(
-            labels.tolist(), code.tolist(), probability.tolist(), strict=True
-        )
-    ]
-    return lines, probability.where(code != labels, 0.0)
-
-
-def _lines_of_number(logits: Tensor, labels: Tensor, _: Sequence[str]) -> tuple[Lines, Tensor]:
-    predicted = logits.squeeze(-1)
-    lines = [
-        {"label": short(label), "predicted": short(value)}
-        for label, value in zip(labels.tolist(), predicted.tolist(), strict=True)
-    ]
-    return lines, (predicted - labels).abs()
-
-
-def _label(logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    probabilities = logits.softmax(-1)
-    code = int(probabilities.argmax())
-    return {"label": names[code], "probability": float(probabilities[code])}
-
-
-LABEL = LabelKind(
-    problem="single_label_classification",
-    target=torch.long,
-    metrics=("accuracy", "f1_macro"),
-    predicted=lambda logits: logits.argmax(-1),
-    losses=partial(nn.functional.cross_entropy, reduction="none"),
-    lines=_lines_of_label,
-    answer=_label,
-)
-NUMBER = LabelKind(
-    problem="regression",
-    target=torch.float,
-    metrics=REGRESSION,
-    predicted=lambda logits: logits.squeeze(-1),
-    losses=lambda logits, labels: (logits.squeeze(-1) - labels).square(),
-    lines=_lines_of_number,
-    answer=lambda logits, _: {"score": float(logits[0])},
-)
-
-
-def _kind(labels: Sequence[str] | None) -> LabelKind:
-    return NUMBER if labels is None else LABEL
-
 
 @dataclass(frozen=True)
 class Classification:
     """A task whose rows have a label each: a name out of `labels`, or a number where that is None.
 
+    Where they may have `several`, a row's label is a 0 or 1 for each name.
+
     Its rows have the columns `text` (or `text` and `pair`), `label`, `row`. MNLI has two splits to
     evaluate on, "" and "_mismatched"; other tasks have one. `notes` are what to tell of the rows.
+    `own` are metrics that are no rows of METRICS. `class_weights` are what a row of each class
+    counts in the loss that trains, 1 unless given, and `label_smoothing` what of each label goes to
+    all classes alike. Metrics of one class are of `positive`, a code.
     """
 
     name: str
@@ -127,15 +70,21 @@ class Classification:
     train: Dataset | None
     evaluation: dict[str, Dataset]
     notes: tuple[str, ...] = ()
+    own: Mapping[str, Metric] = field(default_factory=dict)
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    several: bool = False
+    positive: int = 1
 
     auto: ClassVar[Any] = AutoModelForSequenceClassification
     packs: ClassVar[bool] = False
     new_head: ClassVar[bool] = True
+    row_head: ClassVar[bool] = True
 
     @property
     def kind(self) -> LabelKind:
-        """The row of what differs between labels and numbers."""
-        return _kind(self.labels)
+        """The row of what differs between kinds of labels."""
+        return kind_of(self.labels, self.several)
 
     @property
     def width(self) -> int:
@@ -150,6 +99,8 @@ class Classification:
         else:
             predicts = ", ".join(f"`{label}`" for label in self.labels)
             names = f", id2label={dict(enumerate(self.labels))!r}"
+        if self.several:
+            predicts, names = f"any of {predicts}", f"{names}, problem_type={self.kind.problem!r}"
         return Published(
             pipeline_tag="text-classification",
             peft_type="SEQ_CLS",
@@ -182,32 +133,31 @@ class Classification:
 
         Raises SiftError where the model has no head for this task, or where a label is no output.
         """
-        if is_causal(config):
+        if is_causal(config) or is_tagging(config):
             kind = ", ".join(config.architectures or [])
             raise SiftError(
                 f"data.task: {self.name} needs a model with a head for it, and the model is {kind}"
             )
-        names = names_of(config)
-        if self.labels is None or config.num_labels == 1 or names is None:
-            if config.num_labels != self.width:
-                raise SiftError(
-                    f"the model has {config.num_labels} outputs, the task {self.name} needs "
-                    f"{self.width}"
-                )
-            return self
-        codes = codes_in(self.labels, names, f"data.task: {self.name}")
-        if codes == list(range(len(names))):
-            return replace(self, labels=names)
+        found = outputs_for(self.labels, config, self.name)
+        if found is None or found[1] == list(range(len(found[0]))):
+            return self if found is None else replace(self, labels=found[0])
+        names, codes = found
+        positive = codes[self.positive] if self.positive < len(codes) else self.positive
 
-        def recoded(rows: Dataset) -> Dataset:
-            labels = [codes[code] for code in rows["label"]]
-            return rows.remove_columns("label").add_column("label", labels)
+        def moved(values: Sequence[float], missing: float) -> list[float]:
+            given = dict(zip(codes, values, strict=True))
+            return [given.get(code, missing) for code in range(len(names))]
 
+        def change(label: Any) -> Any:
+            return moved(label, 0.0) if self.several else codes[label]
+
+        weights = self.class_weights
         return replace(
             self,
             labels=names,
-            train=None if self.train is None else recoded(self.train),
-            evaluation={suffix: recoded(rows) for suffix, rows in self.evaluation.items()},
+            class_weights=None if weights is None else tuple(moved(weights, 1.0)),
+            positive=positive,
+            **relabelled(self.train, self.evaluation, change),
         )
 
     def on_head(self, config: PretrainedConfig) -> Classification:
@@ -224,20 +174,7 @@ class Classification:
 
     def told_head(self, config: PretrainedConfig, new: bool) -> str:
         """What to say of the head, of which something is `new`, on a base of this configuration."""
-        if new:
-            was = f", in place of the base's of {config.num_labels}" * _is_tuned(config)
-            return f"head: new, for {self._outputs()}{was}"
-        names = names_of(config) if self.labels is not None else None
-        if names is None or names == self.labels:
-            return f"head: the base's, kept for {self._outputs()}"
-        return f"head: the base's, kept, whose outputs were {listed(names)}: {self._outputs()} now"
-
-    def _outputs(self) -> str:
-        return (
-            "a number"
-            if self.labels is None
-            else f"{len(self.labels)} labels {listed(self.labels)}"
-        )
+        return told_head(self.labels, config, new=new, tuned=_is_tuned(config))
 
     def ready(
         self, loaded: LoadedModel, *, packs: bool, chunk_loss: int | str
@@ -247,8 +184,8 @@ class Classification:
             return self, list(self.notes)
         said = list(self.notes)
         for suffix, rows in self.evaluation.items():
-            there = {*rows["label"]}
-            lacking = [name for code, name in enumerate(self.labels) if code not in there]
+            there = self._held(rows)
+            lacking = [name for name in self.labels if name not in there]
             if lacking:
                 said.append(f"evaluation{suffix}: no row has the label {listed(lacking)}")
             if len(rows) < FEW * len(self.labels):
@@ -258,6 +195,13 @@ class Classification:
                 )
         return self, said
 
+    def _held(self, rows: Dataset) -> set[str]:
+        """The labels that some of the rows have."""
+        assert self.labels is not None
+        if self.several:
+            return {name for label in rows["label"] for name in held_by(self.labels, label)}
+        return {self.labels[code] for code in {*rows["label"]}}
+
     def expected(
         self, config: PretrainedConfig, kind: str, *, packs: bool, chunk_loss: int | str
     ) -> Classification:
@@ -265,8 +209,9 @@ class Classification:
         return self
 
     def header(self) -> dict[str, Any]:
-        """The labels, in code order; None for a regression."""
-        return {"labels": None if self.labels is None else list(self.labels)}
+        """The labels, in code order (None for a regression), and whether rows may have several."""
+        kind = {"kind": MULTI_LABEL} if self.several else {}
+        return {"labels": None if self.labels is None else list(self.labels), **kind}
 
     def side_texts(self, folder: Path) -> dict[str, str]:
         """Nothing: labels stand in the configuration."""
@@ -292,13 +237,22 @@ class Classification:
         batch: Mapping[str, Tensor] = DataCollatorWithPadding(tokenizer)(list(features))  # type: ignore[arg-type]
         return batch
 
-    def counted(self, data: Encoded, rows: Sequence[int]) -> int:
-        """The number of rows."""
-        return len(rows)
+    def counted(self, data: Encoded, rows: Sequence[int]) -> float:
+        """The number of rows, or what they count together by their classes."""
+        if self.class_weights is None:
+            return len(rows)
+        codes: list[int] = data.rows.select_columns("label")[list(rows)]["label"]
+        return sum(self.class_weights[code] for code in codes)
+
+    def row_weights(self, data: Encoded) -> Tensor | None:
+        """What each row counts by its class, [N]; None without class weights."""
+        if self.class_weights is None:
+            return None
+        return torch.tensor(self.class_weights, dtype=torch.float64)[self.targets(data)]
 
     def groups(self, data: Encoded) -> dict[str, list[int]]:
-        """The rows of each label that there is, in code order; empty for a regression."""
-        if self.labels is None:
+        """The rows of each label that there is, in code order; empty where they have no one."""
+        if self.labels is None or self.several:
             return {}
         found: dict[int, list[int]] = {}
         for row, label in enumerate(data.rows["label"]):
@@ -306,18 +260,30 @@ class Classification:
         return {self.labels[code]: found[code] for code in sorted(found)}
 
     def targets(self, data: Encoded) -> Tensor:
-        """The labels, [N]: int64 codes, or fp64 numbers."""
-        return torch.tensor(
-            data.rows["label"][:], dtype=torch.float64 if self.labels is None else torch.int64
-        )
+        """The labels: int64 codes [N], fp64 numbers [N], or fp64 0 and 1 [N, C]."""
+        coded = self.kind.target == torch.long
+        return torch.tensor(data.rows["label"][:], dtype=torch.int64 if coded else torch.float64)
 
     def example(self, ids: Tensor) -> dict[str, Tensor]:
         """A batch of made-up tokens (int64 [B, T]), each row with the first label, or with 0."""
-        return {"input_ids": ids, "labels": torch.zeros(len(ids), dtype=self.kind.target)}
+        shape = (len(ids), self.width) if self.several else (len(ids),)
+        return {"input_ids": ids, "labels": torch.zeros(shape, dtype=self.kind.target)}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
-        """The sum over the batch's rows, by the loss of transformers for this kind of label."""
-        return Loss.of_mean(model(**batch).loss, len(batch["labels"]))
+        """The sum over the batch's rows, by the loss of transformers for this kind of label.
+
+        With class weights or label smoothing it is torch's cross-entropy with these.
+        """
+        labels = batch["labels"]
+        if self.class_weights is None and not self.label_smoothing:
+            return Loss.of_mean(model(**batch).loss, len(labels))
+        logits = self.outputs(model, batch)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        weights = wide.new_tensor(self.class_weights or [1.0] * self.width)
+        mean = nn.functional.cross_entropy(
+            wide, labels, weights, label_smoothing=self.label_smoothing
+        )
+        return Loss.of_mean(mean, weights[labels].sum())
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The logits, [B, C]."""
@@ -332,9 +298,16 @@ class Classification:
     def score(self, outputs: Tensor, data: Encoded) -> Metrics:
         """The task's metrics of a split, of which all logits are there (fp32 [N, C])."""
         labels = torch.tensor(data.rows["label"][:])
-        predicted = self.kind.predicted(outputs)
-        losses = self.kind.losses(outputs.double(), labels)
-        return compute_metrics(self.metrics, predicted.numpy(), labels.numpy(), losses.numpy())
+        wide, kind = outputs.double(), self.kind
+        evidence = evidence_of(
+            kind.predicted(outputs).numpy(),
+            (labels if kind is A_NUMBER else labels.long()).numpy(),
+            kind.losses(wide, labels).numpy(),
+            None if kind.probabilities is None else kind.probabilities(wide).numpy(),
+            self.labels or (),
+            self.positive,
+        )
+        return compute_metrics(self.metrics, evidence, self.own)
 
     def better(self, new: Metrics, old: Metrics | None) -> bool:
         """Whether the first metric is better; an undefined one gives way to any later one."""
@@ -355,6 +328,13 @@ class Classification:
                 one = rows[at]
                 lines[at] |= {key: one[key] for key in ("text", "pair") if key in one}
         return lines
+
+    def by_class(self, lines: Sequence[Mapping[str, Any]]) -> list[ClassScore]:
+        """The score of each label, from the `lines` of a split; none for a regression."""
+        if self.labels is None:
+            return []
+        labels, predicted = ([line[key] for line in lines] for key in ("label", "predicted"))
+        return scores_by_class(self.labels, labels, predicted)
 
     def predict(
         self,
@@ -393,13 +373,17 @@ def _is_tuned(config: PretrainedConfig) -> bool:
     return any("ForSequenceClassification" in one for one in config.architectures or [])
 
 
-def task_of_labels(labels: Sequence[str] | None) -> Classification:
+def task_of_labels(labels: Sequence[str] | None, several: bool = False) -> Classification:
     """The task, without rows, of a delta whose header or summary holds these labels."""
     names = None if labels is None else tuple(labels)
-    return Classification("custom", names, _kind(names).metrics, None, {})
+    metrics = kind_of(names, several).metrics
+    return Classification("custom", names, metrics, None, {}, several=several)
 
 
 def task_of_config(config: PretrainedConfig) -> Classification:
     """The task, without rows, of a head that a configuration describes."""
     names: dict[Any, str] = {**(config.id2label or {})}
-    return task_of_labels(None if len(names) == 1 else [names[code] for code in sorted(names)])
+    several = config.problem_type == ANY_LABELS.problem
+    if len(names) == 1 and not several:
+        return task_of_labels(None)
+    return task_of_labels([names[code] for code in sorted(names)], several)

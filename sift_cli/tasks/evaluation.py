@@ -76,7 +76,7 @@ def collect(
             batch = place(collate(data.take(some)), device)
             with autocast(device, bf16):
                 parts.append(outputs(model, batch).float().cpu())
-    found = torch.cat(parts)
+    found = torch.cat(_as_wide(parts))
     restored = torch.empty_like(found)
     restored[torch.tensor(order)] = found
     wrong = ~restored.isfinite().flatten(1).all(-1)
@@ -88,6 +88,17 @@ def collect(
             ExitCode.NOT_FINITE,
         )
     return restored
+
+
+def _as_wide(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Parts of [B, W, ...] with zeros up to the largest W; others as they are."""
+    if parts[0].dim() < 3:
+        return list(parts)
+    widest = max(part.shape[1] for part in parts)
+    return [
+        torch.cat([part, part.new_zeros(len(part), widest - part.shape[1], *part.shape[2:])], 1)
+        for part in parts
+    ]
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sift_cli.errors import SiftError
 from sift_cli.models.loading import load_model, read_config
 from sift_cli.tasks import classification
-from sift_cli.tasks.classification import Classification, task_of_labels
+from sift_cli.tasks.classification import task_of_labels
 from sift_cli.tasks.language import Language, is_causal, task_of_language
-from sift_cli.tasks.table import LANGUAGE, TASKS
+from sift_cli.tasks.table import LANGUAGE, MULTI_LABEL, TAGGING, TASKS
+from sift_cli.tasks.tagging import Tagging, is_tagging
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,6 +29,10 @@ class Stated(Protocol):
         """Label names in code order, None for a regression."""
 
     @property
+    def kind(self) -> str | None:
+        """What else the rows have than one label each; None where they have that."""
+
+    @property
     def language(self) -> Mapping[str, Any] | None:
         """What a language task says of itself; None for others."""
 
@@ -36,13 +41,18 @@ def task_of(stated: Stated) -> Task:
     """The task of a delta whose header, or of a run whose summary, says this."""
     if stated.language is not None:
         return task_of_language(stated.language)
-    return task_of_labels(stated.labels)
+    if stated.kind == TAGGING:
+        return Tagging(tuple(stated.labels or ()))
+    return task_of_labels(stated.labels, stated.kind == MULTI_LABEL)
 
 
 def task_of_config(config: PretrainedConfig) -> Task:
     """The task that a model with this configuration does."""
     if is_causal(config):
         return Language("instruct")
+    if is_tagging(config):
+        names: dict[Any, str] = {**(config.id2label or {})}
+        return Tagging(tuple(names[code] for code in sorted(names)))
     return classification.task_of_config(config)
 
 
@@ -52,26 +62,25 @@ def task_of_tuned(config: PretrainedConfig, source: str) -> Task:
     Raises SiftError where it is none that sift knows.
     """
     named = ", ".join(config.architectures or ["no model"])
-    if "ForSequenceClassification" not in named and not is_causal(config):
+    if "ForSequenceClassification" not in named and not is_causal(config) | is_tagging(config):
         raise SiftError(
             f"{source} is {named}; a delta turns a base into a model for sequence classification "
-            "or regression, or a causal language model"
+            "or regression, token classification, or a causal language model"
         )
-    if config.problem_type == "multi_label_classification":
-        raise SiftError(f"{source} gives several labels at once; sift knows one label, or a score")
     return task_of_config(config)
 
 
-def expected_task(name: str, labels: Sequence[str] | None) -> Task:
+def expected_task(name: str, labels: Sequence[str] | None, several: bool = False) -> Task:
     """What a recipe's task will be: labels as given, else the task's, else two."""
     if name in LANGUAGE:
         return Language(name)
+    if name == TAGGING:
+        return Tagging(tuple(labels or ("O", "B-")))
     spec = TASKS.get(name)
-    return task_of_labels(labels or (spec.labels if spec else ("0", "1")))
+    return task_of_labels(labels or (spec.labels if spec else ("0", "1")), several)
 
 
 def load_as_it_is(folder: Path) -> LoadedModel:
     """The model of a folder, tuned already, by its own configuration; see `load_model`."""
     config = read_config(folder)
-    kind = Language if is_causal(config) else Classification
-    return load_model(folder, kind.auto, config)
+    return load_model(folder, task_of_config(config).auto, config)

@@ -6,16 +6,18 @@ Importing this module loads no dataset library; functions do when they need it.
 from __future__ import annotations
 
 import math
-import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date, time
 from numbers import Number
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
-from sift_cli.tasks.classification import Classification, task_of_labels
-from sift_cli.tasks.labels import listed, plain
-from sift_cli.tasks.metrics import CLASSIFICATION, METRICS, REGRESSION
+from sift_cli.tasks.classification import Classification
+from sift_cli.tasks.label_kinds import ONE_LABEL, held_by, kind_of
+from sift_cli.tasks.labels import coded
+from sift_cli.tasks.metrics import KINDS, NUMBER, Metric, called, leading, only_for, require_fit
+from sift_cli.tasks.several import GATHERED, are_lists, gathered, held, names_in
 from sift_cli.tasks.sources import (
     NUMBER_COLUMN,
     Source,
@@ -30,7 +32,7 @@ from sift_cli.tasks.sources import (
 from sift_cli.tasks.table import TASKS, TaskSpec, text_columns
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 TEXTS = (str, Number, date, time)  # what stands for itself as text
 
@@ -39,43 +41,83 @@ def load_task(
     source: Source,
     *,
     text: Sequence[str] | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
+    first: str | None = None,
+    own: Mapping[str, Metric] | None = None,
+    class_weights: str | Mapping[str, float] | None = None,
+    label_smoothing: float = 0.0,
     train: bool = True,
 ) -> Classification:
     """Loads and checks the training rows (unless `train` is false) and those to evaluate on.
 
     `labels` are names in code order; an empty list asks for numbers.
 
+    `label` is a column, of lists where rows may have several labels, or a column for each of these.
+    `first` is the metric that decides, if not the first of `metrics` (the task's unless given);
+    `own` are those that are code. `class_weights` are by name, or `balanced`: such that each class
+    counts alike over the training rows; without these, evaluation needs none.
+
     Raises SiftError for a source that is not there, a missing split or column, an empty split,
     labels outside the range, all-equal training labels, missing text, targets that are not finite
     and metrics of classes for a regression.
     """
     path, task, spec = source.path, source.task, TASKS.get(source.task)
-    columns, column = text_columns(task, text), label or (spec.label if spec else "label")
-    original = spec.original if spec else {}
-    raw = read_rows(source, (column, original.get(column, column)))
-    for name, some in raw.items():
-        raw[name] = _usual_names(some, original)
+    columns, asked = text_columns(task, text), label or (spec.label if spec else "label")
+    column, each = (asked, []) if isinstance(asked, str) else (GATHERED, list(asked))
+    if each:
+        labels = labels or each
+    raw = _read(source, spec, each or [column])
     wanted = {name: take_split(raw, name, path) for name in evaluation_splits(raw, source.split)}
     inferred = spec is None and labels is None
     given = take_split(raw, "train", path) if train or inferred else None
+    if each:
+        wanted = {key: gathered(rows, key, each, labels or ()) for key, rows in wanted.items()}
+        given = given and gathered(given, "train", each, labels or ())
     notes: tuple[str, ...] = ()
-    if inferred and given is not None and set(metrics or ()).isdisjoint(REGRESSION):
+    if inferred and given is not None and {first, *(metrics or ())}.isdisjoint(only_for(NUMBER)):
         labels, notes = _whole_floats(given, column)
-    names = _labels(labels, spec, given, column)
+    several = are_lists(given or next(iter(wanted.values())), column)
+    names = _labels(labels, spec, given, column, several)
     checked = {
-        suffix: _check_rows(rows, where, columns, column, names)
+        suffix: _check_rows(rows, where, columns, column, names, several)
         for where, (suffix, rows) in zip(wanted, by_suffix(wanted).items(), strict=True)
     }
     rows = None
     if train and given is not None:
-        rows = _check_rows(given, "train", columns, column, names)
+        rows = _check_rows(given, "train", columns, column, names, several)
         _refuse_one_label(rows, names, path)
-    chosen = tuple(metrics or (spec.metrics if spec else task_of_labels(names).metrics))
-    _refuse_other_metrics(chosen, names, column)
-    return Classification(task, names, chosen, rows, checked, notes)
+    kind = kind_of(names, several)
+    chosen = metrics or (spec.metrics if spec and not several else kind.metrics)
+    said = "there are" if column == GATHERED else f"{column!r} holds"
+    for key, some in (("data.metrics", chosen), ("eval.metric", [first] if first else [])):
+        require_fit(key, some, kind.holds, said, names or ())
+    if kind is not ONE_LABEL and (class_weights is not None or label_smoothing):
+        key = "label_smoothing" if class_weights is None else "class_weights"
+        raise SiftError(f"train.{key}: it is for one label a row, and {said} {KINDS[kind.holds]}")
+    return Classification(
+        task,
+        names,
+        tuple(map(called, leading(chosen, first))),
+        rows,
+        checked,
+        notes,
+        own=own or {},
+        class_weights=_class_weights(class_weights, names or (), rows),
+        label_smoothing=label_smoothing,
+        several=several,
+    )
+
+
+def _read(source: Source, spec: TaskSpec | None, columns: Sequence[str]) -> DatasetDict:
+    """The splits, whose labels are in `columns`."""
+    original = spec.original if spec else {}
+    asked = [*columns, *(original[one] for one in columns if one in original)]
+    raw = read_rows(source, asked, several=len(columns) > 1)
+    for name, some in raw.items():
+        raw[name] = _usual_names(some, original)
+    return raw
 
 
 def _usual_names(rows: Dataset, original: Mapping[str, str]) -> Dataset:
@@ -102,8 +144,35 @@ def _whole_floats(rows: Dataset, column: str) -> tuple[list[str] | None, tuple[s
     return None, (f"data.label: {column!r} {said}",)
 
 
+def _class_weights(
+    given: str | Mapping[str, float] | None, names: Sequence[str], rows: Dataset | None
+) -> tuple[float, ...] | None:
+    """What a row of each class counts, in code order; None where all count alike.
+
+    Balanced, a class counts N / (classes that have rows) over all of its rows, as in scikit-learn.
+    """
+    if given is None or (rows is None and isinstance(given, str)):
+        return None
+    if not isinstance(given, str):
+        if unknown := sorted(set(given) - set(names)):
+            raise SiftError(
+                f"train.class_weights: no class {unknown[0]!r}; there is {', '.join(names)}"
+            )
+        return tuple(float(given.get(name, 1.0)) for name in names)
+    assert rows is not None
+    counts = Counter(rows["label"][:])
+    return tuple(
+        len(rows) / (len(counts) * counts[code]) if counts[code] else 0.0
+        for code in range(len(names))
+    )
+
+
 def _labels(
-    given: Sequence[str] | None, spec: TaskSpec | None, source: Dataset | None, column: str
+    given: Sequence[str] | None,
+    spec: TaskSpec | None,
+    source: Dataset | None,
+    column: str,
+    several: bool,
 ) -> tuple[str, ...] | None:
     """Label names in code order, None for a regression: as given, the task's, or the data's."""
     if given is not None:
@@ -111,27 +180,16 @@ def _labels(
     if spec is not None:
         return spec.labels
     assert source is not None
-    return _infer_labels(source, column)
+    return names_in(source, "train", column) if several else _infer_labels(source, column)
 
 
 def _refuse_one_label(rows: Dataset, names: Sequence[str] | None, path: str) -> None:
-    if names is not None and len(set(rows["label"])) == 1:
+    first = rows["label"][0]
+    if names is not None and all(label == first for label in rows["label"]):
+        some = [names[first]] if isinstance(first, int) else held_by(names, first)
         raise SiftError(
-            f"{path}: all {len(rows):,} training rows have the label {names[rows['label'][0]]}; "
+            f"{path}: all {len(rows):,} training rows have the label {', '.join(some) or 'none'}; "
             "nothing can be learnt from them"
-        )
-
-
-def _refuse_other_metrics(metrics: Sequence[str], names: Sequence[str] | None, column: str) -> None:
-    fitting = REGRESSION if names is None else CLASSIFICATION
-    if wrong := [name for name in metrics if METRICS[name].compute is None]:
-        raise SiftError(
-            f"data.metrics: {', '.join(wrong)} is of language models; use {', '.join(fitting)}"
-        )
-    if names is None and (wrong := [name for name in metrics if name in CLASSIFICATION]):
-        raise SiftError(
-            f"data.metrics: {', '.join(wrong)} needs classes, and {column!r} holds numbers "
-            f"to predict; use {', '.join(REGRESSION)}"
         )
 
 
@@ -158,31 +216,13 @@ def _infer_labels(rows: Dataset, column: str) -> tuple[str, ...] | None:
     return None
 
 
-def _named(given: list[Any], own: Sequence[str], names: Sequence[str], split: str) -> list[Any]:
-    """The labels of a column by name, where its codes have names (`own`), or are names themselves.
-
-    Raises SiftError where the source has names, and none of them is one of `names`.
-    """
-    if not own or all(name.isdigit() for name in own):
-        if all(re.fullmatch(r"-?\d+", name) for name in names):
-            return [str(int(value)) if isinstance(value, int) else value for value in given]
-        return given
-    alike = {plain(name): name for name in names}
-    here = [alike.get(plain(name), name) for name in own]
-    if {*here}.isdisjoint(names):
-        raise SiftError(
-            f"data: the labels of the {split} split are called {listed(own)}, and those of the "
-            f"task {listed(names)}; name them alike in data.labels"
-        )
-    return [here[code] if code in range(len(here)) else code for code in given]
-
-
 def _check_rows(
     rows: Dataset,
     split: str,
     text: Sequence[str],
     label: str,
     names: tuple[str, ...] | None,
+    several: bool = False,
 ) -> Dataset:
     """The same rows with the columns text, pair, label and row alone, every value checked."""
     from datasets import ClassLabel, Dataset
@@ -197,10 +237,12 @@ def _check_rows(
         other = [not isinstance(value, TEXTS) for value in values]
         refuse_rows(split, f"lists or objects in {column!r} where text belongs", numbers, other)
         out[key] = [str(value) for value in values]
+    if several:
+        out["label"] = held(rows, split, label, names or ())
+        return Dataset.from_dict(out | {"row": numbers})
     given = column_values(rows, split, label)
-    several = [isinstance(value, list | dict) for value in given]
-    said = f"several labels at once in {label!r} (sift learns one a row, or a number)"
-    refuse_rows(split, said, numbers, several)
+    nested = [isinstance(value, list | dict) for value in given]
+    refuse_rows(split, f"lists or objects in {label!r} where a label belongs", numbers, nested)
     if names is None:
         numeric = [isinstance(value, int | float) for value in given]
         refuse_rows(split, "targets that are no numbers", numbers, [not one for one in numeric])
@@ -210,21 +252,11 @@ def _check_rows(
     else:
         feature = rows.features[label]
         own = feature.names if isinstance(feature, ClassLabel) else []
-        given = _named(given, own, names, split)
-        codes = {name: code for code, name in enumerate(names)}
-        coded = [
-            codes.get(value, -1) if isinstance(value, str) else _whole(value) for value in given
-        ]
-        valid = [isinstance(code, int) and 0 <= code < len(names) for code in coded]
+        codes = coded(given, own, names, split)
         said = f"labels outside {dict(enumerate(names))}"
         if all(name.isdigit() for name in names):
             said += " (whole numbers are codes of classes; 3.0 is a number to predict)"
-        refuse_rows(split, said, numbers, [not one for one in valid], given)
-        out["label"] = [int(code) for code in coded]
+        refuse_rows(split, said, numbers, [code < 0 for code in codes], given)
+        out["label"] = codes
     out["row"] = numbers
     return Dataset.from_dict(out)
-
-
-def _whole(value: Any) -> Any:
-    """A float without a fraction as a whole number: libraries make such of codes."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -22,7 +22,7 @@ from sift_cli.models.readout import whole_logits
 from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
 from sift_cli.tasks.conversations import asked_and_expected, row_of
 from sift_cli.tasks.generation import Answer, answer_to, asked_ids
-from sift_cli.tasks.metrics import OF_TOKENS, Metrics, better, score_tokens, short
+from sift_cli.tasks.metrics import OF_TOKENS, ClassScore, Metrics, better, score_tokens, short
 from sift_cli.tasks.prompts import Prompt
 from sift_cli.tasks.table import LONGEST_ANSWER
 from sift_cli.tasks.task import Loss, Published
@@ -85,6 +85,7 @@ class Language:
 
     auto: ClassVar[Any] = AutoModelForCausalLM
     new_head: ClassVar[bool] = False
+    row_head: ClassVar[bool] = False
     published: ClassVar[Published] = Published(
         pipeline_tag="text-generation",
         peft_type="CAUSAL_LM",
@@ -210,6 +211,9 @@ class Language:
         """The number of tokens that are learnt."""
         return sum(data.targets[row] for row in rows)
 
+    def row_weights(self, data: Encoded) -> None:
+        """None: tokens count alike."""
+
     def groups(self, data: Encoded) -> dict[str, list[int]]:
         """None: rows are of no classes."""
         return {}
@@ -268,6 +272,10 @@ class Language:
             return {"row": row, **said, "prompt": asked, "expected": expected}
 
         return [line(row) for row in sums]
+
+    def by_class(self, lines: Sequence[Mapping[str, Any]]) -> list[ClassScore]:
+        """None: rows are of no classes."""
+        return []
 
     def takes_text(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether its models go on from a text as it is, since none puts a template around it."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import NotHere, SiftError
 from sift_cli.tasks.cells import AS_FOUND, Cells, read_cells, with_numbers
+from sift_cli.tasks.conll import read_conll
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
 
 BUILTIN = Path(__file__).parent / "builtin"
 NUMBER_COLUMN = "__row__"  # row numbers, in source splits that may have a column `row` of their own
-CELLS = "cells"
+CELLS, CONLL = "cells", "conll"
 BUILDERS = {
     ".parquet": "parquet",
     ".jsonl": "json",
     ".json": "json",
     ".csv": CELLS,
     ".tsv": CELLS,
+    ".conll": CONLL,
 }
 # No hub id ends like this, so such a path is never looked for there.
 FILE_ENDINGS = (*BUILDERS, ".txt", ".arrow", ".xlsx", ".gz", ".zip")
@@ -171,11 +173,11 @@ def _refuse_idle(path: str, source: Found, cells: Cells) -> None:
             raise SiftError(f"data.{key}: it is for .csv and .tsv files, and {path} holds none")
 
 
-def read_rows(source: Source, labels: Sequence[str] = ()) -> DatasetDict:
+def read_rows(source: Source, labels: Sequence[str] = (), *, several: bool = False) -> DatasetDict:
     """The splits of `load_splits`, some training rows held out or left out as the source says.
 
     `labels` names the columns that may hold them: their cells may be numbers, and rows are held out
-    of each class in proportion, where there are classes.
+    of each class in proportion, where there are classes, and not `several` columns of labels.
     Raises SiftError where that leaves none to train on.
     """
     raw = load_splits(source.path, source.task, source.config, source.cells, labels)
@@ -185,8 +187,8 @@ def read_rows(source: Source, labels: Sequence[str] = ()) -> DatasetDict:
         whole = take_split(raw, "train", source.path)
         if not 0 < math.ceil(share * len(whole)) < len(whole):
             raise SiftError(f"data.{key}: {share} leaves none of {len(whole)} rows to train on")
-        column = next((one for one in labels if one in whole.column_names), None)
-        classes = list(whole[column]) if column else []
+        there = [] if several else [one for one in labels if one in whole.column_names]
+        classes = list(whole[there[0]]) if there else []
         if classes and not any(isinstance(one, float | list | dict) for one in classes):
             kept, held = held_of_each(classes, math.ceil(share * len(whole)), seed)
             raw[split], raw["train"] = whole.select(held), whole.select(kept)
@@ -232,6 +234,8 @@ def _read_files(split: str, files: Sequence[Path]) -> Dataset:
     """The rows of one split's files; splits may differ in the columns that no task reads."""
     import datasets
 
+    if _builder(files[0]) == CONLL:
+        return read_conll(files)
     try:
         rows: Dataset = datasets.load_dataset(
             _builder(files[0]),

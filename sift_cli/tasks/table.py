@@ -50,6 +50,10 @@ TASKS: dict[str, TaskSpec] = {  # GLUE (Wang et al., ICLR 2019), with its offici
     "wnli": TaskSpec(SENTENCES, ("not_entailment", "entailment"), ("accuracy",)),
 }
 
+TAGGING = "tags"  # the task of words that have a tag each; headers and summaries call it so too
+WORDS, TAGS = "tokens", "tags"  # its columns
+MULTI_LABEL = "multi-label"  # what headers and summaries call rows that may have several labels
+
 LANGUAGE = ("instruct", "text")  # tasks of language models: a loss on answers, or on every token
 
 LONGEST_ANSWER = 256  # tokens that a model may answer with, where nobody says how many
@@ -57,6 +61,8 @@ LONGEST_ANSWER = 256  # tokens that a model may answer with, where nobody says h
 
 def text_columns(task: str, given: Sequence[str] | None) -> tuple[str, ...]:
     """The columns that hold a row's texts: those given, else those of the task."""
+    if task == TAGGING:
+        return tuple(given or (WORDS,))
     spec = TASKS.get(task)
     return tuple(given or (spec.text if spec else ()))
 

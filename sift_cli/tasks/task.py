@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sift_cli.tasks.metrics import Metrics
+from sift_cli.tasks.metrics import ClassScore, Metrics
 from sift_cli.tasks.tokens import Encoded
 
 if TYPE_CHECKING:
@@ -24,15 +24,17 @@ if TYPE_CHECKING:
 class Loss:
     """The summed loss of a batch, of shape [], and how many rows (or tokens) it is the sum of.
 
+    Where rows count more or less by their class, that is what they count together.
+
     `sum` is of fp64 where the device has it, so that a mean made a sum and divided again is the
     same to the last bit.
     """
 
     sum: Tensor
-    count: int
+    count: float | Tensor
 
     @classmethod
-    def of_mean(cls, mean: Tensor, count: int) -> Loss:
+    def of_mean(cls, mean: Tensor, count: float | Tensor) -> Loss:
         """From the mean over `count`, as models of transformers give it."""
         wide = torch.float32 if mean.device.type == "mps" else torch.float64
         return cls(mean.float().to(wide) * count, count)
@@ -67,7 +69,7 @@ class Task(Protocol):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of METRICS; the first one decides which weights are kept."""
+        """What evaluations give, by name; the first one decides which weights are kept."""
 
     @property
     def train(self) -> Dataset | None:
@@ -88,6 +90,10 @@ class Task(Protocol):
     @property
     def new_head(self) -> bool:
         """Whether a base lacks the head that its models have."""
+
+    @property
+    def row_head(self) -> bool:
+        """Whether that head gives outputs a row: what a probe or a prior can start."""
 
     @property
     def published(self) -> Published:
@@ -145,8 +151,11 @@ class Task(Protocol):
     ) -> Mapping[str, Tensor]:
         """One batch with what the loss needs: padded to its longest row, or packed."""
 
-    def counted(self, data: Encoded, rows: Sequence[int]) -> int:
+    def counted(self, data: Encoded, rows: Sequence[int]) -> float:
         """What the mean loss over these rows is over: the `count` of their `loss`, without it."""
+
+    def row_weights(self, data: Encoded) -> Tensor | None:
+        """What each row counts in the loss, fp64 [N]; None where all count alike."""
 
     def groups(self, data: Encoded) -> dict[str, list[int]]:
         """Rows that are of one kind, such as a class, by its name; empty where there are none."""
@@ -154,7 +163,8 @@ class Task(Protocol):
     def targets(self, data: Encoded) -> Tensor | None:
         """What a linear layer that makes the outputs is to give: codes of classes, or numbers.
 
-        int64 or fp64 [N], of each row; None where outputs are no such layer's.
+        int64 or fp64 [N], of each row, or fp64 0 and 1 of each class [N, C]; None where outputs are
+        no such layer's.
         """
 
     def example(self, ids: Tensor) -> dict[str, Tensor]:
@@ -177,3 +187,6 @@ class Task(Protocol):
 
     def lines(self, outputs: Tensor, rows: Dataset, data: Encoded) -> list[dict[str, Any]]:
         """What predictions.jsonl says of each row that was encoded; begins with its number."""
+
+    def by_class(self, lines: Sequence[Mapping[str, Any]]) -> list[ClassScore]:
+        """How well each class is told, from such `lines` of a split; empty where there are none."""

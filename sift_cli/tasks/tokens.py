@@ -69,14 +69,11 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
         texts = (batch["text"], batch["pair"]) if "pair" in batch else (batch["text"],)
         encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        full = [at for at, length in enumerate(lengths) if length >= max_length]
-        cut = [False] * len(lengths)
-        if full:  # only these can have been cut
-            again = [[one[at] for at in full] for one in texts]
-            whole = tokenizer(*again, truncation=False, padding=False, verbose=False)["input_ids"]
-            for at, ids in zip(full, whole, strict=True):
-                cut[at] = len(ids) > max_length
-        return {**encoded, "length": lengths, "cut": cut}
+        return {
+            **encoded,
+            "length": lengths,
+            "cut": _were_cut(tokenizer, texts, lengths, max_length),
+        }
 
     removed = [name for name in rows.column_names if name not in ("label", "row")]
 
@@ -129,6 +126,101 @@ def _highest(data: Encoded) -> int:
 
     ids = data.rows.with_format("arrow")[:]["input_ids"]
     return compute.max(compute.list_flatten(ids)).as_py() or 0
+
+
+def encode_words(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Tokenises rows of words, joined by blanks, as `encode` does rows of texts.
+
+    `firsts` are the places of each word's first piece, and `label` the tags of these words alone:
+    those that were cut away have none. Raises SiftError where the special tokens alone are more,
+    for a row of which no word is left, and for a tokenizer that tells no places.
+    """
+    if not tokenizer.is_fast:
+        raise SiftError("data.task: tags needs a tokenizer that tells where its pieces lie")
+
+    def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        texts = [" ".join(words) for words in batch["words"]]
+        encoded = dict(
+            tokenizer(
+                texts,
+                truncation=True,
+                max_length=max_length,
+                padding=False,
+                return_offsets_mapping=True,
+            )
+        )
+        pieces = encoded.pop("offset_mapping")
+        places = [first_pieces(*one) for one in zip(batch["words"], pieces, strict=True)]
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        return {
+            **encoded,
+            "firsts": [[one for one in some if one is not None] for some in places],
+            "label": [
+                [tag for tag, place in zip(tags, some, strict=True) if place is not None]
+                for tags, some in zip(batch["label"], places, strict=True)
+            ],
+            "length": lengths,
+            "cut": _were_cut(tokenizer, (texts,), lengths, max_length),
+        }
+
+    def run(cache: Path | None) -> Dataset:
+        return rows.map(
+            tokenise,
+            batched=True,
+            remove_columns=["words"],
+            keep_in_memory=cache is None,
+            load_from_cache_file=cache is not None,
+            cache_file_name=None if cache is None else str(cache),
+            new_fingerprint=f"sift-words-{rows._fingerprint}-{max_length}",
+        )
+
+    encoded = cached(run, rows, tokenizer, f"words {max_length} {tokenizer.truncation_side}")
+    if max(encoded["length"], default=0) > max_length:
+        raise SiftError(f"data.max_length: {max_length} tokens leave no room for any text")
+    if bare := [
+        row for row, some in zip(encoded["row"], encoded["firsts"], strict=True) if not some
+    ]:
+        raise SiftError(
+            f"data: of {len(bare):,} rows, such as row {bare[0]}, no word is left among "
+            f"{max_length} tokens"
+        )
+    lengths, cut = list(encoded["length"]), sum(encoded["cut"])
+    return Encoded(encoded.remove_columns(["length", "cut"]), lengths, cut)
+
+
+def first_pieces(words: Sequence[str], pieces: Sequence[tuple[int, int]]) -> list[int | None]:
+    """Which piece is the first of each word, of the words joined by blanks; None where none is.
+
+    `pieces` are the places of tokens in that text; those of special tokens are empty.
+    """
+    found: list[int | None] = []
+    start = at = 0
+    for word in words:
+        end = start + len(word)
+        while at < len(pieces) and (pieces[at][1] <= start or pieces[at][0] == pieces[at][1]):
+            at += 1
+        inside = at < len(pieces) and pieces[at][0] < end
+        found.append(at if inside else None)
+        at += inside
+        start = end + 1
+    return found
+
+
+def _were_cut(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[list[str]],
+    lengths: Sequence[int],
+    max_length: int,
+) -> list[bool]:
+    """Which rows of `texts` (of pairs, both) have more tokens than the `lengths` that are left."""
+    full = [at for at, length in enumerate(lengths) if length >= max_length]
+    cut = [False] * len(lengths)
+    if full:  # only these can have been cut
+        again = [[one[at] for at in full] for one in texts]
+        whole = tokenizer(*again, truncation=False, padding=False, verbose=False)["input_ids"]
+        for at, ids in zip(full, whole, strict=True):
+            cut[at] = len(ids) > max_length
+    return cut
 
 
 def cached(

@@ -165,7 +165,7 @@ class Chooser:
 
         Raises SiftError where its patterns, densities, budgets, blocks or head do not fit.
         """
-        start_of(train, session.model)  # raises where it cannot be
+        start_of(train, session.task, session.model)  # raises where it cannot be
         console = console or Console(stderr=True, quiet=True)
         parts = Parts.of(selection, session.model, session.new, rule)
         if sizes := left_out(session.model, selection.target, parts.all):

@@ -46,24 +46,35 @@ class Readout:
 
     @classmethod
     def fit(
-        cls, features: Tensor, targets: Tensor, outputs: int, penalty: float, bias: bool
+        cls,
+        features: Tensor,
+        targets: Tensor,
+        outputs: int,
+        penalty: float,
+        bias: bool,
+        weights: Tensor | None = None,
     ) -> "Readout":
-        """Fits features ([N, inputs]) to targets ([N], codes of classes or numbers).
+        """Fits features ([N, inputs]) to targets: codes of classes or numbers, [N], or 0 and 1 for
+        each of several labels, [N, outputs].
 
-        A class without rows gets no weights, and a bias as if it had half a row.
+        `weights` ([N]) are what rows count, 1 unless given. A class without rows gets no weights,
+        and a bias as if it had half a row.
         """
         wide = features.double()
         mean = wide.mean(0) if bias else torch.zeros(wide.shape[1], dtype=wide.dtype)
         scale = (wide - mean).square().mean(0).sqrt()
         scale = torch.where(scale > 1e-6 * scale.max(), scale, torch.ones_like(scale))
         standard = ((wide - mean) / scale).numpy()
-        if targets.is_floating_point():
+        if targets.dim() == 2:
+            each = [_label(standard, column, penalty, bias) for column in targets.T]
+            weight, offset = (torch.stack(some) for some in zip(*each, strict=True))
+        elif targets.is_floating_point():
             from sklearn.linear_model import Ridge
 
             ridge = Ridge(alpha=penalty, fit_intercept=bias).fit(standard, targets.numpy())
             weight, offset = torch.tensor(ridge.coef_)[None], torch.tensor([ridge.intercept_])
         else:
-            weight, offset = _classes(standard, targets, outputs, penalty, bias)
+            weight, offset = _classes(standard, targets, outputs, penalty, bias, weights)
         weight = weight / scale
         return cls(weight, offset - weight @ mean if bias else None)
 
@@ -73,7 +84,7 @@ class Readout:
         return outputs
 
     def loss(self, features: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each row, [N]: cross-entropy, or the squared error of numbers."""
+        """The loss of each row, [N]; see `losses`."""
         return losses(self(features), targets)
 
 
@@ -111,7 +122,11 @@ def _start(
     touched = Touched()
     for key, weight in own.items():
         touched.add(key, Support(tuple(weight.shape)), weight)
-    said = _prior(layer, targets) if start == "prior" else _probe(layer, targets, session, settings)
+    weights = session.task.row_weights(session.train)
+    if start == "prior":
+        said = _prior(layer, targets, weights)
+    else:
+        said = _probe(layer, targets, weights, session, settings)
     console.print(f"head: {said}", highlight=False)
     return touched
 
@@ -120,14 +135,18 @@ def targets_for(start: str, task: Task, data: Encoded) -> Tensor:
     """What a head that begins as `start` is to give; raises SiftError where rows have no label."""
     targets = task.targets(data)
     if targets is None:
-        raise SiftError(
-            f"train.head_start: {start} needs a head that gives a row's label, and the task "
-            f"{task.name} has none; set it to random"
-        )
+        raise _no_row_head(start, task)
     return targets
 
 
-def start_of(settings: TrainSection, model: nn.Module) -> str:
+def _no_row_head(start: str, task: Task) -> SiftError:
+    return SiftError(
+        f"train.head_start: {start} needs a head that gives a row's label, and the task "
+        f"{task.name} has none; set it to random"
+    )
+
+
+def start_of(settings: TrainSection, task: Task, model: nn.Module) -> str:
     """What a new head of this model starts from, by `train.head_start`: random, probe or prior.
 
     Raises SiftError where it cannot.
@@ -137,6 +156,8 @@ def start_of(settings: TrainSection, model: nn.Module) -> str:
         return start
     try:
         head_layer("probe" if start == "auto" else start, model)
+        if not task.row_head:
+            raise _no_row_head(start, task)
     except SiftError:
         if start != "auto":
             raise
@@ -163,21 +184,29 @@ def head_layer(start: str, model: nn.Module) -> str:
 
 
 def losses(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each row, [N]: cross-entropy of codes, the squared error of numbers."""
+    """The loss of each row, [N]: cross-entropy of codes, the squared error of numbers.
+
+    Of several labels ([N, outputs]) the mean of their binary cross-entropies.
+    """
+    if targets.dim() == 2:
+        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
     if targets.is_floating_point():
         return torch.square(outputs[:, 0] - targets)
     return F.cross_entropy(outputs, targets, reduction="none")
 
 
-def prior(targets: Tensor, outputs: int) -> Tensor:
+def prior(targets: Tensor, outputs: int, weights: Tensor | None = None) -> Tensor:
     """The best constant output, fp64 [outputs]: log frequencies of classes, or the mean number.
 
-    A class without rows counts as half a row.
+    Of several labels ([N, outputs]) the log odds of each.
+    `weights` ([N]) are what rows count, 1 unless given. A class without rows counts as half a row.
     """
+    if targets.dim() == 2:
+        return torch.stack([_log_odds(column) for column in targets.T])
     if targets.is_floating_point():
         return targets.double().mean().view(1)
-    counts = torch.bincount(targets, minlength=outputs).double()
-    return (counts.clamp_min(0.5) / len(targets)).log()
+    counts = torch.bincount(targets, weights, minlength=outputs).double()
+    return (counts.clamp_min(0.5) / counts.sum()).log()
 
 
 def sample(targets: Tensor, seed: int, most: int = ROWS) -> list[int]:
@@ -191,11 +220,14 @@ def sample(targets: Tensor, seed: int, most: int = ROWS) -> list[int]:
     return [int(row) for row in rows[: max(most, len(front))]]
 
 
-def choose_penalty(features: Tensor, targets: Tensor, outputs: int, bias: bool) -> float:
+def choose_penalty(
+    features: Tensor, targets: Tensor, outputs: int, bias: bool, weights: Tensor | None = None
+) -> float:
     """The one of PENALTIES with the lowest loss on rows that were not fitted, over five folds.
 
-    Rows are in the order of `sample`, whose front is always fitted.
+    Rows, which count `weights` ([N]), are in the order of `sample`, whose front is always fitted.
     """
+    weights = torch.ones(len(targets), dtype=torch.float64) if weights is None else weights
     kept = 0 if targets.is_floating_point() else len(targets.unique())
     fold = torch.arange(len(targets)) % FOLDS
     fold[:kept] = -1
@@ -205,8 +237,11 @@ def choose_penalty(features: Tensor, targets: Tensor, outputs: int, bias: bool) 
         if not bool(out.any()) or int(rest.sum()) < 2:
             continue
         for penalty in PENALTIES:
-            fitted = Readout.fit(features[rest], targets[rest], outputs, penalty, bias)
-            totals[penalty] += float(fitted.loss(features[out], targets[out]).sum())
+            fitted = Readout.fit(
+                features[rest], targets[rest], outputs, penalty, bias, weights[rest]
+            )
+            losses_out = fitted.loss(features[out], targets[out]) * weights[out]
+            totals[penalty] += float(losses_out.sum())
     return min(reversed(PENALTIES), key=lambda penalty: totals[penalty])
 
 
@@ -252,27 +287,39 @@ def features_of(layer: nn.Linear, session: Session, rows: Sequence[int]) -> Tens
 
 
 @torch.no_grad()
-def _prior(layer: nn.Linear, targets: Tensor) -> str:
+def _prior(layer: nn.Linear, targets: Tensor, weights: Tensor | None) -> str:
     """Sets the bias; says what that alone gives."""
-    best = prior(targets, layer.out_features)
+    best = prior(targets, layer.out_features, weights)
     before, after = (
-        float(losses(bias.expand(len(targets), -1), targets).mean())
+        _mean(losses(bias.expand(len(targets), -1), targets), weights)
         for bias in (layer.bias.double().cpu(), best)
     )
     layer.bias.copy_(best)
     return f"bias at the prior of {len(targets):,} rows; its loss alone {before:.4f} -> {after:.4f}"
 
 
+def _mean(values: Tensor, weights: Tensor | None) -> float:
+    """The mean of what rows give ([N]), by what they count."""
+    return float(values.mean() if weights is None else (values * weights).sum() / weights.sum())
+
+
 @torch.no_grad()
-def _probe(layer: nn.Linear, targets: Tensor, session: Session, settings: TrainSection) -> str:
+def _probe(
+    layer: nn.Linear,
+    targets: Tensor,
+    weights: Tensor | None,
+    session: Session,
+    settings: TrainSection,
+) -> str:
     """Fits weight and bias to the features of a sample; says what that gives."""
     rows = sample(targets, settings.seed)
     features, wanted = features_of(layer, session, rows), targets[rows]
+    count = None if weights is None else weights[rows]
     width, bias = layer.out_features, layer.bias is not None
     with threadpool_limits(1, "blas"):  # small products: threads would wait for each other
-        penalty = choose_penalty(features, wanted, width, bias)
-        found = Readout.fit(features, wanted, width, penalty, bias)
-    before, after = (float(one.loss(features, wanted).mean()) for one in (Readout.of(layer), found))
+        penalty = choose_penalty(features, wanted, width, bias, count)
+        found = Readout.fit(features, wanted, width, penalty, bias, count)
+    before, after = (_mean(one.loss(features, wanted), count) for one in (Readout.of(layer), found))
     layer.weight.copy_(found.weight)
     if found.bias is not None:
         layer.bias.copy_(found.bias)
@@ -282,14 +329,38 @@ def _probe(layer: nn.Linear, targets: Tensor, session: Session, settings: TrainS
     )
 
 
+def _log_odds(held: Tensor) -> Tensor:
+    """Those of a label that rows hold (1) or not (0), [N]; one side has half a row at least."""
+    count = held.double().sum().clamp(0.5, len(held) - 0.5)
+    return (count / (len(held) - count)).log()
+
+
+def _label(
+    standard: "np.ndarray[Any, Any]", held: Tensor, penalty: float, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias ([inputs], []) of a logistic regression to whether rows hold a label, [N]."""
+    from sklearn.linear_model import LogisticRegression
+
+    if bool((held == held[0]).all()):
+        return torch.zeros(standard.shape[1], dtype=torch.float64), _log_odds(held)
+    fitted = LogisticRegression(C=1 / penalty, fit_intercept=bias, max_iter=1000)
+    fitted.fit(standard, held.long().numpy())
+    return torch.tensor(fitted.coef_[0]).double(), torch.tensor(fitted.intercept_).double().view(())
+
+
 def _classes(
-    standard: "np.ndarray[Any, Any]", targets: Tensor, outputs: int, penalty: float, bias: bool
+    standard: "np.ndarray[Any, Any]",
+    targets: Tensor,
+    outputs: int,
+    penalty: float,
+    bias: bool,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias ([outputs, inputs], [outputs]) of a logistic regression."""
     from sklearn.linear_model import LogisticRegression
 
     fitted = LogisticRegression(C=1 / penalty, fit_intercept=bias, max_iter=1000)
-    fitted.fit(standard, targets.numpy())
+    fitted.fit(standard, targets.numpy(), None if weights is None else weights.numpy())
     own, offset = torch.tensor(fitted.coef_), torch.tensor(fitted.intercept_)
     if len(own) == 1:  # two classes: sklearn has the difference of their outputs
         own, offset = torch.cat([-own, own]) / 2, torch.cat([-offset, offset]) / 2

@@ -61,8 +61,8 @@ def train(
     that the recipe leaves open is the usual one (on a narrow model `narrow`, if given, else that of
     the policy), and one that it asks for is found near that. `resume` goes on
     from the newest checkpoint in `out`, to the same delta as if nothing had come between;
-    `overwrite` replaces a run there. `allow_code` lets `selection.score` name a function in a file.
-    `callbacks` are told of logged steps and of evaluations.
+    `overwrite` replaces a run there. `allow_code` lets `selection.score` and metrics name functions
+    in files. `callbacks` are told of logged steps and of evaluations.
 
     Raises SiftError for what the recipe gets wrong and for faults of disk and memory (exit code 2),
     for another base than the checkpoint's (3), where a loss, a gradient or an output is not finite
@@ -89,7 +89,7 @@ def train(
             if summary is not None:
                 return summary
         method = build(recipe) if build else selecting(recipe, allow_code, console)
-        session = open_session(recipe, device=device)
+        session = open_session(recipe, device=device, allow_code=allow_code)
         if source == "usual":
             console.print(told_rate(recipe, narrow is None), highlight=False)
         run = begin(recipe, session, method, checkpoints, timing, resume=resume)
@@ -189,12 +189,22 @@ def begin(
 
 
 def take_steps(run: Run, log: Sinks, stop: Stop) -> None:
-    """Takes every step that is left, and logs, evaluates and saves on the way."""
+    """Takes every step that is left, and logs, evaluates and saves on the way.
+
+    It ends early where `eval.patience` says so.
+    """
     session, state, batches = run.session, run.state, run.batches
     if not run.done and (answers := stop.interruptible(run.answers)):
         write_samples(run.checkpoints.out, 0, answers)
     settle(run, run.done, log, stop)
     for step, rows in enumerate(batches.since(run.done + 1), start=run.done + 1):
+        if state.kept.stale == run.evaluation.patience:
+            run.checkpoints.console.print(
+                f"stopped after step {step - 1:,} of {batches.steps:,}: {state.kept.stale} "
+                f"evaluations no better than that of step {state.kept.step:,}",
+                highlight=False,
+            )
+            return
         with state.timing.step(session.device):
             if run.method.due(step):
                 run.method.change(step, state.optimizer)
@@ -283,7 +293,7 @@ def finish(run: Run, recipe: Recipe, source: str) -> Summary:
         metrics_before=run.metrics_before,
         metrics=metrics,
         kept_step=state.kept.step,
-        steps=run.batches.steps,
+        steps=state.kept.seen,  # the last one taken is always evaluated
         skipped=state.watch.skipped,
     )
     run.method.describe(out, recipe, summary)

@@ -31,6 +31,7 @@ SHARE = 0.1  # of the steps, and of the training rows, which are held out
 FEWEST_STEPS, FEWEST_ROWS = 10, 50
 FEW_HELD_OUT = 200  # rows; the loss on fewer cannot tell neighbouring rates apart
 WIDTH = 384  # of MiniLM, on which the usual rates were measured
+ONE_LOSS = {"keep": "last", "metric": None, "patience": None, "samples": 0}  # of `eval`
 
 Trial = Callable[[Recipe, Path], Summary]  # a whole training into a folder; goes on where it can
 
@@ -142,7 +143,7 @@ def trial_of(recipe: Recipe, rate: float, steps: int) -> Recipe:
         update={
             "data": recipe.data.model_copy(update={"metrics": [LOSS], "inner_holdout": SHARE}),
             "train": recipe.train.model_copy(update=train),
-            "eval": recipe.eval.model_copy(update={"every": steps, "keep": "last", "samples": 0}),
+            "eval": recipe.eval.model_copy(update={"every": steps, **ONE_LOSS}),
             "log": recipe.log.model_copy(
                 update={"tensorboard": False, "wandb": False, "report": False}
             ),
@@ -187,7 +188,7 @@ def share_of(recipe: Recipe) -> float:
     chosen = recipe.selection
     if isinstance(chosen.density, float):
         return chosen.density
-    task, folder = expected_task(recipe.data.task, recipe.data.labels), _folder(recipe)
+    task, folder = expected_task(*recipe.data.expected), _folder(recipe)
     model = on_meta(folder, task.auto, task.configure(folder), DTYPES[recipe.model.dtype])
     new = head_of(model) if task.new_head else []
     names, _ = choose_weights(model, chosen.target, chosen.exclude, chosen.dense, new)

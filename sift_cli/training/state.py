@@ -25,7 +25,7 @@ class Kept:
     """The weights to end with: those of the best evaluation, or the last. Holds K numbers.
 
     `better` tells whether an evaluation is to be preferred to an earlier one (None before the
-    first), `seen` is the step of the newest.
+    first), `seen` is the step of the newest, and `stale` counts those since the best.
     """
 
     parameters: Trained
@@ -35,11 +35,13 @@ class Kept:
     metrics: dict[str, float | None] | None = None
     state: Weights | None = None
     seen: int = 0
+    stale: int = 0
 
     def offer(self, step: int, metrics: Metrics) -> bool:
         """Takes an evaluation; tells whether its weights are now the ones to keep."""
         self.seen = step
         improved = self.better(metrics, self.metrics)
+        self.stale = 0 if improved else self.stale + 1
         if improved or self.keep == "last":
             self.step, self.metrics = step, dict(metrics)
             if self.keep == "best":
@@ -84,7 +86,7 @@ class State:
             step=step,
             supports=packed.table,
             schedule=self.schedule.state_dict(),
-            kept=Best(self.kept.step, self.kept.metrics, self.kept.seen),
+            kept=Best(self.kept.step, self.kept.metrics, self.kept.seen, self.kept.stale),
             skipped=self.watch.skipped,
             random=generators,
             used=self.timing.used(self.device),
@@ -105,6 +107,7 @@ class State:
         ):
             group["lr"] = rate
         self.kept.step, self.kept.seen = saved.kept.step, saved.kept.seen
+        self.kept.stale = saved.kept.stale
         self.kept.metrics, self.kept.state = saved.kept.metrics, entries_in(saved, "kept") or None
         self.watch.resume(saved.skipped)
         self.timing.resume(saved.step, saved.tensors["step_ms"].tolist(), saved.used)

@@ -22,7 +22,7 @@ StepGradient = Callable[[Session, Rows], Tensor]
 Guard = Callable[[int, Rows, Tensor, Tensor], Tensor]
 
 
-def add_gradient(session: Session, rows: Rows, total: int | None = None) -> Tensor:
+def add_gradient(session: Session, rows: Rows, total: float | None = None) -> Tensor:
     """Adds the gradient of the mean loss of a step; returns that mean, of shape [].
 
     It is the sum of the micro-batches' losses over what they count, rows or tokens as the task

@@ -277,7 +277,7 @@ def test_two_evaluation_splits(base: Path, tmp_path: Path) -> None:
 
 def test_an_undefined_metric_is_said_and_not_drawn(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
-    summary["metrics_before"] = {"accuracy": None}
+    summary["metrics_before"]["accuracy"] = None
     (run / "summary.json").write_text(json.dumps(summary))
     assert "undefined before training" in report(run).read_text()
     drop = (run / "metrics.jsonl").read_text()

@@ -44,7 +44,9 @@ def test_help_imports_no_torch() -> None:
 def test_json_is_all_that_stdout_holds(trained: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     done = sift("eval", trained, "--json")
-    assert json.loads(done.stdout) == {"metrics": summary["metrics"]}
+    found = json.loads(done.stdout)
+    assert found["metrics"] == summary["metrics"]
+    assert found.keys() == {"metrics", "classes"}
     done = sift("eval", trained / "delta.safetensors", "--split", "train", "--json")
     assert json.loads(done.stdout)["metrics"].keys() == summary["metrics"].keys()
 
@@ -126,7 +128,8 @@ def test_where_no_one_watches_lines_are_plain(recipe_file: Path, tmp_path: Path)
     lines = done.stdout.splitlines()
     assert lines[0] == "metric (sst2)\tbefore\tafter"
     assert re.fullmatch(r"accuracy\t0\.\d{4}\t0\.\d{4}", lines[1])
-    assert len(lines) == 6
+    assert lines[2].startswith("loss\t")
+    assert len(lines) == 7
     assert lines[-1] == "Next: sift merge runs/tiny/delta.safetensors --out runs/tiny/merged"
     assert not re.search("[\x1b\u2500-\u257f]", done.stdout + done.stderr)
     done = sift("predict", tmp_path / "runs/tiny", "a [red]good[/red] film")
@@ -140,6 +143,7 @@ def test_quiet_prints_results_and_errors_only(recipe_file: Path, tmp_path: Path)
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [
         "metric (sst2)",
         "accuracy",
+        "loss",
     ]
     assert "--overwrite" in sift("train", recipe_file, "-q", "--out", tmp_path / "run").stderr
 

@@ -53,7 +53,7 @@ def test_a_regression_scores_as_it_did_after_training(run: Run, data: Path, tmp_
     changes = ["data.task=custom", "data.text=sentence", "data.label=label"]
     merged = merge(run(*changes), tmp_path / "merged", evaluate=True).proof
     assert "metrics" in merged.verified
-    assert merged.metrics.keys() == {"pearson", "spearman"}
+    assert merged.metrics.keys() == {"pearson", "spearman", "loss"}
     # the weights are equal; where they lie in memory is not, nor then are the last bits of scores
     assert merged.metrics == pytest.approx(merged.metrics_trained, rel=1e-4)
 

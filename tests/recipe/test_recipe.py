@@ -594,6 +594,16 @@ def test_keys_of_tokens_belong_to_language_tasks(given: str) -> None:
     assert parse("train: {packing: false}\n").train.packing is False
 
 
+@pytest.mark.parametrize("task", ["tags", "text"])
+def test_keys_of_classes_belong_to_rows_with_a_label_each(task: str) -> None:
+    said = "train.{}: it belongs to rows with a label each, and would do nothing here"
+    for given in ("class_weights: balanced", "label_smoothing: 0.1"):
+        (error,) = errors(f"train:\n  {given}\n", f"data.task={task}")
+        assert error.endswith(said.format(given.partition(":")[0]))
+    (error,) = errors("train:\n  label_smooth: 0.1\n", f"data.task={task}")
+    assert "did you mean train.label_smoothing" not in error
+
+
 # Rows for language models
 
 LANGUAGE_HEAD = HEAD.replace("task: rte", "task: {task}")

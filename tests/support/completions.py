@@ -16,7 +16,7 @@ from sift_cli.tasks.task import Loss, Published
 from sift_cli.tasks.tokens import Encoded
 from tests.support.models import WORDS
 
-PERPLEXITY = Metric(lambda predicted, labels: None, classes=False, rises=False)
+PERPLEXITY = Metric(lambda predicted, labels: None, ("tokens",), rises=False)
 UNSEEN = -100  # a token that no loss is taken of
 
 
@@ -44,6 +44,7 @@ class Completions:
     auto: ClassVar[Any] = AutoModelForCausalLM
     packs: ClassVar[bool] = False
     new_head: ClassVar[bool] = True
+    row_head: ClassVar[bool] = False
     published: ClassVar[Published] = Published("text-generation", "CAUSAL_LM", (), "text", "")
 
     def configure(self, folder: Path) -> PretrainedConfig:
@@ -108,6 +109,8 @@ class Completions:
     def counted(self, data: Encoded, rows: Sequence[int]) -> int:
         return sum(len(one) - one.count(UNSEEN) for one in data.rows[list(rows)]["labels"])
 
+    def row_weights(self, data: Encoded) -> None: ...
+
     def groups(self, data: Encoded) -> dict[str, list[int]]:
         return {}
 
@@ -146,3 +149,6 @@ class Completions:
             {"row": row, "loss": total, "tokens": int(count)}
             for row, (total, count) in zip(rows["row"][:], outputs.tolist(), strict=True)
         ]
+
+    def by_class(self, lines: Sequence[Mapping[str, Any]]) -> list[Any]:
+        return []

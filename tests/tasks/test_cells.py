@@ -252,7 +252,7 @@ def test_a_list_is_no_text(tmp_path: Path, text: Any) -> None:
     assert said in refusal(path)
 
 
-def test_several_labels_are_told(tmp_path: Path) -> None:
+def test_an_object_is_no_label(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
-    datasets.Dataset.from_dict({"text": ["a"], "label": [["x", "y"]]}).to_parquet(path)
-    assert "several labels at once in 'label' (sift learns one a row" in refusal(path)
+    datasets.Dataset.from_dict({"text": ["a"], "label": [{"x": 1}]}).to_parquet(path)
+    assert "lists or objects in 'label' where a label belongs" in refusal(path)

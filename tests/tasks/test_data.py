@@ -19,7 +19,6 @@ from sift_cli.errors import SiftError
 from sift_cli.tasks import tokens
 from sift_cli.tasks.classification import Classification
 from sift_cli.tasks.labelled import load_task
-from sift_cli.tasks.metrics import REGRESSION
 from sift_cli.tasks.sources import BUILTIN, Source, held_of_each
 from sift_cli.tasks.table import TASKS
 from sift_cli.tasks.tokens import encode
@@ -27,6 +26,7 @@ from tests.support.models import VOCABULARY, WORDS, tiny_tokenizer
 
 Row = dict[str, Any]
 FORMATS = ("parquet", "jsonl", "json", "csv")
+ENDINGS = ".parquet, .jsonl, .json, .csv, .tsv, .conll"
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_a_folder_of_each_format(tmp_path: Path, ending: str) -> None:
     assert (task.name, task.labels, task.metrics, task.width) == (
         "sst2",
         ("negative", "positive"),
-        ("accuracy",),
+        ("accuracy", "loss"),
         2,
     )
 
@@ -138,7 +138,7 @@ def test_a_name_that_goes_on_with_a_number(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_split_says_what_it_holds(tmp_path: Path) -> None:
     path = folder(tmp_path, alpaca=rows(0, 1))
-    assert refusal(path).endswith("(.parquet, .jsonl, .json, .csv, .tsv); it holds alpaca.jsonl")
+    assert refusal(path).endswith(f"({ENDINGS}); it holds alpaca.jsonl")
 
 
 def test_a_folder_with_a_folder_of_the_task(tmp_path: Path) -> None:
@@ -195,10 +195,9 @@ def test_an_unknown_built_in_set_lists_those_there_are() -> None:
 def test_a_file_of_another_format(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
     path.write_text("text")
-    known = ".parquet, .jsonl, .json, .csv, .tsv"
-    assert refusal(str(path)) == f"data.path: {path} is not one of {known}"
+    assert refusal(str(path)) == f"data.path: {path} is not one of {ENDINGS}"
     assert refusal(str(tmp_path)) == (
-        f"data.path: {tmp_path} holds no train or validation file ({known})"
+        f"data.path: {tmp_path} holds no train or validation file ({ENDINGS})"
     )
 
 
@@ -396,7 +395,7 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
     task = read(path, "sst2", text=["review"], label="stars", metrics=["f1", "matthews"])
     assert task.train is not None
     assert task.train["text"][:] == ["text 0", "text 1"]
-    assert task.metrics == ("f1", "matthews")
+    assert task.metrics == ("f1", "matthews", "loss")
 
 
 def test_two_text_columns_keep_their_order(tmp_path: Path) -> None:
@@ -470,24 +469,24 @@ def test_regression_has_real_targets_and_one_output(tmp_path: Path) -> None:
     pairs = [{"sentence1": "a", "sentence2": "b", "label": value} for value in (1, 2.5)]
     task = read(folder(tmp_path, train=pairs, validation=pairs), "stsb")
     assert task.train is not None
-    assert (task.labels, task.width, task.metrics) == (None, 1, REGRESSION)
+    assert (task.labels, task.width, task.metrics) == (None, 1, ("pearson", "spearman", "loss"))
     assert task.train["label"][:] == [1.0, 2.5]
 
 
 def test_a_regression_is_not_scored_as_classes(tmp_path: Path) -> None:
     marks = rows(0.5, 1.5, key="words", label="mark")
     path = folder(tmp_path, train=marks, validation=marks)
-    said = "data.metrics: accuracy needs classes, and 'mark' holds numbers to predict; use pearson"
-    with pytest.raises(SiftError, match=f"^{said}, spearman$"):
+    said = "data.metrics: accuracy is a metric of classes, and 'mark' holds numbers to predict; use"
+    with pytest.raises(SiftError, match=f"^{said} pearson, spearman, mae, rmse, r2, loss$"):
         custom(path, metrics=["pearson", "accuracy"])
 
 
-@pytest.mark.parametrize(("mark", "fitting"), [(0.5, "pearson, spearman"), ("a", "accuracy, f1")])
+@pytest.mark.parametrize(("mark", "fitting"), [(0.5, "pearson, spearman"), ("a", "accuracy, bal")])
 def test_labelled_rows_are_not_scored_as_tokens(tmp_path: Path, mark: Any, fitting: str) -> None:
     marks = rows(mark, mark * 2, key="words", label="mark")
     path = folder(tmp_path, train=marks, validation=marks)
-    said = f"data.metrics: perplexity is of language models; use {fitting}"
-    with pytest.raises(SiftError, match=f"^{said}"):
+    said = f"^data.metrics: perplexity is a metric of tokens of a language model, .*; use {fitting}"
+    with pytest.raises(SiftError, match=said):
         custom(path, metrics=["loss", "perplexity"])
 
 
@@ -523,7 +522,11 @@ def test_a_custom_task_takes_its_labels_from_the_training_rows(
     assert task.labels == labels
     assert task.train["label"][:] == codes
     assert task.evaluation[""]["label"][:] == codes[:1]
-    assert task.metrics == (REGRESSION if labels is None else ("accuracy", "f1_macro"))
+    assert task.metrics == (
+        "pearson" if labels is None else "accuracy",
+        "spearman" if labels is None else "f1_macro",
+        "loss",
+    )
 
 
 def test_a_custom_task_takes_its_labels_from_a_class_label(tmp_path: Path) -> None:

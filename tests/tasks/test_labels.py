@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from sift_cli.api import evaluate
 from sift_cli.convert.difference import difference
 from sift_cli.convert.merge import merge
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.runs.session import open_session
 from sift_cli.runs.tuned import load_tuned
+from sift_cli.tasks.classification import Classification
 from sift_cli.tasks.labels import codes_in
 from tests.support.command import Run, sift
 from tests.support.rows import write_rows
@@ -34,7 +36,7 @@ def turned(folder: Path, *names: str) -> Path:
         weights[key] = weights[key].flip(0).contiguous()
     save_file(weights, file, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    names = names or (config["id2label"]["1"], config["id2label"]["0"])
+    names = names or tuple(reversed(config["id2label"].values()))
     config["id2label"] = {str(code): name for code, name in enumerate(names)}
     config["label2id"] = {name: code for code, name in enumerate(names)}
     (folder / "config.json").write_text(json.dumps(config))
@@ -48,19 +50,62 @@ def score(what: Path, recipe: Recipe) -> dict[str, float | None]:
 def test_scores_follow_the_names_of_the_outputs(
     merged: Path, base: Path, tmp_path: Path, recipe_file: Path
 ) -> None:
-    recipe = load_recipe(recipe_file, [])
+    recipe = load_recipe(recipe_file, ["data.metrics=[accuracy, f1, 'f1:negative', roc_auc]"])
     right = score(merged, recipe)
-    assert score(turned(merged), recipe) == right
+    assert right["f1"] != right["f1:negative"]
+    assert score(turned(merged), recipe) == pytest.approx(right)
     difference(str(base), str(merged), tmp_path / "delta.safetensors")
-    assert score(tmp_path / "delta.safetensors", recipe) == right
+    assert score(tmp_path / "delta.safetensors", recipe) == pytest.approx(right)
     asked = load_recipe(recipe_file, ["data.labels=[negative, positive]", *CUSTOM])
     assert score(merged, asked)["accuracy"] == right["accuracy"]
 
 
+FILMS = [("good film", "good"), ("bad film", "bad"), ("bad song", "bad"), ("good bad", "good bad")]
+OTHER_ROWS = {
+    "lists": (
+        ["task=custom", "text=[words]", "label=tags"],
+        [{"words": text, "tags": held.split()} for text, held in FILMS],
+    ),
+    "columns": (
+        ["task=custom", "text=[words]", "label=[good, bad]"],
+        [{"words": text, **{x: int(x in held) for x in ("good", "bad")}} for text, held in FILMS],
+    ),
+    "tags": (
+        ["task=tags"],
+        [
+            {"tokens": text.split(), "tags": [x if x in held else "O" for x in text.split()]}
+            for text, held in FILMS
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_ROWS)
+def test_labels_go_by_name_whatever_rows_hold(
+    kind: str, run: Run, data: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    given, rows = OTHER_ROWS[kind]
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = [f"data.{one}" for one in given]
+    folder, recipe = tmp_path / "merged", load_recipe(recipe_file, changes)
+    merge(run(*changes, "train.max_steps=4", "train.learning_rate=0.02"), folder)
+    right = pytest.approx(score(folder, recipe), rel=1e-6)
+    again = load_recipe(recipe_file, [*changes, f"model.path={folder}"])
+    labels = open_session(again).task.header()["labels"]
+    turned(folder)
+    assert score(folder, recipe) == right
+    assert evaluate(folder, recipe, data=data / "validation.jsonl") == right
+    session = open_session(again)
+    assert session.task.header()["labels"] == labels[::-1]
+    assert session.evaluate() == right
+    assert ", kept for" in session.notes[0]
+
+
 def test_names_that_are_written_otherwise(merged: Path, recipe_file: Path) -> None:
-    recipe = load_recipe(recipe_file, [])
+    recipe = load_recipe(recipe_file, ["data.metrics=[f1, 'f1:negative']"])
     right = score(merged, recipe)
-    assert score(turned(merged, "POSITIVE", "NEGATIVE"), recipe) == right
+    assert score(turned(merged, "POSITIVE", "NEGATIVE"), recipe) == pytest.approx(right)
 
 
 def test_names_that_do_not_match_show_both_lists(merged: Path, recipe_file: Path) -> None:
@@ -80,6 +125,10 @@ def test_a_base_that_is_tuned_keeps_the_order_of_its_outputs(
     session = open_session(recipe)
     assert session.notes[0] == "head: the base's, kept for 2 labels [positive, negative]"
     assert session.evaluate() == right
+    weighed = ["train.class_weights={positive: 3}", "train.label_smoothing=0.1"]
+    task = open_session(load_recipe(recipe_file, [f"model.path={merged}", *weighed])).task
+    assert isinstance(task, Classification)
+    assert task.class_weights == (3.0, 1.0)
     delta = run(f"model.path={merged}", name="again")
     summary = json.loads((delta.parent / "summary.json").read_text())
     assert summary["labels"] == ["positive", "negative"]

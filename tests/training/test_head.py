@@ -378,9 +378,9 @@ def test_auto_is_a_probe_where_that_can_be(recipe_file: Path) -> None:
         assert start_head(recipe.train, session, Console(quiet=True)) is not None
         heads.append(heads_of(session))
     assert all(torch.equal(heads[0][name], value) for name, value in heads[1].items())
-    assert start_of(recipe.train, session.model) == "probe"
+    assert start_of(recipe.train, session.task, session.model) == "probe"
     session.model.classifier = torch.nn.Identity()
-    assert start_of(recipe.train, session.model) == "random"
+    assert start_of(recipe.train, session.task, session.model) == "random"
 
 
 # runs

@@ -291,7 +291,7 @@ def test_regression_and_pairs(tmp_path: Path, recipe_text: str) -> None:
         ],
     )
     summary = train(recipe, tmp_path / "run")
-    assert set(summary.metrics) == {"pearson", "spearman"}
+    assert set(summary.metrics) == {"pearson", "spearman", "loss"}
     assert summary.dense_entries == 16 + 1
 
 
