@@ -11,10 +11,10 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification
 
-from sift_cli.system import shipped
 from sift_cli.cli.editing import SCHEMA_FILE, editable, json_schema
 from sift_cli.recipe import Recipe, load_recipe, parse_recipe
 from sift_cli.selection.targets import choose_weights
+from sift_cli.system import shipped
 from sift_cli.tasks.table import LANGUAGE, TASKS
 from sift_cli.training import train
 from tests.support.causal import save_causal
