@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,8 +17,8 @@ from transformers import (
 )
 
 from sift_cli.errors import SiftError
-from sift_cli.models.loading import UNLIMITED, LoadedModel, base_config, longest_row
-from sift_cli.tasks.evaluation import collect
+from sift_cli.models.loading import LoadedModel, base_config
+from sift_cli.tasks.evaluation import collect_asked
 from sift_cli.tasks.label_kinds import A_NUMBER, ANY_LABELS, LabelKind, held_by, kind_of
 from sift_cli.tasks.labels import listed, outputs_for, relabelled, told_head
 from sift_cli.tasks.language import is_causal
@@ -35,12 +34,11 @@ from sift_cli.tasks.metrics import (
 from sift_cli.tasks.table import MULTI_LABEL, head_width
 from sift_cli.tasks.tagging import is_tagging
 from sift_cli.tasks.task import Loss, Published
-from sift_cli.tasks.tokens import Encoded, encode, require_readable
+from sift_cli.tasks.tokens import Encoded, encode
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BATCH = 32  # texts that are predicted at once
 FEW = 5  # rows for each label
 MISTAKES = 10  # so many rows of a split keep their text
 USE = """```python
@@ -352,16 +350,9 @@ class Classification:
         """
         from datasets import Dataset
 
-        model, tokenizer = loaded.model, loaded.tokenizer
-        model.to(device)  # type: ignore[arg-type]
-        numbers = range(len(texts))
         columns: dict[str, Any] = {"text": texts} | ({} if pairs is None else {"pair": pairs})
-        rows = Dataset.from_dict({**columns, "label": [0] * len(texts), "row": numbers})
-        longest = min(max_length or UNLIMITED, longest_row(model, tokenizer))
-        data = self.encode(rows, tokenizer, longest)
-        require_readable(data, model.config, "predict: there are")
-        collate = partial(self.collate, tokenizer=tokenizer)
-        logits = collect(self.outputs, model, data, numbers, collate, batch_size=BATCH)
+        rows = Dataset.from_dict({**columns, "label": [0] * len(texts), "row": range(len(texts))})
+        _, logits = collect_asked(self, loaded, rows, device=device, max_length=max_length)
         out: list[dict[str, Any]] = []
         for at, text in enumerate(texts):
             one: dict[str, Any] = {"text": text} | ({"pair": pairs[at]} if pairs else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.devices import autocast, evaluating, place
 from sift_cli.models.fingerprints import probe_inputs
+from sift_cli.models.loading import UNLIMITED, LoadedModel, longest_row
 from sift_cli.tasks.task import Task
-from sift_cli.tasks.tokens import Encoded, cut
+from sift_cli.tasks.tokens import Encoded, cut, require_readable
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PretrainedConfig
 
+BATCH = 32  # rows that are asked about at once
 # Architectures that mix tokens past their mask: a row comes out as it does alone where it is alone.
 READ_PADDING = ("canine", "convbert", "fnet", "funnel", "yoso")
 Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
@@ -47,6 +51,28 @@ def collect_outputs(
         max_tokens=max_tokens,
         bf16=bf16,
     )
+
+
+def collect_asked(
+    task: Task,
+    loaded: LoadedModel,
+    rows: Dataset,
+    *,
+    device: torch.device,
+    max_length: int | None,
+) -> tuple[Encoded, Tensor]:
+    """Rows that someone asks about as tokens, and the outputs of each, as `collect_outputs` gives.
+
+    They are cut to `max_length` tokens, or to what the model has positions for. Raises SiftError
+    for a row that the model cannot read.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    model.to(device)  # type: ignore[arg-type]
+    longest = min(max_length or UNLIMITED, longest_row(model, tokenizer))
+    data = task.encode(rows, tokenizer, longest)
+    require_readable(data, model.config, "predict: there are")
+    collate = partial(task.collate, tokenizer=tokenizer)
+    return data, collect_outputs(task, model, data, collate, batch_size=BATCH)
 
 
 @torch.inference_mode()

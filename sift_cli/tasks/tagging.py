@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,25 +18,24 @@ from transformers import (
 )
 
 from sift_cli.errors import SiftError
-from sift_cli.models.loading import UNLIMITED, LoadedModel, base_config, longest_row
+from sift_cli.models.loading import LoadedModel, base_config
 from sift_cli.tasks.entities import (
     entities,
     entity_metrics,
     entity_scores,
     has_entities,
 )
-from sift_cli.tasks.evaluation import collect
+from sift_cli.tasks.evaluation import collect_asked
 from sift_cli.tasks.labels import outputs_for, relabelled, told_head
 from sift_cli.tasks.metrics import ClassScore, Metrics, better, compute_metrics, short
 from sift_cli.tasks.table import TAGGING
 from sift_cli.tasks.task import Loss, Published
-from sift_cli.tasks.tokens import UNSEEN, Encoded, encode_words, require_readable
+from sift_cli.tasks.tokens import UNSEEN, Encoded, encode_words
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 ARCHITECTURE = "ForTokenClassification"  # how the names of its models end
-BATCH = 32  # texts that are predicted at once
 WORST = 10  # rows of a split that keep their text
 WORD = re.compile(r"\w+|[^\w\s]")  # of a text that no one has cut into words
 USE = """```python
@@ -271,16 +269,10 @@ class Tagging:
         disable_progress_bars()
         if pairs:
             raise SiftError("--pair: words have tags in one text at a time")
-        model, tokenizer = loaded.model, loaded.tokenizer
-        model.to(device)  # type: ignore[arg-type]
-        words, numbers = [WORD.findall(text) for text in texts], range(len(texts))
+        words = [WORD.findall(text) for text in texts]
         codes = [[0] * len(some) for some in words]
-        rows = Dataset.from_dict({"words": words, "label": codes, "row": numbers})
-        longest = min(max_length or UNLIMITED, longest_row(model, tokenizer))
-        data = self.encode(rows, tokenizer, longest)
-        require_readable(data, model.config, "predict: there are")
-        collate = partial(self.collate, tokenizer=tokenizer)
-        outputs = collect(self.outputs, model, data, numbers, collate, batch_size=BATCH)
+        rows = Dataset.from_dict({"words": words, "label": codes, "row": range(len(texts))})
+        data, outputs = collect_asked(self, loaded, rows, device=device, max_length=max_length)
         tags = self._named(self._codes(outputs, data)[1])
         return [
             {
