@@ -18,7 +18,7 @@ from transformers import (
 
 from sift_cli.errors import SiftError
 from sift_cli.models.loading import LoadedModel, base_config
-from sift_cli.tasks.evaluation import collect_asked
+from sift_cli.tasks.evaluation import Asked, Asking, collect_asked
 from sift_cli.tasks.label_kinds import A_NUMBER, ANY_LABELS, LabelKind, held_by, kind_of
 from sift_cli.tasks.labels import listed, outputs_for, relabelled, told_head
 from sift_cli.tasks.language import is_causal
@@ -340,24 +340,25 @@ class Classification:
         texts: Sequence[str],
         pairs: Sequence[str] | None = None,
         *,
-        device: torch.device,
-        max_length: int | None = None,
-    ) -> list[dict[str, Any]]:
-        """One object per text: `label` and `probability`, or `score` for a regression.
+        asking: Asking,
+        first: int = 0,
+    ) -> Asked:
+        """Of each text `label`, `probability` and the `probabilities` of all labels.
 
-        Texts are cut to `max_length` tokens, or to what the model has positions for. Raises
-        SiftError for a text that the model cannot read.
+        Where a row may have several they are `labels` and `probabilities`, for a regression it is
+        `score`. `first` is the number of the first text in errors. Raises SiftError for a text that
+        the model cannot read.
         """
         from datasets import Dataset
 
         columns: dict[str, Any] = {"text": texts} | ({} if pairs is None else {"pair": pairs})
-        rows = Dataset.from_dict({**columns, "label": [0] * len(texts), "row": range(len(texts))})
-        _, logits = collect_asked(self, loaded, rows, device=device, max_length=max_length)
-        out: list[dict[str, Any]] = []
-        for at, text in enumerate(texts):
-            one: dict[str, Any] = {"text": text} | ({"pair": pairs[at]} if pairs else {})
-            out.append(one | self.kind.answer(logits[at], self.labels or ()))
-        return out
+        numbers = range(first, first + len(texts))
+        rows = Dataset.from_dict({**columns, "label": [0] * len(texts), "row": numbers})
+        data, logits, longest = collect_asked(self, loaded, rows, asking)
+        answers = self.kind.answers(logits, self.labels or ())
+        asked = (dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True))
+        both = [text | answer for text, answer in zip(asked, answers, strict=True)]
+        return Asked(both, data.truncated, longest)
 
 
 def _is_tuned(config: PretrainedConfig) -> bool:

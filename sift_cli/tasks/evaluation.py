@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,29 @@ BATCH = 32  # rows that are asked about at once
 READ_PADDING = ("canine", "convbert", "fnet", "funnel", "yoso")
 Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
 Outputs = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # of a batch, [B, ...]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a model is asked about texts: where, of how many tokens each, in which batches.
+
+    Texts are cut to `max_length` tokens, or to what the model has positions for.
+    """
+
+    device: torch.device
+    max_length: int | None = None
+    batch_size: int = BATCH
+    max_tokens: int | None = None
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a task says of each text that someone asks about, and how many `longest` tokens cut."""
+
+    answers: list[dict[str, Any]]
+    cut: int
+    longest: int
 
 
 def collect_outputs(
@@ -54,25 +78,28 @@ def collect_outputs(
 
 
 def collect_asked(
-    task: Task,
-    loaded: LoadedModel,
-    rows: Dataset,
-    *,
-    device: torch.device,
-    max_length: int | None,
-) -> tuple[Encoded, Tensor]:
-    """Rows that someone asks about as tokens, and the outputs of each, as `collect_outputs` gives.
+    task: Task, loaded: LoadedModel, rows: Dataset, asking: Asking
+) -> tuple[Encoded, Tensor, int]:
+    """Rows that someone asks about as tokens, their outputs, and the most tokens that a row keeps.
 
-    They are cut to `max_length` tokens, or to what the model has positions for. Raises SiftError
-    for a row that the model cannot read.
+    Outputs are as `collect_outputs` gives them. Raises SiftError for a row that the model cannot
+    read.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    model.to(device)  # type: ignore[arg-type]
-    longest = min(max_length or UNLIMITED, longest_row(model, tokenizer))
+    model.to(asking.device)  # type: ignore[arg-type]
+    longest = min(asking.max_length or UNLIMITED, longest_row(model, tokenizer))
     data = task.encode(rows, tokenizer, longest)
     require_readable(data, model.config, "predict: there are")
-    collate = partial(task.collate, tokenizer=tokenizer)
-    return data, collect_outputs(task, model, data, collate, batch_size=BATCH)
+    outputs = collect_outputs(
+        task,
+        model,
+        data,
+        partial(task.collate, tokenizer=tokenizer),
+        batch_size=asking.batch_size,
+        max_tokens=asking.max_tokens,
+        bf16=asking.bf16,
+    )
+    return data, outputs, longest
 
 
 @torch.inference_mode()

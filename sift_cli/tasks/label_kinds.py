@@ -24,7 +24,7 @@ class LabelKind:
     makes what metrics see ([N], or [N, C] where there are several) of logits ([N, C]),
     `probabilities` those of each class, and `losses` each row's loss ([N]) of logits and labels.
     `lines` makes the lines of predictions.jsonl of logits, labels and label names, and how wrong
-    each is ([N], 0 where it is right); `answer` what `sift predict` says of one row's logits ([C]).
+    each is ([N], 0 where it is right); `answers` what `sift predict` says of each row of logits.
     """
 
     holds: str
@@ -35,7 +35,7 @@ class LabelKind:
     probabilities: Callable[[Tensor], Tensor] | None
     losses: Callable[[Tensor, Tensor], Tensor]
     lines: Callable[[Tensor, Tensor, Sequence[str]], tuple[Lines, Tensor]]
-    answer: Callable[[Tensor, Sequence[str]], dict[str, Any]]
+    answers: Callable[[Tensor, Sequence[str]], Lines]
 
 
 def _lines_of_label(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[Lines, Tensor]:
@@ -77,15 +77,24 @@ def held_by(names: Sequence[str], held: Sequence[float]) -> list[str]:
     return [name for name, one in zip(names, held, strict=True) if one]
 
 
-def _label(logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    probabilities = logits.softmax(-1)
-    code = int(probabilities.argmax())
-    return {"label": names[code], "probability": float(probabilities[code])}
+def _label(logits: Tensor, names: Sequence[str]) -> Lines:
+    codes, probabilities = logits.argmax(-1).tolist(), logits.softmax(-1).tolist()
+    return [
+        {"label": names[code], "probability": some[code], "probabilities": _named(names, some)}
+        for code, some in zip(codes, probabilities, strict=True)
+    ]
 
 
-def _several(logits: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    probabilities = dict(zip(names, logits.sigmoid().tolist(), strict=True))
-    return {"labels": held_by(names, (logits > 0).tolist()), "probabilities": probabilities}
+def _several(logits: Tensor, names: Sequence[str]) -> Lines:
+    said, probabilities = (logits > 0).tolist(), logits.sigmoid().tolist()
+    return [
+        {"labels": held_by(names, held), "probabilities": _named(names, some)}
+        for held, some in zip(said, probabilities, strict=True)
+    ]
+
+
+def _named(names: Sequence[str], probabilities: Sequence[float]) -> dict[str, float]:
+    return dict(zip(names, probabilities, strict=True))
 
 
 def _losses_of_several(logits: Tensor, labels: Tensor) -> Tensor:
@@ -104,7 +113,7 @@ ONE_LABEL = LabelKind(
     probabilities=lambda logits: logits.softmax(-1),
     losses=partial(nn.functional.cross_entropy, reduction="none"),
     lines=_lines_of_label,
-    answer=_label,
+    answers=_label,
 )
 ANY_LABELS = LabelKind(
     holds=SEVERAL,
@@ -115,7 +124,7 @@ ANY_LABELS = LabelKind(
     probabilities=torch.sigmoid,
     losses=_losses_of_several,
     lines=_lines_of_several,
-    answer=_several,
+    answers=_several,
 )
 A_NUMBER = LabelKind(
     holds=NUMBER,
@@ -126,7 +135,7 @@ A_NUMBER = LabelKind(
     probabilities=None,
     losses=lambda logits, labels: (logits.squeeze(-1) - labels).square(),
     lines=_lines_of_number,
-    answer=lambda logits, _: {"score": float(logits[0])},
+    answers=lambda logits, _: [{"score": one} for one in logits.squeeze(-1).tolist()],
 )
 
 

@@ -25,7 +25,7 @@ from sift_cli.tasks.entities import (
     entity_scores,
     has_entities,
 )
-from sift_cli.tasks.evaluation import collect_asked
+from sift_cli.tasks.evaluation import Asked, Asking, collect_asked
 from sift_cli.tasks.labels import outputs_for, relabelled, told_head
 from sift_cli.tasks.metrics import ClassScore, Metrics, better, compute_metrics, short
 from sift_cli.tasks.table import TAGGING
@@ -253,28 +253,29 @@ class Tagging:
     def predict(
         self,
         loaded: LoadedModel,
-        texts: Sequence[str],
+        texts: Sequence[str | list[str]],
         pairs: Sequence[str] | None = None,
         *,
-        device: torch.device,
-        max_length: int | None = None,
-    ) -> list[dict[str, Any]]:
-        """The words of each text with their tags, and the entities that these are.
+        asking: Asking,
+        first: int = 0,
+    ) -> Asked:
+        """The words of each text, or list of words, with their tags, and the entities these are.
 
-        Texts are cut to `max_length` tokens, or to what the model has positions for. Raises
-        SiftError for pairs, and for a text that the model cannot read.
+        `first` is the number of the first text in errors. Raises SiftError for pairs, and for a
+        text that the model cannot read.
         """
         from datasets import Dataset, disable_progress_bars
 
         disable_progress_bars()
         if pairs:
             raise SiftError("--pair: words have tags in one text at a time")
-        words = [WORD.findall(text) for text in texts]
+        words = [WORD.findall(text) if isinstance(text, str) else text for text in texts]
         codes = [[0] * len(some) for some in words]
-        rows = Dataset.from_dict({"words": words, "label": codes, "row": range(len(texts))})
-        data, outputs = collect_asked(self, loaded, rows, device=device, max_length=max_length)
+        numbers = range(first, first + len(texts))
+        rows = Dataset.from_dict({"words": words, "label": codes, "row": numbers})
+        data, outputs, longest = collect_asked(self, loaded, rows, asking)
         tags = self._named(self._codes(outputs, data)[1])
-        return [
+        answers = [
             {
                 "text": text,
                 "words": some,
@@ -286,6 +287,7 @@ class Tagging:
             }
             for text, some, own in zip(texts, words, tags, strict=True)
         ]
+        return Asked(answers, data.truncated, longest)
 
     def _logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """[B, T, C]."""

@@ -29,7 +29,8 @@ def probabilities(folder: Path) -> list[float]:
     """What sift predicts with what is in the folder, a text at a time."""
     loaded, recipe = load_tuned(str(folder))
     task, device = task_of_loaded(loaded, recipe), pick_device("cpu")
-    return [task.predict(loaded, [text], device=device)[0]["probability"] for text in TEXTS]
+    asked = [task.predict(loaded, [text], asking=Asking(device)) for text in TEXTS]
+    return [one.answers[0]["probability"] for one in asked]
 
 
 @torch.no_grad()

@@ -91,8 +91,8 @@ def say(folder: Path, file: str, **values: Any) -> Path:
 
 def scores(loaded: LoadedModel, texts: list[str]) -> list[tuple[str, float]]:
     task = task_of_config(loaded.model.config)
-    answers = task.predict(loaded, texts, device=torch.device("cpu"))
-    return [(one["label"], one["probability"]) for one in answers]
+    asked = task.predict(loaded, texts, asking=Asking(torch.device("cpu")))
+    return [(one["label"], one["probability"]) for one in asked.answers]
 
 
 def plain(folder: Path, texts: list[str]) -> list[tuple[str, float]]:
