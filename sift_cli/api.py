@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sift_cli.delta import Delta
     from sift_cli.models.loading import LoadedModel
     from sift_cli.runs.callbacks import Callback
+    from sift_cli.runs.predictor import Predictor
     from sift_cli.runs.session import Session
     from sift_cli.runs.summary import Summary
 
@@ -77,35 +78,60 @@ class Run:
         A language model answers, in at most `max_new_tokens`. The model is loaded once. Raises
         SiftError for pairs where a row of the training had one text, or otherwise.
         """
-        from sift_cli.models.devices import pick_device
-        from sift_cli.runs.tuned import task_of_loaded
-        from sift_cli.tasks.classification import Classification
         from sift_cli.tasks.language import Language
-        from sift_cli.tasks.prompts import prompts_of
-        from sift_cli.tasks.tagging import Tagging
 
         firsts, seconds = _texts(texts)
         if not firsts:
             return []
-        loaded, recipe = self._loaded
-        task, where = task_of_loaded(loaded, recipe), pick_device(device)
-        if isinstance(task, Language):
+        predictor = self._predictor(device)
+        if isinstance(predictor.task, Language):
             if seconds is not None:
                 raise SiftError("predict: a language model takes texts, no pairs of them")
-            prompts = prompts_of(firsts, task.takes_text(loaded.tokenizer))
-            answers = task.answers(loaded, prompts, device=where, longest=max_new_tokens)
-            return [{"text": one.shown(), **answer.to_json()} for one, answer in answers]
-        assert isinstance(task, Classification | Tagging)
-        limit = None
-        if recipe is not None:
-            columns = text_columns(recipe.data.task, recipe.data.text)
+            return predictor.speak(firsts, max_new_tokens)
+        if predictor.recipe is not None:
+            columns = predictor.columns
             if len(columns) != (1 if seconds is None else 2):
                 raise SiftError(
                     f"predict: {self.folder} was trained on {' and '.join(columns)}; give "
                     f"{'texts' if len(columns) == 1 else 'pairs of texts'}"
                 )
-            limit = recipe.data.max_length
-        return task.predict(loaded, firsts, seconds, device=where, max_length=limit)
+        return predictor.ask(firsts, seconds).answers
+
+    def predict_file(
+        self,
+        source: PathOf,
+        output: PathOf,
+        *,
+        resume: bool = False,
+        device: str | None = None,
+        max_new_tokens: int = LONGEST_ANSWER,
+        quiet: bool = False,
+    ) -> None:
+        """The rows of a file with what the model says of each: `sift predict --input --output`.
+
+        The files are .csv, .tsv, .jsonl or .parquet. `resume` goes on with an output that was
+        broken off, `quiet` shows no progress. Raises SiftError.
+        """
+        from rich.console import Console
+
+        from sift_cli.runs.bulk import predict_file, require_files
+
+        require_files(fspath(source), fspath(output), resume)
+        predict_file(
+            self._predictor(device),
+            fspath(source),
+            fspath(output),
+            resume=resume,
+            longest=max_new_tokens,
+            console=Console(stderr=True, quiet=quiet, markup=False, soft_wrap=True),
+        )
+
+    def _predictor(self, device: str | None) -> Predictor:
+        from sift_cli.models.devices import pick_device
+        from sift_cli.runs.predictor import Predictor
+
+        loaded, recipe = self._loaded
+        return Predictor(loaded, recipe, pick_device(device))
 
     @cached_property
     def _loaded(self) -> tuple[LoadedModel, Recipe | None]:

@@ -1,10 +1,9 @@
 """The command that asks a model about texts."""
 
 import json
-from collections.abc import Iterator
-from itertools import chain
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -19,17 +18,12 @@ from sift_cli.cli.options import (
     Tuned,
     print_json,
     print_table,
+    stderr,
 )
 from sift_cli.errors import SiftError
+from sift_cli.runs.written import STANDARD
 from sift_cli.system.terminal import visible
 from sift_cli.tasks.table import LONGEST_ANSWER
-
-if TYPE_CHECKING:
-    from sift_cli.models.loading import LoadedModel
-    from sift_cli.recipe import Recipe
-    from sift_cli.tasks.generation import Answer
-    from sift_cli.tasks.language import Language
-    from sift_cli.tasks.prompts import Prompt
 
 
 def predict(
@@ -41,101 +35,96 @@ def predict(
         list[str] | None, typer.Option(help="The second text of each, for sentence pairs.")
     ] = None,
     source: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--input", help="A file of prompts: .jsonl, .json, .csv, .parquet, or .txt by line."
+            "--input",
+            metavar="FILE",
+            help="Rows with the columns of the recipe: .csv, .tsv, .jsonl, .parquet, or - for JSON "
+            "lines on stdin; for language models .json, and .txt by line, too.",
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="A new file for the answers: a JSON object a line.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A new file for the rows and what is said of each, of the same endings (language "
+            "models: .jsonl); - is JSON lines on stdout.",
+        ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an --output that was broken off.")
+    ] = False,
     longest: Longest = LONGEST_ANSWER,
     base: BaseModelPath = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Try a tuned model: classify texts, or let a language model answer them.
+    """Try a tuned model on texts, or on all rows of a file: it classifies, or it answers.
 
-    Example: sift predict runs/rte "A man sleeps." --pair "A man is awake."
+    Example: sift predict runs/rte --input pairs.csv --output predicted.csv
     """
     texts = text or []
-    if bool(texts) == (source is not None):
-        raise SiftError("give texts to predict, or a file of them with --input; one of the two")
-    if pair and len(pair) != len(texts):
-        raise SiftError(f"{len(texts)} texts, but {len(pair)} --pair; give one for each")
-    require_new_lines(output)
+    _require_asked(texts, pair, source, output, resume)
     check_tuned(tuned, device)
     from sift_cli.models.devices import pick_device
-    from sift_cli.runs.tuned import load_tuned, require_texts, task_of_loaded
-    from sift_cli.tasks.classification import Classification
+    from sift_cli.runs.bulk import predict_file, tell_cut
+    from sift_cli.runs.predictor import Predictor, told_of_prompt
+    from sift_cli.runs.tuned import load_tuned, require_texts
     from sift_cli.tasks.language import Language
-    from sift_cli.tasks.tagging import Tagging
 
     loaded, recipe = load_tuned(tuned, base)
-    task, where = task_of_loaded(loaded, recipe), pick_device(device)
-    if isinstance(task, Language):
+    predictor = Predictor(loaded, recipe, pick_device(device))
+    speaks = isinstance(predictor.task, Language)
+    if source is not None and (output is not None or not speaks):
+        to = output or STANDARD
+        predict_file(predictor, source, to, resume=resume, longest=longest, console=stderr)
+        return
+    if source is not None:
+        prompts = predictor.prompts(Path(source))
+        found = [told_of_prompt(*one) for one in predictor.answers(prompts, longest)]
+    elif speaks:
         if pair:
             raise SiftError("--pair: a language model takes one text at a time")
-        prompts = _prompts(task, loaded, recipe, texts, source)
-        answers = task.answers(loaded, prompts, device=where, longest=longest)
-        found: Iterator[dict[str, Any]] = (_line(*one, source) for one in answers)
-    elif source is not None or output is not None:
-        raise SiftError(f"--input, --output: {tuned} classifies; give its texts as arguments")
+        found = predictor.speak(texts, longest)
     else:
         if recipe is not None:
             require_texts(tuned, recipe, 2 if pair else 1)
-        assert isinstance(task, Classification | Tagging)
-        limit = recipe.data.max_length if recipe else None
-        found = iter(task.predict(loaded, texts, pair, device=where, max_length=limit))
-    if output is not None:
-        _write(output, found)
-    elif as_json:
-        print_json({"predictions": list(found)})
+        asked = predictor.ask(texts, pair)
+        found = asked.answers
+        if asked.cut:
+            tell_cut(asked.cut, len(texts), asked.longest, stderr)
+    if as_json:
+        print_json({"predictions": found})
     else:
-        _print(list(found))
+        _print(found)
 
 
-def require_new_lines(output: Path | None) -> None:
-    """Raises SiftError where a file for answers is there already, or is none of JSON lines."""
-    if output is not None and (output.suffix != ".jsonl" or output.exists()):
-        why = "exists already" if output.exists() else "its name must end in .jsonl"
-        raise SiftError(f"--output {output}: {why}; choose another")
-
-
-def _prompts(
-    task: "Language",
-    loaded: "LoadedModel",
-    recipe: "Recipe | None",
+def _require_asked(
     texts: list[str],
-    source: Path | None,
-) -> "list[Prompt]":
-    """The prompts of the arguments, or of the file, whose rows are laid out as those trained on."""
-    from sift_cli.tasks.prompts import prompts_of, read_prompts
+    pair: list[str] | None,
+    source: str | None,
+    output: str | None,
+    resume: bool,
+) -> None:
+    """Raises SiftError where arguments do not fit together, or name files that are no good."""
+    from sift_cli.runs.bulk import require_files
+    from sift_cli.tasks.streams import STREAMED
 
-    plain = task.takes_text(loaded.tokenizer)
-    if source is None:
-        return prompts_of(texts, plain)
-    told: dict[str, Any] = {}
-    if recipe is not None and recipe.data.format is not None:
-        told = {"format": recipe.data.format, "columns": recipe.data.columns}
-    return read_prompts(source, task.name, plain=plain, **told)
-
-
-def _line(prompt: "Prompt", answer: "Answer", source: Path | None) -> dict[str, Any]:
-    """What is told of an answer; of a row of a file its number as well, and what was expected."""
-    if source is None:
-        return {"text": prompt.shown(), **answer.to_json()}
-    line = {"row": prompt.number, "prompt": prompt.shown(), **answer.to_json()}
-    return line if prompt.expected is None else {**line, "expected": prompt.expected}
-
-
-def _write(output: Path, lines: Iterator[dict[str, Any]]) -> None:
-    """Writes a line for each, as they come: what is there stays if the rest fails."""
-    first = next(lines)  # no file is begun where the prompts are no good
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("x", encoding="utf-8") as file:
-        for line in chain([first], lines):
-            print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+    if bool(texts) == (source is not None):
+        raise SiftError("give texts to predict, or a file of them with --input; one of the two")
+    for one in texts:
+        if one.lower().endswith(STREAMED) and os.path.isfile(one):
+            raise SiftError(f"{one} is a file, not a text; for its rows say --input {one}")
+    if source is None and (output is not None or resume):
+        raise SiftError("--output, --resume: they are for the rows of --input")
+    if pair and source is not None:
+        raise SiftError("--pair: it is for texts; pairs of --input are in its columns")
+    if pair and len(pair) != len(texts):
+        raise SiftError(f"{len(texts)} texts, but {len(pair)} --pair; give one for each")
+    if resume and output is None:
+        raise SiftError("--resume: say with which --output")
+    if source is not None:
+        require_files(source, output or STANDARD, resume)
 
 
 def _listed(items: list[Any]) -> str:

@@ -356,7 +356,9 @@ class Classification:
         rows = Dataset.from_dict({**columns, "label": [0] * len(texts), "row": numbers})
         data, logits, longest = collect_asked(self, loaded, rows, asking)
         answers = self.kind.answers(logits, self.labels or ())
-        asked = (dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True))
+        asked = (
+            dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True)
+        )
         both = [text | answer for text, answer in zip(asked, answers, strict=True)]
         return Asked(both, data.truncated, longest)
 

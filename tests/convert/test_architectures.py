@@ -17,6 +17,7 @@ from sift_cli.models.keys import match
 from sift_cli.models.loading import skeleton
 from sift_cli.recipe import load_recipe
 from sift_cli.runs.tuned import load_tuned, task_of_loaded
+from sift_cli.tasks.evaluation import Asking
 from tests.support.architectures import EXPERTS, MAKERS, save_checkpoint
 from tests.support.command import Run, sift
 from tests.support.folders import shard

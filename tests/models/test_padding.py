@@ -24,6 +24,7 @@ from sift_cli.errors import SiftError
 from sift_cli.models.loading import LoadedModel
 from sift_cli.recipe import load_recipe
 from sift_cli.runs.tuned import load_tuned
+from sift_cli.tasks.evaluation import Asking
 from sift_cli.tasks.kinds import load_as_it_is, task_of_config
 from sift_cli.training import train
 from tests.support.models import CONFIGS, SIZE, WORDS, save_base, tiny_tokenizer
