@@ -85,6 +85,9 @@ def collect_asked(
     Outputs are as `collect_outputs` gives them. Raises SiftError for a row that the model cannot
     read.
     """
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
     model, tokenizer = loaded.model, loaded.tokenizer
     model.to(asking.device)  # type: ignore[arg-type]
     longest = min(asking.max_length or UNLIMITED, longest_row(model, tokenizer))

@@ -264,9 +264,8 @@ class Tagging:
         `first` is the number of the first text in errors. Raises SiftError for pairs, and for a
         text that the model cannot read.
         """
-        from datasets import Dataset, disable_progress_bars
+        from datasets import Dataset
 
-        disable_progress_bars()
         if pairs:
             raise SiftError("--pair: words have tags in one text at a time")
         words = [WORD.findall(text) if isinstance(text, str) else text for text in texts]

@@ -118,6 +118,15 @@ def test_lines_are_written_as_they_come(
     assert done.returncode == 130
     assert held == [0, 1, 2]
     assert [json.loads(one)["row"] for one in out.read_text().splitlines()] == [0, 1]
+    assert done.stderr.startswith(f"{out} holds 2 of 3 rows; --resume goes on with it")
+    asked: list[object] = []
+    monkeypatch.setattr(
+        language, "answer_to", lambda *one, **_: asked.append(one) or Answer("b", 1, True)
+    )
+    again = sift("predict", talker, "--input", source, "--output", out, "--resume")
+    assert (again.returncode, again.stderr, len(asked)) == (0, "", 1)
+    lines = [json.loads(one) for one in out.read_text().splitlines()]
+    assert [(one["row"], one["answer"]) for one in lines] == [(0, "a"), (1, "a"), (2, "b")]
 
 
 def test_a_prompt_without_room_is_told_before_the_first_answer(
@@ -140,11 +149,11 @@ def test_what_predict_refuses(talker: Path, tmp_path: Path) -> None:
     for args, said in (
         ((talker,), "give texts to predict, or a file of them with --input"),
         ((talker, "a", "--input", source), "one of the two"),
-        ((talker, "a", "--output", there), f"--output {there}: exists already"),
-        ((talker, "a", "--output", tmp_path / "a.csv"), "must end in .jsonl"),
+        ((talker, "a", "--output", there), "they are for the rows of --input"),
+        ((talker, "--input", source, "--output", there), f"--output {there}: exists already"),
+        ((talker, "--input", source, "--output", tmp_path / "a.csv"), "must end in .jsonl"),
         ((talker, "a", "--pair", "b"), "takes one text at a time"),
-        ((base, "--input", source), f"{base} classifies; give its texts as arguments"),
-        ((base, "a", "--output", tmp_path / "new.jsonl"), f"{base} classifies"),
+        ((base, "--input", source), f"--input {source}: use one of .csv, .tsv, .jsonl, .parquet"),
         ((talker, "--input", tmp_path / "no.jsonl"), "no such file"),
     ):
         done = sift("predict", *args)
