@@ -78,13 +78,11 @@ class Run:
         A language model answers, in at most `max_new_tokens`. The model is loaded once. Raises
         SiftError for pairs where a row of the training had one text, or otherwise.
         """
-        from sift_cli.tasks.language import Language
-
         firsts, seconds = _texts(texts)
         if not firsts:
             return []
         predictor = self._predictor(device)
-        if isinstance(predictor.task, Language):
+        if predictor.speaks:
             if seconds is not None:
                 raise SiftError("predict: a language model takes texts, no pairs of them")
             return predictor.speak(firsts, max_new_tokens)

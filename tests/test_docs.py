@@ -74,7 +74,7 @@ def test_the_commands_of_a_page_run(
     shown = commands(page)
     own = {
         title: text
-        for kind in ("yaml", "json", "text")
+        for kind in ("yaml", "json", "text", "csv")
         for title, text in blocks(page, kind)
         if title
     }

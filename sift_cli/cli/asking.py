@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -25,6 +25,28 @@ from sift_cli.runs.written import STANDARD
 from sift_cli.system.terminal import visible
 from sift_cli.tasks.table import LONGEST_ANSWER
 
+if TYPE_CHECKING:
+    from sift_cli.runs.predictor import Predictor
+
+
+Input = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        metavar="FILE",
+        help="Rows with the columns of the recipe: .csv, .tsv, .jsonl, .parquet, or - for JSON "
+        "lines on stdin; for language models .json, and .txt by line, too.",
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="A new file for the rows and what is said of each, of the same endings (language "
+        "models: .jsonl); - is JSON lines on stdout.",
+    ),
+]
+
 
 def predict(
     tuned: Tuned,
@@ -34,69 +56,64 @@ def predict(
     pair: Annotated[
         list[str] | None, typer.Option(help="The second text of each, for sentence pairs.")
     ] = None,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--input",
-            metavar="FILE",
-            help="Rows with the columns of the recipe: .csv, .tsv, .jsonl, .parquet, or - for JSON "
-            "lines on stdin; for language models .json, and .txt by line, too.",
-        ),
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="A new file for the rows and what is said of each, of the same endings (language "
-            "models: .jsonl); - is JSON lines on stdout.",
-        ),
-    ] = None,
+    source: Input = None,
+    output: Output = None,
     resume: Annotated[
-        bool, typer.Option(help="Go on with an --output that was broken off.")
+        bool, typer.Option("--resume", help="Go on with an --output that was broken off.")
     ] = False,
     longest: Longest = LONGEST_ANSWER,
     base: BaseModelPath = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Try a tuned model on texts, or on all rows of a file: it classifies, or it answers.
+    """Try a tuned model on texts, or on every row of a file: it classifies, or it answers.
 
-    Example: sift predict runs/rte --input pairs.csv --output predicted.csv
+    Example: sift predict runs/rte "A man sleeps." --pair "A man is awake."
     """
     texts = text or []
     _require_asked(texts, pair, source, output, resume)
     check_tuned(tuned, device)
     from sift_cli.models.devices import pick_device
-    from sift_cli.runs.bulk import predict_file, tell_cut
-    from sift_cli.runs.predictor import Predictor, told_of_prompt
+    from sift_cli.runs.bulk import predict_file
+    from sift_cli.runs.predictor import Predictor
     from sift_cli.runs.tuned import load_tuned, require_texts
-    from sift_cli.tasks.language import Language
 
     loaded, recipe = load_tuned(tuned, base)
     predictor = Predictor(loaded, recipe, pick_device(device))
-    speaks = isinstance(predictor.task, Language)
-    if source is not None and (output is not None or not speaks):
+    if source is not None and (output or source == STANDARD or not predictor.speaks):
         to = output or STANDARD
         predict_file(predictor, source, to, resume=resume, longest=longest, console=stderr)
         return
-    if source is not None:
-        prompts = predictor.prompts(Path(source))
-        found = [told_of_prompt(*one) for one in predictor.answers(prompts, longest)]
-    elif speaks:
-        if pair:
-            raise SiftError("--pair: a language model takes one text at a time")
-        found = predictor.speak(texts, longest)
-    else:
-        if recipe is not None:
-            require_texts(tuned, recipe, 2 if pair else 1)
-        asked = predictor.ask(texts, pair)
-        found = asked.answers
-        if asked.cut:
-            tell_cut(asked.cut, len(texts), asked.longest, stderr)
+    if recipe is not None and not predictor.speaks:
+        require_texts(tuned, recipe, 2 if pair else 1)
+    found = _asked(predictor, texts, pair, source, longest)
     if as_json:
         print_json({"predictions": found})
     else:
         _print(found)
+
+
+def _asked(
+    predictor: "Predictor",
+    texts: list[str],
+    pair: list[str] | None,
+    source: str | None,
+    longest: int,
+) -> list[dict[str, Any]]:
+    """What is said of each text, or of each prompt in a file."""
+    from sift_cli.runs.bulk import tell_cut
+    from sift_cli.runs.predictor import told_of_prompt
+
+    if source is not None:
+        prompts = predictor.prompts(Path(source))
+        return [told_of_prompt(*one) for one in predictor.answers(prompts, longest)]
+    if predictor.speaks:
+        if pair:
+            raise SiftError("--pair: a language model takes one text at a time")
+        return predictor.speak(texts, longest)
+    asked = predictor.ask(texts, pair)
+    tell_cut(asked.cut, len(texts), asked.longest, stderr)
+    return asked.answers
 
 
 def _require_asked(

@@ -83,38 +83,36 @@ def predict_file(
     SiftError for files that cannot be read or written, and rows that cannot be used, all before
     the first row is scored but for rows of no token.
     """
-    from sift_cli.tasks.language import Language
-
     require_files(source, output, resume)
     with stdin_kept() if source == STANDARD else nullcontext(Path(source)) as path, located(path):
-        ending = STREAMED[2] if output == STANDARD else Path(output).suffix.lower()
-        if isinstance(predictor.task, Language):
+        if predictor.speaks:
             require_output(output, resume, [".jsonl"])
             job = _job_of_prompts(predictor, path, longest)
         else:
             job = _job_of_rows(predictor, path, console)
-        lines = Lines(job.own, tuple(job.new), DELIMITERS.get(ending))
-        schema = None
-        if ending == PARQUET:
-            schema = schema_of(path, windows(job.rows()), job.new)
-        begun = 0
-        if resume and Path(output).exists():
-            begun = held_rows(Path(output), lines, job.rows())
-        done = begun
-        try:
-            with _bar(console, output, begun, job.count) as advance:
-                answered = job.answered(begun)
-                first = list(islice(answered, 1))  # no file is begun where the first rows fail
-                with writing(output, lines, schema) as write:
-                    for window in chain(first, answered):
-                        write(window)
-                        done += len(window)
-                        advance(len(window))
-        finally:
-            if done < job.count and output != STANDARD and ending != PARQUET:
-                console.print(
-                    f"{output} holds {done:,} of {job.count:,} rows; --resume goes on with it"
-                )
+        _carry_out(job, path, output, resume, console)
+
+
+def _carry_out(job: Job, path: Path, output: str, resume: bool, console: Console) -> None:
+    """Writes the rows that `output` does not hold yet."""
+    ending = "" if output == STANDARD else Path(output).suffix.lower()
+    lines = Lines(job.own, tuple(job.new), DELIMITERS.get(ending))
+    schema = schema_of(path, windows(job.rows()), job.new) if ending == PARQUET else None
+    there = resume and Path(output).exists()
+    done = begun = held_rows(Path(output), lines, job.rows()) if there else 0
+    try:
+        with _bar(console, output, begun, job.count) as advance:
+            answered = job.answered(begun)
+            first = list(islice(answered, 1))  # no file is begun where the first rows fail
+            with writing(output, lines, schema) as write:
+                for window in chain(first, answered):
+                    write(window)
+                    done += len(window)
+                    advance(len(window))
+    finally:
+        if 0 < done < job.count and ending not in ("", PARQUET):
+            rows = f"{done:,} of {job.count:,} rows"
+            console.print(f"{output} holds {rows}; --resume goes on with it", highlight=False)
 
 
 def windows(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -168,8 +166,8 @@ def _job_of_rows(predictor: Predictor, path: Path, console: Console) -> Job:
             told = (told_of(one, worded=not listed) for one in found.answers)
             yield [row | said for row, said in zip(window, told, strict=True)]
             at, cut, longest = at + len(window), cut + found.cut, found.longest
-        if cut:
-            tell_cut(cut, count - begun, longest, console)
+        if at > begun:
+            tell_cut(cut, at - begun, longest, console)
 
     new = predictor.example(worded=not listed)
     if clash := [name for name in new if name in own]:
@@ -220,8 +218,10 @@ def _survey(
 
 
 def tell_cut(cut: int, count: int, longest: int, console: Console) -> None:
-    """Says how many texts the model saw the beginning of alone."""
-    console.print(f"{cut:,} of {count:,} rows were cut to {longest:,} tokens", highlight=False)
+    """Says of how many rows, if any, the model saw a part alone."""
+    if cut:
+        told = f"{cut:,} of {count:,} rows were cut to {longest:,} tokens"
+        console.print(told, highlight=False)
 
 
 @contextmanager

@@ -49,6 +49,11 @@ class Predictor:
         return task_of_loaded(self.loaded, self.recipe)
 
     @property
+    def speaks(self) -> bool:
+        """Whether the model answers in words."""
+        return isinstance(self.task, Language)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns of a row's texts, as in its training; `text` where nobody tells."""
         if self.recipe is not None:
