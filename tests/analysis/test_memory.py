@@ -225,4 +225,4 @@ def test_what_autograd_adds_in_place_is_counted_once() -> None:
     with Ledger() as ledger:
         x.index_select(0, torch.arange(50)).sum().backward()
     made = [one.made_by for one in ledger.peak()[1] if one.nbytes == x.nbytes]
-    assert made == ["aten::index_add"]
+    assert len(made) == 1
