@@ -66,7 +66,7 @@ def trainer_of(given: argparse.Namespace, callbacks: Sequence[Any] = ()) -> Any:
         lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]},
         remove_columns="messages",
     )
-    rank = given.rank
+    rank, size = given.rank, 1 if given.packing else 8
     return SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32),
         processing_class=AutoTokenizer.from_pretrained(given.model),
@@ -74,7 +74,8 @@ def trainer_of(given: argparse.Namespace, callbacks: Sequence[Any] = ()) -> Any:
             output_dir=str(given.out),
             num_train_epochs=given.epochs,
             max_steps=given.max_steps,
-            per_device_train_batch_size=1 if given.packing else 8,
+            per_device_train_batch_size=size,
+            per_device_eval_batch_size=size,  # packs of a batch become one row
             packing=given.packing,
             learning_rate=given.learning_rate,
             eval_strategy="epoch",

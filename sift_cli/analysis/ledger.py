@@ -39,6 +39,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation and notes what it made."""
         out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.index_add.default:
+            self._replaced(args[0])
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
                 self.note(leaf, func.name())
@@ -60,6 +62,12 @@ class Ledger(TorchDispatchMode):
         for tensor in tensors:
             self._live[id(tensor.untyped_storage())][1].phase = phase
 
+    def _replaced(self, sum: Tensor) -> None:
+        """Frees zeros to which was added out of place: unwatched, autograd adds to them in place."""
+        live = self._live.get(id(sum.untyped_storage()))
+        if live is not None and "zeros" in live[1].made_by:
+            self._gone(id(sum.untyped_storage()))
+
     def now(self) -> int:
         """The number of the last event: a storage that came or went."""
         return self._clock
@@ -80,5 +88,6 @@ class Ledger(TorchDispatchMode):
         ]
 
     def _gone(self, key: int) -> None:
-        self._clock += 1
-        self._live.pop(key)[1].died = self._clock
+        if key in self._live:
+            self._clock += 1
+            self._live.pop(key)[1].died = self._clock

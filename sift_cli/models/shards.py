@@ -1,6 +1,7 @@
 """The weight files of a model folder: which they are, and where each tensor lies in them."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.tensors import Listing, Place, list_file
 
 INDEX_FILE = "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d+-of-0*(\d+)\.safetensors")
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order: those that transformers would load.
 
     Raises SiftError where there are none, and (exit code 3) where the index names one that is not
-    there.
+    there, or shards have no index.
     """
     whole, index = folder / "model.safetensors", folder / INDEX_FILE
     if whole.is_file():
@@ -25,6 +27,13 @@ def weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise SiftError(f"{folder}: no model*.safetensors; sift reads no pickled weights")
+    shards = [found for file in files if (found := SHARD.fullmatch(file.name))]
+    if shards:
+        raise SiftError(
+            f"{folder} holds {len(shards)} of {shards[0][1]} shards and no {INDEX_FILE}; copy the "
+            "whole folder",
+            ExitCode.WRONG_FILE,
+        )
     return files
 
 

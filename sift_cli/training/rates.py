@@ -139,9 +139,10 @@ def rounded(rate: float) -> float:
 def trial_of(recipe: Recipe, rate: float, steps: int) -> Recipe:
     """The recipe of one trial: it sees training rows alone, and only its last loss counts."""
     train = {"learning_rate": rate, "max_steps": steps}
+    metrics = [LOSS, *(recipe.data.metrics or ())]  # the recipe's tell classes from numbers
     return recipe.model_copy(
         update={
-            "data": recipe.data.model_copy(update={"metrics": [LOSS], "inner_holdout": SHARE}),
+            "data": recipe.data.model_copy(update={"metrics": metrics, "inner_holdout": SHARE}),
             "train": recipe.train.model_copy(update=train),
             "eval": recipe.eval.model_copy(update={"every": steps, **ONE_LOSS}),
             "log": recipe.log.model_copy(

@@ -86,12 +86,13 @@ class Watch:
             what += f"; not finite: the gradient of {', '.join(names[:3])}{more}"
         assert self.session.train is not None
         numbers = self.session.train.numbers(guilty or [row for part in rows for row in part])
+        where = f"training rows {numbers}, counted from 0"
         earlier = f", after {self.skips} skipped" if self.skips else ""
         call, rate, skip = self.advice.step, self.advice.rate, self.advice.skip
         pass_over = f", or let {skip} pass over {self.skips + 1} such steps" if skip else ""
         look = "look at these rows" if skip else "or look at these rows"
         return SiftError(
-            f"{call} {step}: {what}; training rows {numbers}{earlier}. The weights are those of "
+            f"{call} {step}: {what}; {where}{earlier}. The weights are those of "
             f"{call} {step - 1}. Try a lower {rate}, {look}{pass_over}",
             ExitCode.NOT_FINITE,
         )

@@ -217,3 +217,12 @@ def test_how_many_places_are_hit(places: int, throws: int) -> None:
             for s in range(20)
         ]
         assert found == pytest.approx(sum(drawn) / 20, rel=0.1)
+
+
+def test_what_autograd_adds_in_place_is_counted_once() -> None:
+    """For tensors that are watched it adds out of place; torch's profiler sees none of that."""
+    x = torch.randn(100, 1000, requires_grad=True)
+    with Ledger() as ledger:
+        x.index_select(0, torch.arange(50)).sum().backward()
+    made = [one.made_by for one in ledger.peak()[1] if one.nbytes == x.nbytes]
+    assert len(made) == 1

@@ -23,8 +23,8 @@ from sift_cli.models.loading import (
     load_model,
     load_tokenizer,
     model_folder,
-    weight_files,
 )
+from sift_cli.models.shards import weight_files, write_index
 from sift_cli.tasks.classification import task_of_labels
 from sift_cli.tasks.kinds import load_as_it_is
 from tests.support.models import ARCHITECTURES, SIZE, save_base, tiny_model, tiny_tokenizer
@@ -136,7 +136,16 @@ def test_weight_files_come_in_order(tmp_path: Path) -> None:
     names = [f"model-0000{at}-of-00003.safetensors" for at in (1, 2, 3)]
     for name in [*reversed(names), "other.safetensors", "pytorch_model.bin"]:
         (tmp_path / name).touch()
+    write_index(tmp_path, {"a": (names[1], 1), "b": (names[0], 1), "c": (names[2], 1)})
     assert [file.name for file in weight_files(tmp_path)] == names
+
+
+def test_shards_without_their_index_are_no_model(base: Path) -> None:
+    (base / "model.safetensors").rename(base / "model-00002-of-00003.safetensors")
+    said = f"^{base} holds 1 of 3 shards and no model.safetensors.index.json; copy the whole folder"
+    with pytest.raises(SiftError, match=said) as caught:
+        load_as_it_is(base)
+    assert caught.value.code == ExitCode.WRONG_FILE
 
 
 def test_pickled_weights_are_refused(base: Path) -> None:

@@ -203,6 +203,17 @@ def test_a_trial_sees_training_rows_alone(auto: Path, change: str) -> None:
         assert all(texts[row] == text for row, text in zip(rows["row"], rows["text"], strict=True))
 
 
+def test_a_trial_predicts_what_the_run_does(auto: Path, data: Path) -> None:
+    for file in data.glob("*.jsonl"):  # 0.0 and 1.0: two classes, unless a metric is of numbers
+        text = file.read_text()
+        file.write_text(text.replace('"label": 0', '"label": 0.0').replace(": 1}", ": 1.0}"))
+    custom = ["data.task=custom", "data.text=sentence", "data.label=label"]
+    for metric, numbers in (("pearson", True), ("accuracy", False)):
+        recipe = load_recipe(auto, [*custom, f"data.metrics=[{metric}]"])
+        for one in (recipe, trial_of(recipe, 1e-3, 10)):
+            assert (load_rows(one).labels is None) == numbers
+
+
 def test_the_validation_rows_are_not_looked_at(auto: Path, data: Path, tmp_path: Path) -> None:
     train(load_recipe(auto), tmp_path / "one")
     write_rows(data / "validation.jsonl", 30, seed=9)

@@ -59,7 +59,7 @@ def test_the_row_and_the_weights_at_fault_are_named(
         train(load_recipe(recipe_file), tmp_path / "run")
     assert caught.value.code == ExitCode.NOT_FINITE
     said = str(caught.value)
-    assert f"training rows [{row}]. The weights are those of step 2" in said
+    assert f"training rows [{row}], counted from 0. The weights are those of step 2" in said
     assert "the gradient of bert.encoder.layer.0.attention.self.query.weight, " in said
     assert "more weights" in said
     assert not (tmp_path / "run/summary.json").exists()
