@@ -348,10 +348,10 @@ class Classification:
         Texts are cut to `max_length` tokens, or to what the model has positions for. Raises
         SiftError for a text that the model cannot read.
         """
-        from datasets import Dataset
-
-        columns: dict[str, Any] = {"text": texts} | ({} if pairs is None else {"pair": pairs})
-        rows = Dataset.from_dict({**columns, "label": [0] * len(texts), "row": range(len(texts))})
+        rows: dict[str, Sequence[Any]] = {"text": texts} | (
+            {} if pairs is None else {"pair": pairs}
+        )
+        rows |= {"label": [0] * len(texts), "row": range(len(texts))}
         _, logits = collect_asked(self, loaded, rows, device=device, max_length=max_length)
         out: list[dict[str, Any]] = []
         for at, text in enumerate(texts):

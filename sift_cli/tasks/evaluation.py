@@ -14,10 +14,9 @@ from sift_cli.models.devices import autocast, evaluating, place
 from sift_cli.models.fingerprints import probe_inputs
 from sift_cli.models.loading import UNLIMITED, LoadedModel, longest_row
 from sift_cli.tasks.task import Task
-from sift_cli.tasks.tokens import Encoded, cut, require_readable
+from sift_cli.tasks.tokens import Asked, Encoded, cut, require_readable
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PretrainedConfig
 
 BATCH = 32  # rows that are asked about at once
@@ -56,20 +55,20 @@ def collect_outputs(
 def collect_asked(
     task: Task,
     loaded: LoadedModel,
-    rows: Dataset,
+    rows: Mapping[str, Sequence[Any]],
     *,
     device: torch.device,
     max_length: int | None,
 ) -> tuple[Encoded, Tensor]:
     """Rows that someone asks about as tokens, and the outputs of each, as `collect_outputs` gives.
 
-    They are cut to `max_length` tokens, or to what the model has positions for. Raises SiftError
-    for a row that the model cannot read.
+    `rows` are their columns. They are cut to `max_length` tokens, or to what the model has
+    positions for. Raises SiftError for a row that the model cannot read.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     model.to(device)  # type: ignore[arg-type]
     longest = min(max_length or UNLIMITED, longest_row(model, tokenizer))
-    data = task.encode(rows, tokenizer, longest)
+    data = task.encode(Asked(rows), tokenizer, longest)
     require_readable(data, model.config, "predict: there are")
     collate = partial(task.collate, tokenizer=tokenizer)
     return data, collect_outputs(task, model, data, collate, batch_size=BATCH)

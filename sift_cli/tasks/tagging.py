@@ -264,14 +264,11 @@ class Tagging:
         Texts are cut to `max_length` tokens, or to what the model has positions for. Raises
         SiftError for pairs, and for a text that the model cannot read.
         """
-        from datasets import Dataset, disable_progress_bars
-
-        disable_progress_bars()
         if pairs:
             raise SiftError("--pair: words have tags in one text at a time")
         words = [WORD.findall(text) for text in texts]
         codes = [[0] * len(some) for some in words]
-        rows = Dataset.from_dict({"words": words, "label": codes, "row": range(len(texts))})
+        rows = {"words": words, "label": codes, "row": range(len(texts))}
         data, outputs = collect_asked(self, loaded, rows, device=device, max_length=max_length)
         tags = self._named(self._codes(outputs, data)[1])
         return [
