@@ -11,9 +11,16 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
-# By the module that imports it: for assisted decoding, transformers brings scikit-learn, scipy and
-# pandas into every process that loads a model.
-WAITING = {"transformers.generation.candidate_generator": ("sklearn.metrics", "roc_curve")}
+# What waits, by the module that imports it: for assisted decoding and for losses of detectors,
+# transformers brings scikit-learn, pandas and scipy into every process that loads a model.
+DETECTORS = ("deformable_detr", "for_object_detection", "grounding_dino", "lw_detr", "rf_detr")
+WAITING = {
+    "transformers.generation.candidate_generator": ("sklearn.metrics", "roc_curve"),
+    **{
+        f"transformers.loss.loss_{name}": ("scipy.optimize", "linear_sum_assignment")
+        for name in (*DETECTORS, "rt_detr")
+    },
+}
 
 
 def wait_for_calls() -> None:
