@@ -67,7 +67,8 @@ def test_a_command_on_a_delta_brings_its_own_model_alone(command: str, run: Run)
     delta = run()
     args = ("a good film",) if command == "predict" else ()
     found = imported(COMMAND, command, delta, *args)
-    assert {"torch", "transformers", "bert"} <= found
+    assert "transformers" in found
+    assert ("bert" in found) == (command == "predict")  # the other reads the file alone
     assert found <= WITH_MODELS | {"auto", "bert"}
 
 
