@@ -286,7 +286,7 @@ def probe(
     folder = folder_of(recipe, out, "-probe")
     from rich.console import Console
 
-    from sift_cli.analysis import probe as run
+    from sift_cli.analysis.probe import probe as run
 
     return run(
         resolved,

@@ -63,7 +63,7 @@ class Ledger(TorchDispatchMode):
             self._live[id(tensor.untyped_storage())][1].phase = phase
 
     def _replaced(self, sum: Tensor) -> None:
-        """Frees zeros to which was added out of place: unwatched, autograd adds to them in place."""
+        """Frees zeros to which was added out of place: unwatched, autograd adds in place."""
         live = self._live.get(id(sum.untyped_storage()))
         if live is not None and "zeros" in live[1].made_by:
             self._gone(id(sum.untyped_storage()))

@@ -14,6 +14,7 @@ from sift_cli.cli.checks import check_arguments
 from sift_cli.cli.options import Json, print_json, print_table
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.system.faults import fault_of
+from sift_cli.system.late import wait_for_calls
 from sift_cli.system.terminal import spell_out, visible
 
 app = typer.Typer(
@@ -105,6 +106,7 @@ def main() -> None:
     if untouched and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up, exit 130
     spell_out()
+    wait_for_calls()
     try:
         check_arguments(sys.argv[1:])
         app(prog_name="sift")

@@ -115,7 +115,7 @@ def plan(
     resolved, origins = trace_recipe(shipped.find(recipe), overrides or [])
     capacity = None if memory is None else parse_size(memory)
     check_recipe(resolved, device, data=False)
-    from sift_cli.analysis import plan as run
+    from sift_cli.analysis.plan import plan as run
 
     planned = run(
         resolved,
@@ -161,7 +161,7 @@ def compare(
     finished = all(Path(one).is_dir() for one in what)
     if finished:
         check_runs([Path(one) for one in what])
-        from sift_cli.analysis import compare_runs
+        from sift_cli.analysis.compare import compare_runs
 
         comparison = compare_runs([Path(one) for one in what], out)
     else:
@@ -172,7 +172,7 @@ def compare(
         shares, given = numbers("--densities", densities), learning_rates(rates or [])
         out = out or Path(f"runs/{path.stem}-compare")
         check_recipe(resolved, device)
-        from sift_cli.analysis import compare as run
+        from sift_cli.analysis.compare import compare as run
 
         comparison = run(
             resolved,

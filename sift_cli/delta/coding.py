@@ -10,7 +10,6 @@ from math import prod
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from sift_cli.delta.planes import Bytes
@@ -190,11 +189,7 @@ def _may_go_by_columns(count: int, rows: int, columns: int) -> bool:
 
 def _transpose(flat: Positions, rows: int, columns: int) -> Positions:
     """Ascending positions in a matrix as ascending positions in its transpose."""
-    kind = flat.dtype.type
-    starts = np.searchsorted(flat, np.arange(rows + 1, dtype=np.int64) * columns)
-    inside = flat - np.repeat(np.arange(rows, dtype=flat.dtype) * kind(columns), np.diff(starts))
-    ones = np.ones(len(flat), dtype=np.bool_)
-    matrix = csr_matrix((ones, inside, starts), shape=(rows, columns)).tocsc()
-    turned = np.repeat(np.arange(columns, dtype=flat.dtype) * kind(rows), np.diff(matrix.indptr))
-    turned += matrix.indices
+    row, column = np.divmod(flat, flat.dtype.type(columns))
+    turned: Positions = column * flat.dtype.type(rows) + row
+    turned.sort()
     return turned

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.system.files import new_folder, sha256_of
@@ -54,6 +53,8 @@ def _dequantise(file: Path, into: Path) -> None:
     Blocks become float32 and are rounded once: in bfloat16 their arithmetic would not be the same
     in every version of transformers.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     auto: Any = AutoModelForCausalLM
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

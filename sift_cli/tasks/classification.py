@@ -349,11 +349,10 @@ class Classification:
         `score`. `first` is the number of the first text in errors. Raises SiftError for a text that
         the model cannot read.
         """
-        from datasets import Dataset
-
-        columns: dict[str, Any] = {"text": texts} | ({} if pairs is None else {"pair": pairs})
+        columns: dict[str, Sequence[Any]] = {"text": texts}
+        columns |= {} if pairs is None else {"pair": pairs}
         numbers = range(first, first + len(texts))
-        rows = Dataset.from_dict({**columns, "label": [0] * len(texts), "row": numbers})
+        rows = columns | {"label": [0] * len(texts), "row": numbers}
         data, logits, longest = collect_asked(self, loaded, rows, asking)
         answers = self.kind.answers(logits, self.labels or ())
         asked = (

@@ -15,10 +15,9 @@ from sift_cli.models.devices import autocast, evaluating, place
 from sift_cli.models.fingerprints import probe_inputs
 from sift_cli.models.loading import UNLIMITED, LoadedModel, longest_row
 from sift_cli.tasks.task import Task
-from sift_cli.tasks.tokens import Encoded, cut, require_readable
+from sift_cli.tasks.tokens import Encoded, PlainRows, cut, require_readable
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PretrainedConfig
 
 BATCH = 32  # rows that are asked about at once
@@ -78,20 +77,17 @@ def collect_outputs(
 
 
 def collect_asked(
-    task: Task, loaded: LoadedModel, rows: Dataset, asking: Asking
+    task: Task, loaded: LoadedModel, rows: Mapping[str, Sequence[Any]], asking: Asking
 ) -> tuple[Encoded, Tensor, int]:
     """Rows that someone asks about as tokens, their outputs, and the most tokens that a row keeps.
 
-    Outputs are as `collect_outputs` gives them. Raises SiftError for a row that the model cannot
-    read.
+    `rows` are their columns; outputs are as `collect_outputs` gives them. Raises SiftError for a
+    row that the model cannot read.
     """
-    from datasets import disable_progress_bars
-
-    disable_progress_bars()
     model, tokenizer = loaded.model, loaded.tokenizer
     model.to(asking.device)  # type: ignore[arg-type]
     longest = min(asking.max_length or UNLIMITED, longest_row(model, tokenizer))
-    data = task.encode(rows, tokenizer, longest)
+    data = task.encode(PlainRows(rows), tokenizer, longest)
     require_readable(data, model.config, "predict: there are")
     outputs = collect_outputs(
         task,

@@ -264,14 +264,12 @@ class Tagging:
         `first` is the number of the first text in errors. Raises SiftError for pairs, and for a
         text that the model cannot read.
         """
-        from datasets import Dataset
-
         if pairs:
             raise SiftError("--pair: words have tags in one text at a time")
         words = [WORD.findall(text) if isinstance(text, str) else text for text in texts]
         codes = [[0] * len(some) for some in words]
         numbers = range(first, first + len(texts))
-        rows = Dataset.from_dict({"words": words, "label": codes, "row": numbers})
+        rows: dict[str, Sequence[Any]] = {"words": words, "label": codes, "row": numbers}
         data, outputs, longest = collect_asked(self, loaded, rows, asking)
         tags = self._named(self._codes(outputs, data)[1])
         answers = [

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,39 @@ if TYPE_CHECKING:
 
 UNSEEN = -100  # the label of a token that no loss is taken of
 CACHED_FROM = 20_000  # rows; fewer are tokenised in about a second
+Tokenise = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]  # columns to columns
+
+
+class PlainRows:
+    """Rows that someone asks about, by column, in the ways of a Dataset that encoding takes.
+
+    `datasets`, pyarrow and pandas take longer to import than a few texts to answer.
+    """
+
+    def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        self.columns = {name: list(values) for name, values in columns.items()}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def __getitem__(self, key: str | Sequence[int]) -> Any:
+        """A column, or the rows at some places by column."""
+        if isinstance(key, str):
+            return self.columns[key]
+        return {name: [values[at] for at in key] for name, values in self.columns.items()}
+
+    @property
+    def column_names(self) -> list[str]:
+        """The names of the columns."""
+        return list(self.columns)
+
+    def remove_columns(self, names: Sequence[str]) -> PlainRows:
+        """The rows without some of their columns."""
+        return PlainRows({name: self.columns[name] for name in self.columns if name not in names})
+
+    def mapped(self, function: Tokenise, removed: Sequence[str]) -> PlainRows:
+        """The rows with the columns that `function` makes of them, without those `removed`."""
+        return PlainRows(self.remove_columns(removed).columns | function(self.columns))
 
 
 @dataclass(frozen=True)
@@ -30,7 +64,7 @@ class Encoded:
     `dropped` holds the numbers of those that are left out, by why.
     """
 
-    rows: Dataset
+    rows: Dataset  # or PlainRows
     lengths: list[int]
     truncated: int
     targets: list[int] = field(default_factory=list)
@@ -58,7 +92,9 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return text
 
 
-def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode(
+    rows: Dataset | PlainRows, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Encoded:
     """Tokenises every row, cut to `max_length` tokens, and counts the rows that were cut.
 
     What CACHED_FROM rows or more become is kept among the files that `datasets` caches, and read
@@ -77,18 +113,7 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
     removed = [name for name in rows.column_names if name not in ("label", "row")]
 
-    def run(cache: Path | None) -> Dataset:
-        return rows.map(
-            tokenise,
-            batched=True,
-            remove_columns=removed,
-            keep_in_memory=cache is None,
-            load_from_cache_file=cache is not None,
-            cache_file_name=None if cache is None else str(cache),
-            new_fingerprint=f"sift-{rows._fingerprint}-{max_length}",
-        )
-
-    encoded = cached(run, rows, tokenizer, f"{max_length} {tokenizer.truncation_side}")
+    encoded = _tokenised(rows, tokenise, removed, tokenizer, "", max_length)
     lengths, cut = list(encoded["length"]), sum(encoded["cut"])
     if max(lengths, default=0) > max_length:
         raise SiftError(f"data.max_length: {max_length} tokens leave no room for any text")
@@ -122,13 +147,17 @@ def require_readable(data: Encoded, config: PretrainedConfig, having: str) -> No
 
 def _highest(data: Encoded) -> int:
     """The highest token id of all rows."""
+    if isinstance(data.rows, PlainRows):
+        return max(chain.from_iterable(data.rows["input_ids"]), default=0)
     from pyarrow import compute
 
     ids = data.rows.with_format("arrow")[:]["input_ids"]
     return compute.max(compute.list_flatten(ids)).as_py() or 0
 
 
-def encode_words(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode_words(
+    rows: Dataset | PlainRows, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Encoded:
     """Tokenises rows of words, joined by blanks, as `encode` does rows of texts.
 
     `firsts` are the places of each word's first piece, and `label` the tags of these words alone:
@@ -163,18 +192,7 @@ def encode_words(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: 
             "cut": _were_cut(tokenizer, (texts,), lengths, max_length),
         }
 
-    def run(cache: Path | None) -> Dataset:
-        return rows.map(
-            tokenise,
-            batched=True,
-            remove_columns=["words"],
-            keep_in_memory=cache is None,
-            load_from_cache_file=cache is not None,
-            cache_file_name=None if cache is None else str(cache),
-            new_fingerprint=f"sift-words-{rows._fingerprint}-{max_length}",
-        )
-
-    encoded = cached(run, rows, tokenizer, f"words {max_length} {tokenizer.truncation_side}")
+    encoded = _tokenised(rows, tokenise, ["words"], tokenizer, "words", max_length)
     if max(encoded["length"], default=0) > max_length:
         raise SiftError(f"data.max_length: {max_length} tokens leave no room for any text")
     if bare := [
@@ -186,6 +204,35 @@ def encode_words(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: 
         )
     lengths, cut = list(encoded["length"]), sum(encoded["cut"])
     return Encoded(encoded.remove_columns(["length", "cut"]), lengths, cut)
+
+
+def _tokenised(
+    rows: Dataset | PlainRows,
+    tokenise: Tokenise,
+    removed: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    kind: str,
+    max_length: int,
+) -> Any:
+    """What `tokenise` makes of rows, kept as `cached` does; `kind` tells it from its like."""
+    if isinstance(rows, PlainRows):
+        return rows.mapped(tokenise, removed)
+
+    def run(cache: Path | None) -> Dataset:
+        return rows.map(
+            tokenise,
+            batched=True,
+            remove_columns=removed,
+            keep_in_memory=cache is None,
+            load_from_cache_file=cache is not None,
+            cache_file_name=None if cache is None else str(cache),
+            new_fingerprint="-".join(
+                str(one) for one in ("sift", kind, rows._fingerprint, max_length) if one
+            ),
+        )
+
+    options = f"{kind} {max_length} {tokenizer.truncation_side}".strip()
+    return cached(run, rows, tokenizer, options)
 
 
 def first_pieces(words: Sequence[str], pieces: Sequence[tuple[int, int]]) -> list[int | None]:
@@ -234,12 +281,12 @@ def cached(
     Its name says all that it depends on: rows, tokenizer, `options` and versions. `run` gets the
     file, or None where nothing is to be kept.
     """
-    from datasets import config
-    from pyarrow import ArrowInvalid
-
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if len(rows) < CACHED_FROM or backend is None:
         return run(None)
+    from datasets import config
+    from pyarrow import ArrowInvalid
+
     name = _key(rows, backend.to_str(), options)
     cache = Path(config.HF_DATASETS_CACHE) / "sift-tokens" / f"{name}.arrow"
     try:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from sift_cli.analysis import probe
+from sift_cli.analysis.probe import probe
 from sift_cli.cli import app
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe

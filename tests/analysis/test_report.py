@@ -12,8 +12,8 @@ import torch
 import yaml
 from PIL import Image, ImageStat
 
-from sift_cli.analysis import report
 from sift_cli.analysis.charts import by_layer
+from sift_cli.analysis.report import report
 from sift_cli.delta import load_delta
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe
