@@ -21,7 +21,8 @@ from sift_cli.models.names import all_names
 from sift_cli.models.shards import INDEX_FILE, first_places, list_weights, places_in
 from sift_cli.models.tensors import Listing, Place, listed
 
-ASIDE = 0.05  # tensors that the model has not are kept for undo up to this share of its size
+ASIDE = 0.05  # tensors that the model has not are kept for undo up to this share of its size,
+SMALL = 1 << 20  # or up to so many bytes
 SPARE = 1 << 24  # bytes for configuration and tokenizer
 
 
@@ -121,7 +122,7 @@ class Layout:
     @property
     def most_aside(self) -> int:
         """The bytes that a merge may keep of tensors that it drops."""
-        return int(ASIDE * self.bytes)
+        return max(SMALL, int(ASIDE * self.bytes))
 
 
 def lay_out(
@@ -288,7 +289,8 @@ def _held(delta: Delta, name: str, stored: torch.dtype) -> torch.dtype:
 def require_space(layout: Layout, out: Path, folder: Path) -> None:
     """Raises SiftError where the disk of `out` has no room for the files made from `folder`."""
     needed = (
-        int((1 + ASIDE * bool(layout.dropped)) * layout.bytes)
+        layout.bytes
+        + layout.most_aside * bool(layout.dropped)
         + sum((folder / name).stat().st_size for name in side_files(folder))
         + SPARE
     )
