@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
+from sift_cli.analysis.adapted import train_adapted
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe
-from sift_cli.runs.folder import CHECKPOINTS
+from sift_cli.runs.folder import CHECKPOINTS, TRAINED_FILE
 from sift_cli.runs.ranks import Ranks
 from sift_cli.training import loop, train
 from sift_cli.training.shares import deal
@@ -41,6 +42,7 @@ CASES: dict[str, tuple[str, list[str], bool]] = {
     "centred": ("rows", ["selection.score=centred-gradient", "selection.batches=3"], False),
     "squares": ("rows", ["selection.score=agreed-gradient", "selection.batches=3"], False),
 }
+BASELINES = ("lora", "full")
 SPLIT = ["selection.policy=magnitude", "train.packing=false"]
 EIGHT = [*SPLIT, "train.batch_size=8", "train.accumulate=1"]
 FOUR_TWO = [*SPLIT, "train.batch_size=2", "train.accumulate=4"]
@@ -102,6 +104,8 @@ def work(ranks: Ranks, folder: Path) -> dict[str, Any]:
     if ranks.world == 2:
         found |= interrupted(ranks, folder)
         found |= poisoned(ranks, folder)
+        for method in BASELINES:
+            train_adapted(load_recipe(folder / "dropping.yaml"), method, folder / f"{method}-2")
     return found
 
 
@@ -262,6 +266,18 @@ def test_what_is_not_finite_on_one_is_so_on_all(
     assert said.startswith("step 2: the loss is nan")
     lines = (folder / "skips-1/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if '"metrics"' in line] == [3, 6]
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_baselines_share_their_steps_too(
+    groups: dict[int, list[dict[str, Any]]], folder: Path, method: str
+) -> None:
+    train_adapted(load_recipe(folder / "dropping.yaml"), method, folder / f"{method}-1")
+    one, two = (load_file(folder / f"{method}-{n}" / TRAINED_FILE) for n in (1, 2))
+    assert groups[2]
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], rtol=0, atol=1e-5)
 
 
 def test_rows_are_dealt_by_tokens() -> None:
