@@ -42,8 +42,8 @@ class Summary:
     the base, `dense` those of the modules that train whole, which the other two leave out.
     `learning_rate_from` is `recipe`, `usual` or `auto`. `truncated` counts the rows cut to
     `data.max_length` by split, `resumed_at` lists the steps after which the run was resumed,
-    `step_time_ms` is the median. `splits` are what the rows of a language task come to. `devices` shared the steps, where there
-    were several; times and memory are those of the first.
+    `step_time_ms` is the median. `splits` are what the rows of a language task come to.
+    `devices` shared the steps, where there were several; times and memory are the first one's.
 
     Fields with a default are those that baselines or the runs of older versions lack.
     """
