@@ -115,9 +115,11 @@ class Ranks:
         parts = self.gather(own)
         return [parts[at % self.world][at // self.world] for at in range(len(batches))]
 
-    def require_same(self, what: str, digest: str) -> None:
-        """Raises SiftError where ranks differ in `what`, of which each has a digest."""
-        found = self.gather(digest)
+    def require_same(self, what: str, digest: Callable[[], str]) -> None:
+        """Raises SiftError where ranks differ in `what`, of which `digest` makes a digest."""
+        if self.alone:
+            return
+        found = self.gather(digest())
         wrong = [rank for rank, one in enumerate(found) if one != found[0]]
         if wrong:
             raise SiftError(
@@ -146,7 +148,7 @@ class Ranks:
             room[at].fill_(float(flag))
         self.sum_(message)
         parameters.accept(message)
-        return [room[0].to(loss.dtype, copy=True), room[1:].clone()]
+        return [room[0].to(loss, copy=True), room[1:].clone()]
 
 
 ALONE = Ranks()
@@ -179,6 +181,8 @@ def opened(device: str | None) -> Iterator[Ranks]:
         yield ranks
     except (Exception, KeyboardInterrupt) as error:
         if _first(key):
+            if isinstance(error, SiftError):
+                error.first = True
             raise
         time.sleep(TELLING_S)
         raise SystemExit(_code(error)) from None
