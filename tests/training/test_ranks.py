@@ -237,7 +237,7 @@ def test_a_signal_to_one_ends_all_after_the_same_step(
     first, second = groups[2]
     assert first["ends"] == second["ends"]
     assert all(code == 130 and "after step 3 of 6" in said for code, said in first["ends"])
-    assert [name[:13] for name in first["saved"]] == ["step-00000003"]
+    assert [name[:13] for name in sorted(first["saved"])] == ["step-00000000", "step-00000003"]
     assert delta(folder / "rough") == delta(folder / "calm")
 
 
@@ -326,7 +326,7 @@ def test_where_one_dies_all_end_and_the_last_checkpoint_goes_on(
     assert done.returncode == 1
     assert done.stderr.count("ended by signal 9") + done.stderr.count("is gone") >= 1
     assert "Traceback" not in done.stderr
-    assert [name[:13] for name in names(tmp_path / "run")][-1:] == ["step-00000002"]
+    assert max(names(tmp_path / "run")).startswith("step-00000002-")
     recipe = load_recipe(folder / "rows.yaml", ["checkpoint.every=2"])
     assert train(recipe, tmp_path / "run", resume=True).resumed_at == [2]
 
