@@ -158,10 +158,16 @@ class Bar:
 
 
 class Sinks:
-    """metrics.jsonl and all other sinks of a run behind one `log`; `last` come after the file."""
+    """metrics.jsonl and all other sinks of a run behind one `log`; `last` come after the file.
 
-    def __init__(self, lines: JsonLines, more: Sequence[Sink], last: Sequence[Sink] = ()) -> None:
-        self._lines, self._sinks = lines, [*more, lines, *last]
+    Without `lines` and others it takes records and does nothing.
+    """
+
+    def __init__(
+        self, lines: JsonLines | None, more: Sequence[Sink] = (), last: Sequence[Sink] = ()
+    ) -> None:
+        self._lines = lines
+        self._sinks = [*more, *([lines] if lines else []), *last]
 
     def log(self, record: StepRecord) -> None:
         """Hands the record to every sink."""
@@ -170,7 +176,8 @@ class Sinks:
 
     def sync(self) -> None:
         """Waits until what metrics.jsonl holds is on the disk."""
-        self._lines.sync()
+        if self._lines:
+            self._lines.sync()
 
     def close(self) -> None:
         """Closes every sink."""
@@ -184,11 +191,15 @@ def open_sinks(
     console: Console,
     after: int = 0,
     callbacks: Sequence[Callback] = (),
+    main: bool = True,
 ) -> Sinks:
     """Writes recipe.yaml and opens the sinks of a run that goes on after step `after`.
 
-    What marks an earlier run as finished, and its weights, are removed.
+    What marks an earlier run as finished, and its weights, are removed. Of the processes of one run
+    only the `main` one has sinks.
     """
+    if not main:
+        return Sinks(None)
     sinks: list[Sink] = []  # first: a package that is missing must not cost the earlier run
     if recipe.log.tensorboard:
         sinks.append(TensorBoard(out / TENSORBOARD, after))
