@@ -75,7 +75,9 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     if mesh[REPLICAS].size() == 1:
         mesh = mesh[ROWS]
     for block in [*_blocks(model), model]:
-        fully_shard(block, mesh=mesh)
+        # The root too, which would stay gathered after an evaluation: what looks for weights
+        # between two passes finds this rank's rows.
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

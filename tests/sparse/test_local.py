@@ -1,6 +1,5 @@
 """Supports in rows on several ranks, alone and in training, against one process."""
 
-from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st

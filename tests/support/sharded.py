@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.prepare import recompute_activations
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach
 from sift_cli.sparse.local import Shards
@@ -141,3 +142,58 @@ def work_of_rank(rank: int, cases: Sequence[tuple[int, bool]]) -> list[dict[str,
         ranks = dist.get_world_size()
         found.append(told(*trained(model, recompute, shards_on(mesh), rank, ranks)))
     return found
+
+
+def load_of_rank(rank: int, bases: Sequence[Path]) -> list[dict[str, Any]]:
+    """How each base loads in rows, beside loading it whole."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sift_cli.errors import SiftError
+    from sift_cli.models.loading import load_model
+    from sift_cli.models.sharding import load_sharded, mesh_of
+    from sift_cli.models.shards import places_in
+    from sift_cli.models.tensors import Place
+
+    cpu, read, found = torch.device("cpu"), [0], []
+    of_files = Place._read
+
+    def counted(place: Place, start: int, shape: tuple[int, ...]) -> Tensor:
+        tensor = of_files(place, start, shape)
+        read[0] += tensor.nbytes
+        return tensor
+
+    for base in bases:
+        config, read[0] = AutoConfig.from_pretrained(base), 0
+        Place._read = counted  # type: ignore[method-assign]
+        try:
+            model = load_sharded(
+                base, AutoModelForCausalLM, config, torch.float32, mesh_of(cpu), cpu
+            ).model
+        except SiftError as error:
+            found.append({"refused": str(error)})
+            continue
+        finally:
+            Place._read = of_files  # type: ignore[method-assign]
+        whole = load_model(base, AutoModelForCausalLM, dtype=torch.float32).model
+        ids = torch.arange(12).view(2, 6)
+        with torch.no_grad():
+            logits, of_one = (one(input_ids=ids).logits for one in (model, whole))
+        found.append(
+            {
+                "bytes read": read[0],
+                "bytes in files": sum(place.bytes for place in places_in(base).values()),
+                "bytes held": sum(one.to_local().nbytes for one in model.parameters()),  # type: ignore[attr-defined]
+                "tensors": _digests(model),
+                "of one process": _digests(whole),
+                "logits": logits,
+                "logits of one process": of_one,
+            }
+        )
+    return found
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    """Of every parameter and buffer, under each of its names."""
+    every = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    whole = {n: getattr(one, "full_tensor", lambda one=one: one)() for n, one in every.items()}
+    return {name: fingerprint(one) for name, one in whole.items()}
