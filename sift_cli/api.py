@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, RecipeLike, recipe_of
 from sift_cli.system import shipped
+from sift_cli.system.launch import launched
 from sift_cli.tasks.table import LONGEST_ANSWER, text_columns
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def train(
         callbacks=callbacks,
         console=Console(stderr=True, quiet=quiet, markup=False, soft_wrap=True),
     )
-    if resolved.log.report:
+    if resolved.log.report and launched().main:
         _report(folder, Console(stderr=True, markup=False, soft_wrap=True))
     return Run(folder, summary)
 

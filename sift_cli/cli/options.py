@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from rich.markup import render
 from rich.table import Table
 
 from sift_cli.errors import SiftError
+from sift_cli.system.launch import launch, launched
 
 stdout = Console(soft_wrap=True)
 stderr = Console(stderr=True, markup=False, soft_wrap=True)
@@ -28,6 +30,9 @@ AllowCode = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")
 ]
+Devices = Annotated[
+    int, typer.Option(min=1, help="So many processes on this node, each with a GPU of its own.")
+]
 Tuned = Annotated[str, typer.Argument(help="A run folder, a delta file, or a model folder or id.")]
 RecipeArg = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
 ShippedName = Annotated[str, typer.Argument(help="As `sift recipes ls` lists it.")]
@@ -37,6 +42,24 @@ Longest = Annotated[
 BaseModelPath = Annotated[
     str | None, typer.Option(help="The base model, if not the one the delta names.")
 ]
+
+
+def run_on(devices: int, device: str | None) -> None:
+    """Where several devices are asked for: runs this command in as many processes, and exits.
+
+    In one of these, and with one device, it returns. Raises SiftError where that cannot be.
+    """
+    if devices == 1 or launched().world == devices:
+        return
+    if launched().world > 1:
+        raise SiftError(
+            f"--devices {devices}: a launcher has started {launched().world} processes already; "
+            "leave it out"
+        )
+    from sift_cli.models.devices import require_devices
+
+    require_devices(devices, device)
+    raise typer.Exit(launch(devices, "sift_cli", sys.argv[1:]))
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from sift_cli.cli.options import (
     AllowCode,
     BaseModelPath,
     Device,
+    Devices,
     Json,
     Overrides,
     Quiet,
@@ -34,11 +35,13 @@ from sift_cli.cli.options import (
     Tuned,
     print_json,
     print_table,
+    run_on,
     size,
     stdout,
 )
 from sift_cli.cli.tables import show_classes
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.system.launch import launched
 from sift_cli.tasks.metrics import shown
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ def train(
     overrides: Overrides = None,
     seed: Annotated[int | None, typer.Option(help="Override train.seed.")] = None,
     device: Device = None,
+    devices: Devices = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")
     ] = False,
@@ -76,6 +80,7 @@ def train(
     resolved = recipe_of(recipe, changes)
     folder = api.folder_of(recipe, out or resolved.out)
     check_recipe(resolved, device, data=not resume)
+    run_on(devices, device)
     with telling_how_to_resume(folder):
         run = api.train(
             resolved,
@@ -86,6 +91,8 @@ def train(
             allow_code=allow_code,
             quiet=quiet,
         )
+    if not launched().main:
+        return
     if as_json:
         print_json(run.summary.to_json())
         return

@@ -60,6 +60,20 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def require_devices(count: int, device: str | None) -> None:
+    """Raises SiftError where this node has no device for each of so many processes."""
+    kind = pick_device(device).type
+    if kind == "mps":
+        raise SiftError(f"--devices {count}: mps is one device; use --device cpu")
+    if kind == "cuda" and device not in (None, "cuda"):
+        raise SiftError(f"--devices {count}: each process has a GPU of its own; leave out {device}")
+    if kind == "cuda" and count > torch.cuda.device_count():
+        raise SiftError(
+            f"--devices {count}: {torch.cuda.device_count()} GPUs are visible; give no more than "
+            "these, or --device cpu"
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within, and then as it was."""

@@ -6,7 +6,8 @@ holds one tensor of its probabilities instead of three. The distribution is that
 the random numbers differ.
 """
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -100,13 +101,12 @@ class _Attention(torch.autograd.Function):
         kept_scale = LEVELS / (LEVELS - threshold)
         signed = query.new_empty(*query.shape[:-1], key.shape[-2])
         out = torch.empty_like(query)
-        for part in _parts(signed):
+        for part, keep in _masked_parts(signed, threshold):
             scores = query[part] @ key[part].transpose(-1, -2)
             scores.mul_(scale)
             if mask is not None:
                 scores.add_(mask if len(mask) == 1 else mask[part])
             probabilities = torch.softmax(scores, -1)
-            keep = _keep(scores.shape, threshold)
             torch.where(keep, probabilities, -probabilities, out=signed[part])
             torch.clamp_min(signed[part], 0, out=scores)
             torch.matmul(scores, value[part], out=out[part])
@@ -150,14 +150,55 @@ def first_part_alone() -> Iterator[None]:
         _most_parts.reset(before)
 
 
-def _parts(scores: Tensor) -> Iterator[slice]:
-    """Slices of the batch whose scores stay in a core's cache."""
+def _parts(scores: Tensor, count: int | None = None) -> Iterator[slice]:
+    """Slices of the batch, or of one of `count` rows, whose scores stay in a core's cache."""
     rows = max(1, IN_CACHE // max(1, scores[0].numel()))
-    for start in islice(range(0, len(scores), rows), _most_parts.get()):
-        yield slice(start, start + rows)
+    total = len(scores) if count is None else count
+    for start in islice(range(0, total, rows), _most_parts.get()):
+        yield slice(start, min(start + rows, total))
+
+
+_among: ContextVar[tuple[Sequence[int], int] | None] = ContextVar("among", default=None)
+
+
+@contextmanager
+def masks_of(rows: Sequence[int], count: int) -> Iterator[None]:
+    """Within it, a batch has the masks that these `rows` (sorted) have in one of `count` rows.
+
+    The random numbers of all are drawn. It holds for layers whose first dimension is the batch's.
+    """
+    before = _among.set((rows, count))
+    try:
+        yield
+    finally:
+        _among.reset(before)
+
+
+def _masked_parts(scores: Tensor, threshold: int) -> Iterator[tuple[slice, Tensor]]:
+    """The slices of `_parts`, and the mask of each, in the shape of its scores."""
+    if (among := _among.get()) is None:
+        yield from ((part, _drawn(scores[part].shape, threshold)) for part in _parts(scores))
+        return
+    rows, count = among
+    for part in _parts(scores, count):
+        keep = _drawn(torch.Size([part.stop - part.start, *scores.shape[1:]]), threshold)
+        first, last = bisect_left(rows, part.start), bisect_left(rows, part.stop)
+        if first < last:
+            yield slice(first, last), keep[[row - part.start for row in rows[first:last]]]
 
 
 def _keep(shape: torch.Size, threshold: int) -> Tensor:
+    """The mask of a tensor of this shape, of which the first dimension is the batch's."""
+    among = _among.get()
+    if among is None or shape[0] % len(among[0]):
+        return _drawn(shape, threshold)
+    rows, count = among
+    each = shape[0] // len(rows)
+    keep = _drawn(torch.Size([count, each, *shape[1:]]), threshold)
+    return keep[list(rows)].flatten(0, 1)
+
+
+def _drawn(shape: torch.Size, threshold: int) -> Tensor:
     """A bool mask, False with probability threshold / 2**16, from the default generator."""
     count = prod(shape)
     words = torch.empty(ceil(count / 4), dtype=torch.int64).random_(-(2**63), None)

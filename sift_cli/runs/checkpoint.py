@@ -90,6 +90,11 @@ class Checkpoints:
         self.section, self.console = section, console
         self._saved_at = time.monotonic()
 
+    @property
+    def by_clock(self) -> bool:
+        """Whether time says when one is due, and not the number of the step."""
+        return self.section.seconds is not None
+
     def due(self, step: int) -> bool:
         """Whether to save after this step; and before the first, once what trains is chosen."""
         seconds, every = self.section.seconds, self.section.every

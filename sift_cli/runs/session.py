@@ -1,7 +1,7 @@
 """A recipe made real: its task, model, tokenised rows and device."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from sift_cli.models.loading import (
 )
 from sift_cli.recipe import ModelSection, Recipe, TrainSection
 from sift_cli.runs.language import language_task
+from sift_cli.runs.ranks import ALONE, Ranks
 from sift_cli.runs.sources import source_of
 from sift_cli.tasks.evaluation import collect_outputs
 from sift_cli.tasks.labelled import load_task
@@ -38,7 +39,8 @@ class Session:
     """What training and evaluation work on; `train` is None where only evaluation was asked for.
 
     `new` names the parameters that the base's checkpoint did not hold, `bf16` tells whether forward
-    passes run under bfloat16 autocast. `notes` are what to tell of the task on this model.
+    passes run under bfloat16 autocast. `notes` are what to tell of the task on this model, `ranks`
+    the processes that share the work.
     """
 
     task: Task
@@ -52,6 +54,16 @@ class Session:
     eval_batch_size: int
     eval_max_tokens: int | None
     notes: tuple[str, ...] = ()
+    ranks: Ranks = ALONE
+
+    def alone(self) -> "Session":
+        """The same where this process does all of the work."""
+        return replace(self, ranks=ALONE)
+
+    @property
+    def one_dropout(self) -> bool:
+        """Whether ranks give each row the dropout that it has in a run of one process."""
+        return self.ranks.exact and not self.task.packs
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
         """One batch of rows to train on, as the task lays them out."""
@@ -66,6 +78,7 @@ class Session:
         """The outputs of every row to evaluate on, fp32 [N, ...], by the split's suffix.
 
         Rows of like length are padded: end to end, attention would cost the square of a batch.
+        Each rank runs some of the batches, and has all outputs.
         Raises SiftError (exit code 4) where they are not finite.
         """
         return {
@@ -77,17 +90,20 @@ class Session:
                 batch_size=self.eval_batch_size,
                 max_tokens=self.eval_max_tokens,
                 bf16=self.bf16,
+                each=self.ranks.each,
             )
             for suffix, data in self.evaluation.items()
         }
 
     def score(self, outputs: Mapping[str, Tensor]) -> dict[str, float | None]:
         """The task's metrics of what `predict` returned, each with the suffix of its split."""
-        return {
-            name + suffix: value
-            for suffix, data in self.evaluation.items()
-            for name, value in self.task.score(outputs[suffix], data).items()
-        }
+        return self.ranks.on_main(
+            lambda: {
+                name + suffix: value
+                for suffix, data in self.evaluation.items()
+                for name, value in self.task.score(outputs[suffix], data).items()
+            }
+        )
 
     def lines(self, outputs: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:
         """What the task says of each row of what `predict` returned, by the split's suffix."""
@@ -165,13 +181,14 @@ def open_session(
     split: str | None = None,
     tuned: LoadedModel | None = None,
     allow_code: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Session:
     """Loads and checks everything that the recipe names, cheapest mistakes first.
 
     `tuned` stands in for the recipe's model. The head that a base lacks is drawn from `train.seed`.
     `allow_code` lets its metrics name functions in files.
     """
-    where = pick_device(device)
+    where = ranks.place(pick_device(device))
     data = recipe.data
     own = own_metrics(recipe.metric_names, allow_code)
     folder = None if tuned else model_folder(recipe.model.path, recipe.model.revision)
@@ -206,6 +223,7 @@ def open_session(
         eval_batch_size=recipe.eval.batch_size,
         eval_max_tokens=recipe.eval.max_tokens,
         notes=(*([head] if head else []), *tuned.notes, *said),
+        ranks=ranks,
     )
 
 

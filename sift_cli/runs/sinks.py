@@ -158,10 +158,16 @@ class Bar:
 
 
 class Sinks:
-    """metrics.jsonl and all other sinks of a run behind one `log`; `last` come after the file."""
+    """metrics.jsonl and all other sinks of a run behind one `log`; `last` come after the file.
 
-    def __init__(self, lines: JsonLines, more: Sequence[Sink], last: Sequence[Sink] = ()) -> None:
-        self._lines, self._sinks = lines, [*more, lines, *last]
+    Without `lines` and others it takes records and does nothing.
+    """
+
+    def __init__(
+        self, lines: JsonLines | None, more: Sequence[Sink] = (), last: Sequence[Sink] = ()
+    ) -> None:
+        self._lines = lines
+        self._sinks = [*more, *([lines] if lines else []), *last]
 
     def log(self, record: StepRecord) -> None:
         """Hands the record to every sink."""
@@ -170,7 +176,8 @@ class Sinks:
 
     def sync(self) -> None:
         """Waits until what metrics.jsonl holds is on the disk."""
-        self._lines.sync()
+        if self._lines:
+            self._lines.sync()
 
     def close(self) -> None:
         """Closes every sink."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +41,19 @@ def observed_gradients(
             weight.requires_grad_(flags[name])
 
 
+_weight: ContextVar[int] = ContextVar("weight", default=1)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Within it, layers see inputs that count for nothing: those that a rank runs to keep step."""
+    before = _weight.set(0)
+    try:
+        yield
+    finally:
+        _weight.reset(before)
+
+
 @contextmanager
 def observed_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """In this context, sums the squares of each layer's inputs over tokens: name -> [inputs], fp32.
@@ -54,6 +68,7 @@ def observed_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tenso
         if torch._C._current_graph_task_id() != -1:  # within a backward pass
             return
         batch = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0)
+        batch *= _weight.get()
         squares[name] = squares[name] + batch if name in squares else batch
 
     handles = [
@@ -85,7 +100,8 @@ class Tokens:
         """Those of one call, from its inputs and their part of the sum."""
         flat = _wide(inputs.detach().reshape(-1, inputs.shape[-1]))
         variance, mean = torch.var_mean(flat, 0, correction=0)
-        return cls(len(flat), output_gradient, mean, variance * len(flat))
+        count = _weight.get() * len(flat)
+        return cls(count, output_gradient, mean, variance * count)
 
     @property
     def deviation(self) -> Tensor:
@@ -94,13 +110,20 @@ class Tokens:
 
     def __add__(self, other: "Tokens") -> "Tokens":
         """Those of both; no difference of large numbers (Chan, Golub and LeVeque 1979)."""
-        count, apart = self.count + other.count, other.mean - self.mean
+        count, apart = max(1, self.count + other.count), other.mean - self.mean
         return Tokens(
             count,
             self.output_gradient + other.output_gradient,
             self.mean + apart * (other.count / count),
             self.squares + other.squares + apart.square() * (self.count * other.count / count),
         )
+
+    def over(self, whole: Callable[[Tensor], Tensor]) -> "Tokens":
+        """Those of all ranks, where `whole` sums a tensor over them, in place."""
+        count = whole(self.mean.new_tensor(float(self.count), dtype=torch.float64))
+        mean = whole(self.mean * self.count) / count.to(self.mean)
+        squares = self.squares + (self.mean - mean).square() * self.count
+        return Tokens(int(count), whole(self.output_gradient), mean, whole(squares))
 
 
 @contextmanager

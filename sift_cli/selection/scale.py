@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.selection.evidence import observed_inputs
+from sift_cli.selection.select import alone
 from sift_cli.selection.targets import linear_layers
 from sift_cli.sparse.coordinates import InputScale
 
@@ -32,21 +33,26 @@ def input_scale(squares: Tensor) -> Tensor:
 
 
 def input_scales(
-    model: nn.Module, names: Sequence[str], forward: Iterable[Callable[[], object]]
+    model: nn.Module,
+    names: Sequence[str],
+    forward: Iterable[Callable[[], object]],
+    whole: Callable[[Tensor], Tensor] = alone,
 ) -> dict[str, InputScale]:
     """The scales of the model's parameters called `names`, by name.
 
     Each callable in `forward` runs a calibration batch forward. Only matrices of linear layers
     (Conv1D among them) have inputs of that kind: embeddings read one row a token, a bias and a norm
     read no input that could be loud, and a layer that no batch reached told nothing. They keep the
-    learning rate. Raises SiftError (exit code 4) where an input is not finite.
+    learning rate. `whole` is as `select` has it. Raises SiftError (exit code 4) where an
+    input is not finite.
     """
     linear, named = linear_layers(model), dict(model.named_parameters())
     layers = {name: linear[name] for name in names if name in linear and named[name].dim() == 2}
     with torch.no_grad(), observed_inputs({n: one.module for n, one in layers.items()}) as squares:
         for run in forward:
             run()
-    for name, sums in squares.items():
+    for name, part in squares.items():
+        squares[name] = sums = whole(part)
         if not bool(torch.isfinite(sums).all()):
             raise SiftError(
                 f"train.step_scale: the inputs of {name} are not finite; try train.precision: "

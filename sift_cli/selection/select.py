@@ -62,6 +62,11 @@ class Retained:
     drop: float
 
 
+def alone(part: Tensor) -> Tensor:
+    """What there is of it: no other process looks at parts of the batches."""
+    return part
+
+
 def check(model: nn.Module, names: Sequence[str], rule: Rule) -> None:
     """Raises what `select` raises for densities, budgets and blocks; computes nothing."""
     if not names:
@@ -117,6 +122,7 @@ def select(
     retained: Mapping[str, Retained] | None = None,
     norms: dict[str, Tensor] | None = None,
     descent_rate: float = 0.0,
+    whole: Callable[[Tensor], Tensor] = alone,
 ) -> dict[str, Support]:
     """The entries to train of the model's parameters called `names`; supports on the host.
 
@@ -125,7 +131,8 @@ def select(
     that the loss does not depend on has no gradient to rank and is left out. `change` (dense, by
     name) is evidence for scores that ask for it; `retained` says what of an earlier support stays.
     `norms` is filled with the 2-norm of each weight's gradient ([]), where the score looks at it.
-    `descent_rate` is that of sign descent, where the score looks at its votes.
+    `descent_rate` is that of sign descent, where the score looks at its votes. Where `backward`
+    sees only a part of each batch, `whole` sums what that part gives with the others', in place.
     Raises SiftError where a score is not finite, a budget or a block does not fit, or a score needs
     batches and there are none.
     """
@@ -148,15 +155,16 @@ def select(
             if norms is not None and gradient is not None and not score.folds:
                 norms[name] = _norm(gradient)
             own, moved = units[name], None if change is None else change[name]
+            loudness, seen_tokens = squares.get(name), tokens.get(name)
             weight = weights[name].detach()
             evidence = evidence_of(
                 weight,
                 own,
                 gradient,
-                squares.get(name),
+                None if loudness is None else whole(loudness),
                 moved,
                 gradient_squares,
-                tokens.get(name),
+                None if seen_tokens is None else seen_tokens.over(whole),
                 votes,
             )
             evidence |= {"rank": rule.rank, "balance": rule.balance}
@@ -168,14 +176,14 @@ def select(
         if score.descends:
             with (
                 sign_descent(weights, descent_rate) as (take, votes),
-                observed_gradients(weights, take),
+                observed_gradients(weights, lambda name, part: take(name, whole(part))),
             ):
                 for run in backward:
                     run()
             for name in list(votes):
                 compete(name, votes=votes.pop(name).to(weights[name].device))
         elif score.needs_data:
-            _run_batches(weights, score, backward, compete)
+            _run_batches(weights, score, backward, compete, whole)
         else:
             for name in names:
                 compete(name)
@@ -273,6 +281,7 @@ def _run_batches(
     score: Score,
     backward: Sequence[Callable[[], object]],
     compete: Callable[[str, Tensor | None, Tensor | None], None],
+    whole: Callable[[Tensor], Tensor],
 ) -> None:
     """Runs the batches and hands each weight's folded gradient to `compete`.
 
@@ -294,7 +303,7 @@ def _run_batches(
         else:
             sums[name] = folded.to("cpu").float()
 
-    with observed_gradients(weights, take):
+    with observed_gradients(weights, lambda name, part: take(name, whole(part))):
         for run in backward:
             run()
     for name in list(sums):

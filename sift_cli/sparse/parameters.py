@@ -22,6 +22,8 @@ from sift_cli.sparse.support import Support
 from sift_cli.sparse.touched import Touched
 from sift_cli.sparse.wiring import KernelFor, plain_linear_layers, wire
 
+ROOM = 3  # numbers behind the gradients in a buffer that processes may sum: see `message`
+
 
 @dataclass(frozen=True, eq=False)
 class Move:
@@ -77,8 +79,7 @@ class SparseParameters:
         self.flat = nn.Parameter(torch.empty(self.segments[-1].stop, dtype=wide, device=device))
         self._place()
         self._read()
-        self.grad = torch.zeros_like(self.flat.data)
-        self.flat.grad = self.grad
+        self._make_buffer()
 
     def __len__(self) -> int:
         """Number of trained entries, K."""
@@ -132,6 +133,13 @@ class SparseParameters:
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """The gathered gradient of each weight's entries, [K] in views of the buffer, by name."""
         return ((segment.name, self.grad[segment.span]) for segment in self)
+
+    def message(self) -> Tensor:
+        """The gradient buffer and the ROOM behind it, [K + ROOM]: no copy."""
+        return self._buffer
+
+    def accept(self, message: Tensor) -> None:
+        """Nothing to do: the message is the buffer itself."""
 
     def zero_grad(self) -> None:
         """Clears the gradient buffer, keeping it in place."""
@@ -196,7 +204,7 @@ class SparseParameters:
         self._place()
         self._read()
         self.flat.data[stays] = kept  # the weights hold these rounded
-        self.flat.grad = self.grad = torch.zeros_like(self.flat.data)
+        self._make_buffer()
         self.wire()
         return Move(before, origin, left)
 
@@ -249,6 +257,11 @@ class SparseParameters:
         for name, support, values in entries:
             weight = named[name]
             support.to(weight.device).scatter_(weight, values.to(weight.device))
+
+    def _make_buffer(self) -> None:
+        """Gradients, and beside them room for numbers that travel with them between processes."""
+        self._buffer = self.flat.data.new_zeros(len(self) + ROOM)
+        self.flat.grad = self.grad = self._buffer[: len(self)]
 
     def _place(self) -> None:
         """Lays out the coordinates of the entries that train."""

@@ -24,7 +24,14 @@ BATCH = 32  # rows that are asked about at once
 # Architectures that mix tokens past their mask: a row comes out as it does alone where it is alone.
 READ_PADDING = ("canine", "convbert", "fnet", "funnel", "yoso")
 Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
+# What a function makes of each batch, in their order; processes may share them
+Each = Callable[[Callable[[list[int]], Tensor], Sequence[list[int]]], list[Tensor]]
 Outputs = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # of a batch, [B, ...]
+
+
+def every(run: Callable[[list[int]], Tensor], batches: Sequence[list[int]]) -> list[Tensor]:
+    """All of them, one after the other."""
+    return [run(one) for one in batches]
 
 
 def collect_outputs(
@@ -36,6 +43,7 @@ def collect_outputs(
     batch_size: int,
     max_tokens: int | None = None,
     bf16: bool = False,
+    each: Each = every,
 ) -> Tensor:
     """The task's outputs of every row, in the order of the rows, fp32 [N, ...] on the host.
 
@@ -50,6 +58,7 @@ def collect_outputs(
         batch_size=batch_size,
         max_tokens=max_tokens,
         bf16=bf16,
+        each=each,
     )
 
 
@@ -86,22 +95,25 @@ def collect(
     batch_size: int,
     max_tokens: int | None = None,
     bf16: bool = False,
+    each: Each = every,
 ) -> Tensor:
     """What `outputs` makes of each of `rows`, in their order, fp32 [N, ...] on the host.
 
-    Batches go from long rows to short ones, so that memory runs out at once or not at all. Raises
-    SiftError (exit code 4) where outputs are not finite, naming rows.
+    Batches go from long rows to short ones, so that memory runs out at once or not at all; `each`
+    runs them. Raises SiftError (exit code 4) where outputs are not finite, naming rows.
     """
     device = next(model.parameters()).device
     if getattr(getattr(model, "config", None), "model_type", None) in READ_PADDING:
         batch_size = 1
     order = sorted(range(len(rows)), key=lambda at: -data.lengths[rows[at]])
-    parts = []
+
+    def run(some: list[int]) -> Tensor:
+        batch = place(collate(data.take(some)), device)
+        with autocast(device, bf16):
+            return outputs(model, batch).float().cpu()
+
     with evaluating(model):
-        for some in cut([rows[at] for at in order], data.lengths, batch_size, max_tokens):
-            batch = place(collate(data.take(some)), device)
-            with autocast(device, bf16):
-                parts.append(outputs(model, batch).float().cpu())
+        parts = each(run, cut([rows[at] for at in order], data.lengths, batch_size, max_tokens))
     found = torch.cat(_as_wide(parts))
     restored = torch.empty_like(found)
     restored[torch.tensor(order)] = found

@@ -64,6 +64,13 @@ def packed(rows: Sequence[Row]) -> dict[str, Tensor]:
     }
 
 
+def rows_of(batch: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+    """Some rows of a padded batch of any task, padded as they are."""
+    own = torch.as_tensor(rows)
+    taken = {key: value[own] for key, value in batch.items() if key != "predicts"}
+    return taken | ({"predicts": predicting(taken["labels"])} if "predicts" in batch else {})
+
+
 def predicting(labels: Tensor) -> Tensor:
     """The flat positions whose next token is supervised (int64 [P]), of labels [B, T]."""
     following = torch.full_like(labels, UNSEEN)

@@ -207,6 +207,15 @@ class Chooser:
         return self.parts.vectors
 
     @property
+    def looking(self) -> Session:
+        """What looks at calibration batches: on a CPU every rank at all of them, in full.
+
+        So entries are those that one process would choose, which sums of parts would not be where
+        two scores are next to equal.
+        """
+        return self.session.alone() if self.session.ranks.exact else self.session
+
+    @property
     def descent_rate(self) -> float:
         """That of its sign descent."""
         return descent_rate(self.selection, self.train.rate, self.session.model, self.parts)
@@ -217,7 +226,7 @@ class Chooser:
         if self.selection.schedule == "after-warmup":
             touched, change = warm_up(
                 WarmUp.of(self.selection, self.train),
-                self.session,
+                self.looking,
                 self.batches,
                 [*self.sparse, *self.vectors],
                 self.dense,
@@ -275,7 +284,7 @@ class Chooser:
         """
         model = self.session.model
         batches = islice(self.batches.since(step), self.selection.batches)
-        passes = backward_passes(self.session, batches)
+        passes, ranks = backward_passes(self.looking, batches), self.session.ranks
         console = self.console if step == 1 else None  # later the training's own bar is there
         with (
             watched(passes, "choosing entries", console) as backward,
@@ -292,7 +301,9 @@ class Chooser:
                 retained=held,
                 norms=norms,
                 descent_rate=self.descent_rate if self.rule.score.descends else 0.0,
+                whole=self.looking.ranks.sum_,
             )
+        chosen = ranks.agree(chosen)
         trim_heap()  # of the dense gradients, more than steps need
         return chosen | whole_supports(model, [*self.vectors, *self.dense])
 
@@ -306,8 +317,9 @@ class Chooser:
             return {}
         batches = islice(self.batches.since(1), min(self.selection.batches, SCALE_BATCHES))
         with kept_randomness(self.session.device):
-            forward = forward_passes(self.session, batches)
-            return input_scales(self.session.model, self.sparse, forward)
+            forward = forward_passes(self.looking, batches)
+            whole = self.looking.ranks.sum_
+            return input_scales(self.session.model, self.sparse, forward, whole)
 
     def pack(self, optimizer: SparseAdamW) -> Packed:
         """Masters, supports and scales; of what has left the support, the values in the weights."""

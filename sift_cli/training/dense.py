@@ -20,6 +20,7 @@ from sift_cli.runs.folder import TRAINED_FILE
 from sift_cli.runs.session import Session
 from sift_cli.runs.summary import EntryCounts, Summary, Written
 from sift_cli.sparse import Support
+from sift_cli.sparse.parameters import ROOM
 from sift_cli.system.files import sha256_of
 from sift_cli.training.head import start_head
 from sift_cli.training.packing import Packed, entries_in
@@ -42,6 +43,19 @@ class DenseParameters:
         for name, weight in self.named.items():
             if weight.grad is not None:
                 yield name, weight.grad
+
+    def message(self) -> Tensor:
+        """The gradients of all weights that have one, end to end, and ROOM numbers behind them."""
+        flat = [gradient.flatten() for _, gradient in self.gradients()]
+        return torch.cat([*flat, flat[0].new_zeros(ROOM)])
+
+    @torch.no_grad()
+    def accept(self, message: Tensor) -> None:
+        """Takes the gradients from such a message."""
+        at = 0
+        for _, gradient in self.gradients():
+            gradient.copy_(message[at : at + gradient.numel()].view_as(gradient))
+            at += gradient.numel()
 
     def zero_grad(self) -> None:
         """Lets go of all gradients."""

@@ -281,6 +281,7 @@ def features_of(layer: nn.Linear, session: Session, rows: Sequence[int]) -> Tens
             batch_size=session.eval_batch_size,
             max_tokens=session.eval_max_tokens,
             bf16=session.bf16,
+            each=session.ranks.each,
         )
     finally:
         hook.remove()

@@ -1,23 +1,27 @@
 """Fine-tuning, from top to bottom."""
 
+import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from torch import Tensor
 
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.fingerprints import tensor_bytes
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import AUTO, EvalSection, Recipe, TrainSection
 from sift_cli.runs.callbacks import Callback, require_callbacks
 from sift_cli.runs.checkpoint import Checkpoints
 from sift_cli.runs.facts import Facts, settings_of
-from sift_cli.runs.guard import guarded, require_space
+from sift_cli.runs.guard import explained_faults, guarded, require_space
 from sift_cli.runs.language import with_template
+from sift_cli.runs.ranks import Ranks, opened
 from sift_cli.runs.record import write_gradient, write_predictions
 from sift_cli.runs.samples import Sample, answered, draw_samples, write_samples
 from sift_cli.runs.session import Session, open_session, tell_emulated, tell_undefined
@@ -25,9 +29,11 @@ from sift_cli.runs.sinks import Sinks, open_sinks
 from sift_cli.runs.summary import Summary, describe, summarize
 from sift_cli.runs.timing import Timing
 from sift_cli.system.stopping import Stop
+from sift_cli.training.asked import Asked
 from sift_cli.training.batches import Steps, steps_of
 from sift_cli.training.choosing import selecting
-from sift_cli.training.method import Build, Method
+from sift_cli.training.method import Build, Method, Optimizer
+from sift_cli.training.randomness import packed_states, random_states
 from sift_cli.training.rates import (
     at_best_rate,
     rate_from,
@@ -38,7 +44,7 @@ from sift_cli.training.rates import (
 )
 from sift_cli.training.schedule import schedule_of
 from sift_cli.training.state import Kept, State, space_for
-from sift_cli.training.step import Rows, add_gradient, take_step
+from sift_cli.training.step import add_gradient, take_step
 from sift_cli.training.watch import Watch
 
 
@@ -54,6 +60,7 @@ def train(
     allow_code: bool = False,
     callbacks: Sequence[Callback] = (),
     console: Console | None = None,
+    ranks: Ranks | None = None,
 ) -> Summary:
     """Trains, evaluates and writes the run folder `out`; returns what its summary.json holds.
 
@@ -62,44 +69,51 @@ def train(
     the policy), and one that it asks for is found near that. `resume` goes on
     from the newest checkpoint in `out`, to the same delta as if nothing had come between;
     `overwrite` replaces a run there. `allow_code` lets `selection.score` and metrics name functions
-    in files. `callbacks` are told of logged steps and of evaluations.
+    in files. `callbacks` are told of logged steps and of evaluations. Where a launcher started
+    several processes, or `ranks` says so, they share the work of each step, and one of them writes.
 
     Raises SiftError for what the recipe gets wrong and for faults of disk and memory (exit code 2),
     for another base than the checkpoint's (3), where a loss, a gradient or an output is not finite
     (4), and after a SIGINT or SIGTERM, once the state is saved (130).
     """
-    console = console or Console(stderr=True, quiet=True)
     require_callbacks(callbacks)
-    with guarded(out):
+    with opened(device) if ranks is None else nullcontext(ranks) as ranks, held(out, ranks):
+        console = console if console and ranks.main else Console(stderr=True, quiet=True)
         recipe = with_template(recipe)
         checkpoints = Checkpoints(out, recipe.checkpoint, console)
         if overwrite:
-            remove_trials(out)
+            ranks.on_main(partial(remove_trials, out))
         elif not resume:
-            checkpoints.require_none()
+            ranks.on_main(checkpoints.require_none)
         source = rate_from(recipe)
         if recipe.train.learning_rate == AUTO:
-            one = partial(train, build=build, device=device, resume=True, allow_code=allow_code)
-            recipe = at_best_rate(recipe, out, one, usual_rate_for(recipe, narrow), console)
+            one = partial(
+                train, build=build, device=device, resume=True, allow_code=allow_code, ranks=ranks
+            )
+            middle = usual_rate_for(recipe, narrow)
+            recipe = at_best_rate(recipe, out, one, middle, console, ranks)
         recipe = with_rate(recipe, narrow)
         timing = Timing()
         if resume:
             policy = recipe.selection.policy if build is None else None
-            summary = checkpoints.finished(settings_of(recipe), policy=policy)
+            found = partial(checkpoints.finished, settings_of(recipe), policy=policy)
+            summary = ranks.on_main(found)
             if summary is not None:
                 return summary
         method = build(recipe) if build else selecting(recipe, allow_code, console)
-        session = open_session(recipe, device=device, allow_code=allow_code)
+        with ranks.first_here():
+            session = open_session(recipe, device=device, allow_code=allow_code, ranks=ranks)
         if source == "usual":
             console.print(told_rate(recipe, narrow is None), highlight=False)
         run = begin(recipe, session, method, checkpoints, timing, resume=resume)
         regular = recipe.checkpoint.every is not None
-        require_space(out, space_for(run.state.parameters, regular))
+        space = space_for(run.state.parameters, regular)
+        ranks.on_main(partial(require_space, out, space))
         with Stop() as stop:
-            with closing(open_sinks(recipe, out, console, run.done, callbacks)) as log:
+            with closing(sinks_of(run, recipe, callbacks)) as log:
                 if run.saved is None:
-                    checkpoints.remove()
-                take_steps(run, log, stop)
+                    ranks.on_main(checkpoints.remove)
+                take_steps(run, log, Asked(stop, checkpoints, ranks))
             return finish(run, recipe, source)
 
 
@@ -129,8 +143,15 @@ class Run:
         """The steps that are behind it."""
         return self.saved or 0
 
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.session.ranks.main
+
     def answers(self) -> list[dict[str, Any]]:
-        """What the model answers to the samples now."""
+        """What the model answers to the samples now; the other ranks ask for none."""
+        if not self.main:
+            return []
         return answered(self.session, self.samples, self.evaluation.generate.max_new_tokens)
 
 
@@ -158,18 +179,22 @@ def begin(
     for note in session.notes:
         console.print(note, highlight=False)
     tell_emulated(recipe.model, settings, session.device, console)
-    facts = Facts.of(settings_of(recipe), method.name, session)
-    saved = checkpoints.newest(facts) if resume else None
+    facts, ranks = Facts.of(settings_of(recipe), method.name, session), session.ranks
+    ranks.require_same("base or rows", json.dumps([facts.base, facts.data]))
+    saved = ranks.on_main(partial(checkpoints.newest, facts)) if resume else None
     metrics_before = saved.metrics_before if saved else session.evaluate()
     tell_undefined(metrics_before, console)
     undo = prepare_model(session.model, session.device, settings.gradient_checkpointing)
     optimizer = method.restore(saved) if saved else method.begin()
+    require_agreed(ranks, method, optimizer)
+    if not ranks.alone and not session.one_dropout:
+        torch.manual_seed(settings.seed + ranks.rank)
     schedule = schedule_of(settings, optimizer.adamw, batches.steps)
     kept = Kept(optimizer.parameters, recipe.eval.keep, session.task.better)
     watch = Watch(session, optimizer.parameters, settings.skip_nonfinite)
     state = State(method, optimizer, schedule, kept, watch, timing, session.device)
     if saved:
-        state.load(saved)
+        state.load(saved, ranks.rank)
         console.print(f"resuming after step {saved.step:,} of {batches.steps:,}", highlight=False)
     return Run(
         settings=settings,
@@ -188,15 +213,37 @@ def begin(
     )
 
 
-def take_steps(run: Run, log: Sinks, stop: Stop) -> None:
+def held(out: Path, ranks: Ranks) -> AbstractContextManager[None]:
+    """The folder held by the one process that writes into it; faults explained by all."""
+    return guarded(out) if ranks.main else explained_faults(out)
+
+
+def sinks_of(run: Run, recipe: Recipe, callbacks: Sequence[Callback]) -> Sinks:
+    """Where the run's numbers go; those of the other ranks, nowhere."""
+    if not run.main:
+        return Sinks(None)
+    return open_sinks(recipe, run.checkpoints.out, run.checkpoints.console, run.done, callbacks)
+
+
+def require_agreed(ranks: Ranks, method: Method, optimizer: Optimizer) -> None:
+    """Raises SiftError where ranks do not train the same entries from the same values."""
+    if ranks.alone:
+        return
+    digest = sha256()
+    for name, tensor in sorted(method.pack(optimizer).tensors.items()):
+        digest.update(name.encode() + tensor_bytes(tensor.detach().cpu().contiguous()))
+    ranks.require_same("entries to train", digest.hexdigest())
+
+
+def take_steps(run: Run, log: Sinks, asked: Asked) -> None:
     """Takes every step that is left, and logs, evaluates and saves on the way.
 
     It ends early where `eval.patience` says so.
     """
     session, state, batches = run.session, run.state, run.batches
-    if not run.done and (answers := stop.interruptible(run.answers)):
+    if not run.done and (answers := asked.unless_stopped(run.answers)):
         write_samples(run.checkpoints.out, 0, answers)
-    settle(run, run.done, log, stop)
+    settle(run, run.done, log, asked)
     for step, rows in enumerate(batches.since(run.done + 1), start=run.done + 1):
         if state.kept.stale == run.evaluation.patience:
             run.checkpoints.console.print(
@@ -208,6 +255,7 @@ def take_steps(run: Run, log: Sinks, stop: Stop) -> None:
         with state.timing.step(session.device):
             if run.method.due(step):
                 run.method.change(step, state.optimizer)
+                require_agreed(session.ranks, run.method, state.optimizer)
             rate = float(state.schedule.get_last_lr()[0])
             take_step(
                 session,
@@ -217,7 +265,9 @@ def take_steps(run: Run, log: Sinks, stop: Stop) -> None:
                 state.watch.broken,
                 max_grad_norm=run.settings.max_grad_norm,
                 schedule=state.schedule,
-                gradient=partial(noted_gradient, run) if step == 1 else add_gradient,
+                gradient=add_gradient,
+                asked=asked,
+                seen=partial(note_gradient, run) if step == 1 else None,
             )
         if step % run.log_every == 0 or step == batches.steps:
             step_ms = state.timing.step_ms[-1]
@@ -226,19 +276,17 @@ def take_steps(run: Run, log: Sinks, stop: Stop) -> None:
                 tokens = sum(batches.lengths[row] for part in rows for row in part)
                 record["tokens_per_second"] = tokens / step_ms * 1e3
             log.log(record)
-        settle(run, step, log, stop)
+        settle(run, step, log, asked)
 
 
-def noted_gradient(run: Run, session: Session, rows: Rows) -> Tensor:
-    """The first step's gradient; the run folder keeps how much of it the trained entries hold."""
-    loss = add_gradient(session, rows)
-    if run.method.norms:
+def note_gradient(run: Run) -> None:
+    """Keeps in the run folder how much of the first step's gradient the trained entries hold."""
+    if run.method.norms and run.main:
         gathered = dict(run.state.parameters.gradients())
         write_gradient(run.checkpoints.out, gathered, run.method.norms)
-    return loss
 
 
-def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
+def settle(run: Run, step: int, log: Sinks, asked: Asked) -> None:
     """What may follow a step: an evaluation, a checkpoint, the end that a signal asks for.
 
     Step 0 is the choice of entries. An evaluation that a signal breaks off is made up for on
@@ -247,26 +295,35 @@ def settle(run: Run, step: int, log: Sinks, stop: Stop) -> None:
     state, batches, evaluation = run.state, run.batches, run.evaluation
     if evaluates(step, evaluation.every, batches) and state.kept.seen < step:
         state.watch.read()
-        found = stop.interruptible(lambda: (run.session.predict(), run.answers()))
+        found = asked.unless_stopped(lambda: (run.session.predict(), run.answers()))
         if found is not None:
             outputs, answers = found
             metrics = run.session.score(outputs)
             log.log({"step": step, "metrics": metrics, "best": state.kept.offer(step, metrics)})
-            if state.kept.step == step:
+            if state.kept.step == step and run.main:
                 write_predictions(run.checkpoints.out, run.session, outputs, evaluation.split)
             if answers:
                 write_samples(run.checkpoints.out, step, answers)
-    asked = stop.asked  # read once: what comes later is heard after the next step
-    if step != run.saved and (asked or run.checkpoints.due(step)):
+    stops = asked.to_stop  # read once: what comes later is heard after the next step
+    if step != run.saved and (stops or asked.to_save(step)):
         state.watch.read()
         log.sync()
-        run.checkpoints.save(state.gather(step, run.facts, run.metrics_before))
-    if asked:
+        save(run, step)
+    if stops:
         raise SiftError(
             f"interrupted after step {step:,} of {batches.steps:,}; all of it is saved in "
             f"{run.checkpoints.folder}",
             ExitCode.INTERRUPTED,
         )
+
+
+def save(run: Run, step: int) -> None:
+    """Writes a checkpoint after `step`, with the random states of every rank."""
+    ranks, state = run.session.ranks, run.state
+    random = packed_states(ranks.gather(random_states(state.device)))
+    ranks.on_main(
+        lambda: run.checkpoints.save(state.gather(step, run.facts, run.metrics_before, random))
+    )
 
 
 def finish(run: Run, recipe: Recipe, source: str) -> Summary:
@@ -280,26 +337,30 @@ def finish(run: Run, recipe: Recipe, source: str) -> Summary:
     run.undo()
     metrics = state.kept.metrics
     assert metrics is not None  # the last step was evaluated
-    header = partial(describe, recipe, session, metrics)
-    written = run.method.write(out, state.optimizer, run.facts.base, header)
-    summary = summarize(
-        session,
-        written,
-        state.timing,
-        policy=run.method.name,
-        seed=run.settings.seed,
-        learning_rate=run.settings.rate,
-        learning_rate_from=source,
-        metrics_before=run.metrics_before,
-        metrics=metrics,
-        kept_step=state.kept.step,
-        steps=state.kept.seen,  # the last one taken is always evaluated
-        skipped=state.watch.skipped,
-    )
-    run.method.describe(out, recipe, summary)
-    summary.write(out)  # last: it marks the run as whole
-    run.checkpoints.remove()
-    return summary
+
+    def write() -> Summary:
+        header = partial(describe, recipe, session, metrics)
+        written = run.method.write(out, state.optimizer, run.facts.base, header)
+        summary = summarize(
+            session,
+            written,
+            state.timing,
+            policy=run.method.name,
+            seed=run.settings.seed,
+            learning_rate=run.settings.rate,
+            learning_rate_from=source,
+            metrics_before=run.metrics_before,
+            metrics=metrics,
+            kept_step=state.kept.step,
+            steps=state.kept.seen,  # the last one taken is always evaluated
+            skipped=state.watch.skipped,
+        )
+        run.method.describe(out, recipe, summary)
+        summary.write(out)  # last: it marks the run as whole
+        run.checkpoints.remove()
+        return summary
+
+    return session.ranks.on_main(write)
 
 
 def progress(

@@ -28,6 +28,12 @@ class Trained(Protocol):
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """What the last backward passes gathered, by the weight's name."""
 
+    def message(self) -> Tensor:
+        """The gradients, flat, and ROOM for a few numbers behind them: what ranks exchange."""
+
+    def accept(self, message: Tensor) -> None:
+        """Takes gradients from such a message, which has become the sum of all ranks'."""
+
     def zero_grad(self) -> None:
         """Clears it."""
 

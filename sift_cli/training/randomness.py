@@ -1,7 +1,7 @@
 """The random states of a run."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,30 @@ def random_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tenso
     elif device.type == "mps":
         states["random/mps"] = torch.mps.get_rng_state()
     return generators, states
+
+
+def packed_states(
+    each: Sequence[tuple[dict[str, Any], dict[str, Tensor]]],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `random_states` gave on every rank, in one: that of rank 0, and the others beside it."""
+    generators, states = dict(each[0][0]), dict(each[0][1])
+    if len(each) > 1:
+        generators["others"] = [own for own, _ in each[1:]]
+    for rank, (_, own) in enumerate(each[1:], 1):
+        states |= {f"{key}/{rank}": state for key, state in own.items()}
+    return generators, states
+
+
+def states_of(
+    rank: int, generators: Mapping[str, Any], states: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """Those of one rank; of one that was not there, those of rank 0."""
+    others = generators.get("others", [])
+    if not 0 < rank <= len(others):
+        return generators, states
+    end = f"/{rank}"
+    own = {key.removesuffix(end): one for key, one in states.items() if key.endswith(end)}
+    return others[rank - 1], own
 
 
 def set_random_states(

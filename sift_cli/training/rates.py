@@ -13,6 +13,7 @@ from sift_cli.models.loading import DTYPES, model_folder, on_meta, read_config
 from sift_cli.models.names import head_of
 from sift_cli.recipe import AUTO, Recipe, usual_rate
 from sift_cli.runs.folder import DELTA_FILE, RATES, RATES_FILE, TRAINED_FILE
+from sift_cli.runs.ranks import ALONE, Ranks
 from sift_cli.runs.session import load_rows
 from sift_cli.runs.summary import Summary
 from sift_cli.selection.policies import POLICIES
@@ -37,7 +38,12 @@ Trial = Callable[[Recipe, Path], Summary]  # a whole training into a folder; goe
 
 
 def at_best_rate(
-    recipe: Recipe, out: Path, trial: Trial, middle: float, console: Console
+    recipe: Recipe,
+    out: Path,
+    trial: Trial,
+    middle: float,
+    console: Console,
+    ranks: Ranks = ALONE,
 ) -> Recipe:
     """The recipe with the rate that leaves the lowest loss on training rows held out for this.
 
@@ -94,7 +100,8 @@ def at_best_rate(
             for rate, loss in sorted(tried.items())
         ],
     }
-    write_text(out / RATES_FILE, json.dumps(found, indent=2) + "\n")
+    text = json.dumps(found, indent=2) + "\n"
+    ranks.on_main(lambda: write_text(out / RATES_FILE, text))
     return at_rate(recipe, best)
 
 

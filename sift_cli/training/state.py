@@ -1,9 +1,11 @@
 """The state of a run: all that changes from step to step, and how a checkpoint holds it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from sift_cli.runs.checkpoint import KEPT, Best, Checkpoint
@@ -12,7 +14,7 @@ from sift_cli.runs.timing import Timing
 from sift_cli.tasks.metrics import Metrics
 from sift_cli.training.method import Method, Optimizer, Trained, Weights
 from sift_cli.training.packing import entries_in
-from sift_cli.training.randomness import random_states, set_random_states
+from sift_cli.training.randomness import set_random_states, states_of
 from sift_cli.training.watch import Watch
 
 ENTRY_BYTES = 18  # about what an entry takes in a file: master, moments, position, best value
@@ -71,16 +73,25 @@ class State:
         """What trains."""
         return self.optimizer.parameters
 
-    def gather(self, step: int, facts: Facts, metrics_before: Metrics) -> Checkpoint:
-        """All of them after `step`, for a run of these facts. Waits for a GPU, and only here."""
+    def gather(
+        self,
+        step: int,
+        facts: Facts,
+        metrics_before: Metrics,
+        random: tuple[Mapping[str, Any], Mapping[str, Tensor]],
+    ) -> Checkpoint:
+        """All of them after `step`, for a run of these facts. Waits for a GPU, and only here.
+
+        `random` are the states of the generators, of all ranks.
+        """
         packed = self.method.pack(self.optimizer)
         packed.table.setdefault("kept", {})
         for name, (support, values) in (self.kept.state or {}).items():
             packed.put("kept", name, support, values)
         tensors = dict(packed.tensors)
         tensors |= {f"optimizer/{key}": column for key, column in self.optimizer.state().items()}
-        generators, states = random_states(self.device)
-        tensors |= states | {"step_ms": torch.tensor(self.timing.step_ms, dtype=torch.float64)}
+        generators, states = random
+        tensors |= {**states, "step_ms": torch.tensor(self.timing.step_ms, dtype=torch.float64)}
         return Checkpoint(
             tensors={key: tensor.cpu().contiguous() for key, tensor in tensors.items()},
             step=step,
@@ -94,7 +105,7 @@ class State:
             metrics_before=dict(metrics_before),
         )
 
-    def load(self, saved: Checkpoint) -> None:
+    def load(self, saved: Checkpoint, rank: int = 0) -> None:
         """Goes on from there; `optimizer` must be what `method.restore(saved)` gave."""
         own = "optimizer/"
         columns = {
@@ -111,7 +122,7 @@ class State:
         self.kept.metrics, self.kept.state = saved.kept.metrics, entries_in(saved, "kept") or None
         self.watch.resume(saved.skipped)
         self.timing.resume(saved.step, saved.tensors["step_ms"].tolist(), saved.used)
-        set_random_states(saved.random, saved.tensors, self.device)
+        set_random_states(*states_of(rank, saved.random, saved.tensors), self.device)
 
 
 def space_for(parameters: Trained, regular: bool) -> int:

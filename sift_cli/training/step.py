@@ -1,7 +1,7 @@
 """One step, the same for all who take any: the loop, the warm-up, the probe, a measured plan."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -12,8 +12,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from sift_cli.models.devices import autocast, place
 from sift_cli.runs.session import Session
+from sift_cli.selection.evidence import uncounted
 from sift_cli.tasks.task import Loss
+from sift_cli.training.asked import Asked
 from sift_cli.training.method import Optimizer
+from sift_cli.training.shares import Share, shares_of
 
 Rows = Sequence[list[int]]  # of one step, by micro-batch
 # gathers the gradient of a step's mean loss where the optimizer looks for it; gives that mean, []
@@ -27,13 +30,17 @@ def add_gradient(session: Session, rows: Rows, total: float | None = None) -> Te
 
     It is the sum of the micro-batches' losses over what they count, rows or tokens as the task
     says, so 1 x 16 equals 4 x 4, whatever the last one holds. `total` stands in for the step's
-    count, where `rows` are only some of a step's.
+    count, where `rows` are only some of a step's. Of several ranks, each adds the part of its own
+    rows, and the parts sum to the mean.
     """
     total = total or session.counted(rows)
     mean = torch.zeros((), device=session.device)
-    for part in rows:
-        share = _loss(session, part).sum / total
-        share.backward()
+    for part in shares_of(session, rows):
+        with part.masks(), nullcontext() if part.counts else uncounted():
+            share = _loss(session, part).sum / total
+            if not part.counts:
+                share = share * 0
+            share.backward()
         mean = mean + share.detach()
     return mean
 
@@ -48,13 +55,23 @@ def take_step(
     max_grad_norm: float | None,
     schedule: LRScheduler | None = None,
     gradient: StepGradient = add_gradient,
+    asked: Asked | None = None,
+    seen: Callable[[], None] | None = None,
 ) -> None:
     """Takes the step of that number (the first is 1): gradient, clipping, update, learning rate.
 
     `guard` sees loss and gradient norm (before clipping) and says on the device whether the weights
-    must not move. `gradient` stands in for `add_gradient` where more is to be seen of it.
+    must not move. `gradient` stands in for `add_gradient`, `seen` is called once all of it is
+    there. With the ranks' parts of it travels what is `asked` of them.
     """
     loss = gradient(session, rows)
+    if not session.ranks.alone:
+        flags = asked.flags(step) if asked else (False, False)
+        loss, heard = session.ranks.exchange(optimizer.parameters, loss, flags)
+        if asked:
+            asked.hear(heard)
+    if seen:
+        seen()
     norm = optimizer.clip(max_grad_norm)
     optimizer.step(skip=guard(step, rows, loss, norm))
     if schedule is not None:
@@ -91,12 +108,17 @@ def watched(
 
 def forward_passes(session: Session, batches: Iterable[Rows]) -> list[Callable[[], object]]:
     """A forward pass for each micro-batch of each of `batches`, not run yet."""
-    return [partial(_loss, session, part) for rows in batches for part in rows]
+    return [partial(_look, session, [part]) for rows in batches for part in rows]
 
 
-def _loss(session: Session, part: list[int]) -> Loss:
-    """The loss of one micro-batch, by a forward pass."""
-    assert session.train is not None
-    batch = place(session.collate(session.train.take(part)), session.device)
+def _look(session: Session, rows: Rows) -> None:
+    for part in shares_of(session, rows):
+        with part.masks(), nullcontext() if part.counts else uncounted():
+            _loss(session, part)
+
+
+def _loss(session: Session, part: Share) -> Loss:
+    """The loss of what a rank has of one micro-batch, by a forward pass."""
+    batch = place(part.batch(session), session.device)
     with autocast(session.device, session.bf16):
         return session.task.loss(session.model, batch)

@@ -39,7 +39,7 @@ class Watch:
         skips: int = 0,
         advice: Advice = TRAINING,
     ) -> None:
-        self.session, self.parameters, self.skips = session, parameters, skips
+        self.session, self.parameters, self.skips = session.alone(), parameters, skips
         self.advice = advice
         self.skipped = 0  # steps read so far that were not finite
         self._unread: list[tuple[int, Rows, Tensor]] = []

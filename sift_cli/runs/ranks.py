@@ -1,0 +1,214 @@
+"""The processes of one run (ranks), and all that travels between them.
+
+A run of one process goes the same ways: everything here then returns what it was given, and
+nothing travels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.devices import pick_device
+from sift_cli.system.launch import launched
+
+Value = TypeVar("Value")
+PATIENCE = timedelta(hours=2)  # of a collective: the others may load, write or answer meanwhile
+TELLING_S = 1.0  # for one process to tell an error; launchers end all as soon as one is gone
+_openings = count()
+
+
+class Sent(Protocol):
+    """What a step's message is made of: the parameters that train."""
+
+    def message(self) -> Tensor:
+        """The gradients, flat, and room for a few numbers behind them: [n + ROOM]."""
+
+    def accept(self, message: Tensor) -> None:
+        """Takes gradients from such a message."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process (`rank`, from 0) among the `world` of a run.
+
+    With `exact`, what one process alone would choose is what many choose, bit for bit: each looks
+    at whole calibration batches. Otherwise they share these as they share the steps.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    exact: bool = True
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other."""
+        return self.world == 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that locks, writes, logs and prints."""
+        return self.rank == 0
+
+    def place(self, device: torch.device) -> torch.device:
+        """The device of this one: on GPUs, its own."""
+        if self.alone or device.type != "cuda":
+            return device
+        return torch.device("cuda", self.local)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Makes the tensor the sum of all ranks' ones, to the same bits on each."""
+        if not self.alone:
+            with _reaching():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, value: Value) -> Value:
+        """The value that the main one has."""
+        if self.alone:
+            return value
+        values = [value if self.main else None]
+        with _reaching():
+            dist.broadcast_object_list(values, 0)
+        return values[0]  # type: ignore[return-value]
+
+    def gather(self, value: Value) -> list[Value]:
+        """Each rank's value, in their order."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.world
+        with _reaching():
+            dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, work: Callable[[], Value]) -> Value:
+        """What `work` returns on the main one, which alone does it; its SiftError is everyone's."""
+        if self.alone:
+            return work()
+        found: Any = None
+        if self.main:
+            try:
+                found = work()
+            except SiftError as error:
+                found = error
+        found = self.agree(found)
+        if isinstance(found, SiftError):
+            raise found
+        return found  # type: ignore[no-any-return]
+
+    def each(
+        self, run: Callable[[list[int]], Tensor], batches: Sequence[list[int]]
+    ) -> list[Tensor]:
+        """What `run` makes of each batch, in their order; each rank runs some of them."""
+        own = [run(one) for one in batches[self.rank :: self.world]]
+        parts = self.gather(own)
+        return [parts[at % self.world][at // self.world] for at in range(len(batches))]
+
+    def require_same(self, what: str, digest: str) -> None:
+        """Raises SiftError where ranks differ in `what`, of which each has a digest."""
+        found = self.gather(digest)
+        wrong = [rank for rank, one in enumerate(found) if one != found[0]]
+        if wrong:
+            raise SiftError(
+                f"rank {wrong[0]} has other {what} than rank 0; see that all nodes hold the same "
+                "files, versions and devices"
+            )
+
+    @contextmanager
+    def first_here(self) -> Iterator[None]:
+        """Within it, the first process of each node goes before the others: caches are written."""
+        if self.local:
+            self.gather(None)
+        yield
+        if not self.local:
+            self.gather(None)
+
+    def exchange(self, parameters: Sent, loss: Tensor, flags: Sequence[bool]) -> list[Tensor]:
+        """Sums loss ([]) and gradients over the ranks, and counts who raised each flag: [flags].
+
+        One message: all that travels in a step.
+        """
+        message = parameters.message()
+        room = message[-1 - len(flags) :]
+        room[0] = loss
+        for at, flag in enumerate(flags, 1):
+            room[at].fill_(float(flag))
+        self.sum_(message)
+        parameters.accept(message)
+        return [room[0].to(loss.dtype, copy=True), room[1:].clone()]
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def opened(device: str | None) -> Iterator[Ranks]:
+    """The ranks that a launcher started this process among; `ALONE` where none did.
+
+    An error is told once: it goes on from here on the rank that has it first; the others end
+    without a word, with its exit code. Raises SiftError for a device on which there is one process.
+    """
+    here = launched()
+    joined = dist.is_available() and dist.is_initialized()
+    if here.world == 1 and not joined:
+        yield ALONE
+        return
+    where = pick_device(device)
+    if where.type == "mps":
+        raise SiftError("--device mps: one process alone can use it; use --device cpu")
+    if where.type == "cuda":
+        torch.cuda.set_device(here.local)
+    if not joined:
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+        with _reaching():
+            dist.init_process_group(backend, timeout=PATIENCE)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), here.local, where.type == "cpu")
+    key = f"sift/failed/{next(_openings)}"
+    try:
+        yield ranks
+    except (Exception, KeyboardInterrupt) as error:
+        if _first(key):
+            raise
+        time.sleep(TELLING_S)
+        raise SystemExit(_code(error)) from None
+    if not joined:
+        dist.destroy_process_group()
+
+
+def _first(key: str) -> bool:
+    """Whether no other rank has an error to tell yet; no, where none can be asked any more."""
+    try:
+        return dist.distributed_c10d._get_default_store().add(key, 1) == 1
+    except RuntimeError:
+        return False
+
+
+def _code(error: BaseException) -> int:
+    if isinstance(error, SiftError):
+        return int(error.code)
+    return int(ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.BUG)
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """Says in the project's words that another process could not be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = str(error).strip().partition("\n")[0][:200]
+        raise SiftError(
+            f"rank {launched().rank}: another process of the run is gone ({why}); what it said, if "
+            "anything, stands above. --resume goes on from the last checkpoint",
+            ExitCode.BUG,
+        ) from error
