@@ -5,6 +5,8 @@ Zhao et al. 2023 (arXiv 2304.11277), of which `fully_shard` is torch's second ve
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sift_cli.models.fingerprints import fingerprint, state_tensors
 from sift_cli.models.loading import LoadedModel, load_tokenizer, on_meta, settle_padding
 from sift_cli.models.names import all_names
 from sift_cli.models.stored import Stored
@@ -24,6 +27,31 @@ from sift_cli.models.whole import Lack, left_out, require_whole
 from sift_cli.sparse.local import Shards
 
 REPLICAS, ROWS = "replicas", "rows"  # the axes of a mesh
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A model in rows on several ranks: how they lie, and the base as its files have it.
+
+    `kinds` has the dtype of each parameter and saved buffer, tied ones once.
+    """
+
+    shards: Shards
+    stored: Stored
+    kinds: Mapping[str, torch.dtype]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its tensors."""
+        return list(self.kinds)
+
+    def base(self, name: str) -> Tensor:
+        """A whole tensor of the base, on the host."""
+        return self.stored.tensor(name).to(self.kinds[name])
+
+    def mark(self, name: str) -> str:
+        """Its fingerprint."""
+        return fingerprint(self.base(name))
 
 
 def mesh_of(device: torch.device, replicas: int = 1) -> DeviceMesh:
@@ -91,7 +119,7 @@ def load_sharded(
     dtype: torch.dtype,
     mesh: DeviceMesh,
     device: torch.device,
-) -> LoadedModel:
+) -> tuple[LoadedModel, Sharded]:
     """What `load_model` gives, in rows over a mesh: each rank reads its own rows from the files.
 
     Raises SiftError for what the files do not fill: there is no random head here.
@@ -102,12 +130,16 @@ def load_sharded(
     stored = Stored(folder, model)
     require_whole(model, Lack.of_files(model, stored), stored, folder, new_head=False)
     shard(model, mesh)
-    state = {name: _read(stored, name, one, mesh, device) for name, one in _first(model).items()}
+    shards, first = shards_on(mesh), state_tensors(model)
+    state = {name: _read(stored, name, one, shards, device) for name, one in first.items()}
     every = all_names(model)
     model.load_state_dict({n: state[every[n]] for n in model.state_dict()}, assign=True)
     _fill_buffers(model, device)
     model.eval()
-    return LoadedModel(model, tokenizer, (), left_out(model, stored))
+    kinds = {name: one.dtype for name, one in state.items()}
+    return LoadedModel(model, tokenizer, (), left_out(model, stored)), Sharded(
+        shards, stored, kinds
+    )
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -118,20 +150,12 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _first(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers, by their first names."""
-    names = set(all_names(model).values())
-    return {n: one for n, one in model.state_dict(keep_vars=True).items() if n in names}
-
-
-def _read(
-    stored: Stored, name: str, like: Tensor, mesh: DeviceMesh, device: torch.device
-) -> Tensor:
+def _read(stored: Stored, name: str, like: Tensor, shards: Shards, device: torch.device) -> Tensor:
     """A tensor of the files as it is in the model: of a parameter, this rank's rows."""
     source = stored.places[name]
     if not isinstance(like, DTensor):
         return source.read().to(device, like.dtype)
-    rows = Shards.rows(shards_on(mesh), like.shape)
+    rows = shards.rows(like.shape)
     own = source.rows(rows.start, rows.stop).to(device, like.dtype)
     placements = [Replicate()] * (like.device_mesh.ndim - 1) + [Shard(0)]
     whole = DTensor.from_local(

@@ -43,13 +43,15 @@ class Ranks:
     """This process (`rank`, from 0) among the `world` of a run.
 
     With `exact`, what one process alone would choose is what many choose, bit for bit: each looks
-    at whole calibration batches. Otherwise they share these as they share the steps.
+    at whole calibration batches. Otherwise they share these as they share the steps. With `even`,
+    every rank makes as many passes through the model as any other: each holds a part of it.
     """
 
     rank: int = 0
     world: int = 1
     local: int = 0
     exact: bool = True
+    even: bool = False
 
     @property
     def alone(self) -> bool:
@@ -112,6 +114,8 @@ class Ranks:
     ) -> list[Tensor]:
         """What `run` makes of each batch, in their order; each rank runs some of them."""
         own = [run(one) for one in batches[self.rank :: self.world]]
+        if self.even and len(own) < -(-len(batches) // self.world):
+            run(batches[-1])  # the shortest, for the others' sake
         parts = self.gather(own)
         return [parts[at % self.world][at // self.world] for at in range(len(batches))]
 

@@ -76,6 +76,10 @@ class Shards:
         """The rows of a weight of that shape that this rank has, or `rank`."""
         return rows_of(shape[0], self.count)[self.rank if rank is None else rank]
 
+    def before(self, shape: Sequence[int]) -> int:
+        """How many entries of a weight of that shape come before this rank's."""
+        return self.rows(shape).start * prod(shape[1:])
+
     def local(self, support: Support) -> Support:
         """This rank's entries of a support, as entries of its own rows."""
         return local(support, self.rows(support.shape))
@@ -126,8 +130,8 @@ class Shards:
             if support.positions is None:
                 yield name, Support(shape), self.joined(values)
                 continue
-            first = self.rows(shape).start * _across(support)
-            positions = self.joined(support.positions.long().to(values.device) + first)
+            own = support.positions.long().to(values.device) + self.before(shape)
+            positions = self.joined(own)
             yield name, Support.of(shape, positions), self.joined(values)
 
 

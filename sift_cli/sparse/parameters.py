@@ -38,6 +38,16 @@ class Move:
     left: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Changed:
+    """The entries of one weight that ever trained, and their values before and now ([K])."""
+
+    name: str
+    support: Support
+    base: Tensor
+    now: Tensor
+
+
 class SparseParameters:
     """Masters and gradients of all selected entries, in the order of the model's parameters.
 
@@ -68,6 +78,7 @@ class SparseParameters:
         self.coordinates, self.shards = coordinates, shards
         self._undo = ExitStack()  # what gives the model back
         self._exchange: Exchange | None = None
+        self._slots: list[tuple[Segment, Tensor]] = []  # where each segment's gradient arrives
         self.touched = touched or Touched()
         self._lay_out(supports)
         wide = torch.float32
@@ -82,8 +93,8 @@ class SparseParameters:
         self._make_buffer()
 
     def __len__(self) -> int:
-        """Number of trained entries, K."""
-        return self.flat.numel()
+        """Number of trained entries, on all ranks."""
+        return self.whole[-1].stop
 
     def __iter__(self) -> Iterator[Segment]:
         return iter(self.segments)
@@ -100,11 +111,6 @@ class SparseParameters:
     def write_back(self) -> None:
         """Rounds what the masters stand for once into the model's weights."""
         self._write_flat(self.values())
-
-    def reduce(self) -> None:
-        """Brings the sum of what all ranks gathered to those that own it; nothing to do for one."""
-        if self._exchange is not None:
-            self._exchange.add_to(self.grad, self._gathered)
 
     def norm(self) -> Tensor:
         """The 2-norm of the gradient of all entries, []."""
@@ -131,15 +137,23 @@ class SparseParameters:
         return self.shards.whole_entries(entries, shapes)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """The gathered gradient of each weight's entries, [K] in views of the buffer, by name."""
-        return ((segment.name, self.grad[segment.span]) for segment in self)
+        """The gathered gradient of each weight's entries, [K] in views of the buffer, by name.
+
+        Where weights lie on several ranks: before `accept`, those that this one computed.
+        """
+        return ((segment.name, target) for segment, target in self._slots)
 
     def message(self) -> Tensor:
-        """The gradient buffer and the ROOM behind it, [K + ROOM]: no copy."""
-        return self._buffer
+        """The gradient buffer and the ROOM behind it, [K + ROOM]: no copy.
+
+        The room alone where weights lie on several ranks, which do not all want all gradients.
+        """
+        return self._buffer if self._exchange is None else self._buffer[-ROOM:]
 
     def accept(self, message: Tensor) -> None:
-        """Nothing to do: the message is the buffer itself."""
+        """Brings each rank the sums of what it owns; else the message is the buffer itself."""
+        if self._exchange is not None:
+            self._exchange.add_to(self.grad, self._gathered)
 
     def zero_grad(self) -> None:
         """Clears the gradient buffer, keeping it in place."""
@@ -171,6 +185,18 @@ class SparseParameters:
         self._write(self.touched)
         self._read()
 
+    @property
+    def supports(self) -> dict[str, Support]:
+        """The entries that train, by weight."""
+        return {segment.name: segment.support for segment in self.whole}
+
+    def changes(self) -> Iterator[Changed]:
+        """All that ever trained, with what it was and is; every rank must go through it."""
+        before = {name: (support, values) for name, support, values in self.touched}
+        both = self.all_entries(before), self.all_entries(self.state())
+        for (name, support, base), (_, _, now) in zip(*both, strict=True):
+            yield Changed(name, support, base, now.cpu())
+
     def change(self, segment: Segment) -> Tensor:
         """How far each of the segment's entries is from the base, [K]."""
         base = self.touched.values(segment.name, segment.support)
@@ -191,7 +217,7 @@ class SparseParameters:
         origins = [origin_of(old.get(new.name), new).to(self.flat.device) for new in after]
         origin = torch.cat(origins)
         stays = origin >= 0
-        left = torch.ones(len(self), dtype=torch.bool, device=origin.device)
+        left = torch.ones(self.flat.numel(), dtype=torch.bool, device=origin.device)
         left[origin[stays]] = False
         for segment in before if revert else ():
             self._revert(segment, left[segment.span])
@@ -211,10 +237,10 @@ class SparseParameters:
     def wire(self) -> None:
         """Makes backward passes deliver the selected gradients, and only these."""
         if self.shards is None:
-            slots = [(segment, self.grad[segment.span]) for segment in self.segments]
+            self._slots = [(segment, self.grad[segment.span]) for segment in self.segments]
         else:
-            slots = self._shared_out(self.shards)
-        wire(self.model, slots, self._kernel_for, self._undo)
+            self._slots = self._shared_out(self.shards)
+        wire(self.model, self._slots, self._kernel_for, self._undo)
 
     def detach(self) -> None:
         """Gives the model its own forward passes and `requires_grad` flags back; values stay."""
@@ -260,8 +286,8 @@ class SparseParameters:
 
     def _make_buffer(self) -> None:
         """Gradients, and beside them room for numbers that travel with them between processes."""
-        self._buffer = self.flat.data.new_zeros(len(self) + ROOM)
-        self.flat.grad = self.grad = self._buffer[: len(self)]
+        self._buffer = self.flat.data.new_zeros(self.flat.numel() + ROOM)
+        self.flat.grad = self.grad = self._buffer[:-ROOM]
 
     def _place(self) -> None:
         """Lays out the coordinates of the entries that train."""

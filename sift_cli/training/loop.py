@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -79,7 +79,9 @@ def train(
     require_callbacks(callbacks)
     with opened(device) if ranks is None else nullcontext(ranks) as ranks, held(out, ranks):
         console = console if console and ranks.main else Console(stderr=True, quiet=True)
-        recipe = with_template(recipe)
+        recipe, ranks = with_template(recipe), in_rows(recipe, ranks)
+        if ranks.even and build is not None:
+            raise SiftError("distributed.shard: full: it is for what a recipe selects; set none")
         checkpoints = Checkpoints(out, recipe.checkpoint, console)
         if overwrite:
             ranks.on_main(partial(remove_trials, out))
@@ -149,8 +151,8 @@ class Run:
         return self.session.ranks.main
 
     def answers(self) -> list[dict[str, Any]]:
-        """What the model answers to the samples now; the other ranks ask for none."""
-        if not self.main:
+        """What the model answers to the samples now; the other ranks need not ask."""
+        if not self.main and not self.session.ranks.even:
             return []
         return answered(self.session, self.samples, self.evaluation.generate.max_new_tokens)
 
@@ -213,6 +215,22 @@ def begin(
     )
 
 
+def in_rows(recipe: Recipe, ranks: Ranks) -> Ranks:
+    """The ranks, which keep step where the recipe says that each holds some rows of the model.
+
+    Raises SiftError where they make no equal copies.
+    """
+    where = recipe.distributed
+    if ranks.alone or where.shard == "none":
+        return ranks
+    if ranks.world % where.replicas:
+        raise SiftError(
+            f"distributed.replicas: {where.replicas} copies of the model do not fit on "
+            f"{ranks.world} processes; give a number that divides them"
+        )
+    return replace(ranks, even=True)
+
+
 def held(out: Path, ranks: Ranks) -> AbstractContextManager[None]:
     """The folder held by the one process that writes into it; faults explained by all."""
     return guarded(out) if ranks.main else explained_faults(out)
@@ -241,7 +259,7 @@ def take_steps(run: Run, log: Sinks, asked: Asked) -> None:
     It ends early where `eval.patience` says so.
     """
     session, state, batches = run.session, run.state, run.batches
-    if not run.done and (answers := asked.unless_stopped(run.answers)):
+    if not run.done and (answers := asked.unless_stopped(run.answers)) and run.main:
         write_samples(run.checkpoints.out, 0, answers)
     settle(run, run.done, log, asked)
     for step, rows in enumerate(batches.since(run.done + 1), start=run.done + 1):
@@ -302,7 +320,7 @@ def settle(run: Run, step: int, log: Sinks, asked: Asked) -> None:
             log.log({"step": step, "metrics": metrics, "best": state.kept.offer(step, metrics)})
             if state.kept.step == step and run.main:
                 write_predictions(run.checkpoints.out, run.session, outputs, evaluation.split)
-            if answers:
+            if answers and run.main:
                 write_samples(run.checkpoints.out, step, answers)
     stops = asked.to_stop  # read once: what comes later is heard after the next step
     if step != run.saved and (stops or asked.to_save(step)):
@@ -321,9 +339,8 @@ def save(run: Run, step: int) -> None:
     """Writes a checkpoint after `step`, with the random states of every rank."""
     ranks, state = run.session.ranks, run.state
     random = packed_states(ranks.gather(random_states(state.device)))
-    ranks.on_main(
-        lambda: run.checkpoints.save(state.gather(step, run.facts, run.metrics_before, random))
-    )
+    saved = state.gather(step, run.facts, run.metrics_before, random)
+    ranks.on_main(partial(run.checkpoints.save, saved))
 
 
 def finish(run: Run, recipe: Recipe, source: str) -> Summary:
@@ -338,9 +355,10 @@ def finish(run: Run, recipe: Recipe, source: str) -> Summary:
     metrics = state.kept.metrics
     assert metrics is not None  # the last step was evaluated
 
+    header = partial(describe, recipe, session, metrics)
+    written = run.method.write(out, state.optimizer, run.facts.base, header)
+
     def write() -> Summary:
-        header = partial(describe, recipe, session, metrics)
-        written = run.method.write(out, state.optimizer, run.facts.base, header)
         summary = summarize(
             session,
             written,

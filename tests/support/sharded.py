@@ -108,7 +108,7 @@ def trained(
     seen: dict[str, list[Tensor]] = {"norm": [], "gradient": []}
     for step in range(STEPS):
         share_of_loss(model, step, rank, ranks).backward()
-        parameters.reduce()
+        parameters.accept(parameters.message())
         seen["gradient"].append(parameters.all_of(parameters.grad).clone())
         seen["norm"].append(optimizer.clip(0.5))
         optimizer.step()
@@ -124,7 +124,7 @@ def told(parameters: SparseParameters, seen: dict[str, list[Tensor]]) -> dict[st
         **seen,
         "masters": parameters.all_of(parameters.flat.detach()),
         "weights": {name: one.detach().clone() for name, one in whole.items()},
-        "owned": len(parameters),
+        "owned": parameters.flat.numel(),
     }
 
 
@@ -168,7 +168,7 @@ def load_of_rank(rank: int, bases: Sequence[Path]) -> list[dict[str, Any]]:
         try:
             model = load_sharded(
                 base, AutoModelForCausalLM, config, torch.float32, mesh_of(cpu), cpu
-            ).model
+            )[0].model
         except SiftError as error:
             found.append({"refused": str(error)})
             continue
