@@ -1,0 +1,309 @@
+"""Several processes make the run of one: gloo, two and four of them, models of fp64 and of fp32."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from signal import SIGTERM
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from sift_cli.errors import SiftError
+from sift_cli.recipe import load_recipe
+from sift_cli.runs.folder import CHECKPOINTS
+from sift_cli.runs.ranks import Ranks
+from sift_cli.training import loop, train
+from sift_cli.training.shares import deal
+from tests.support.chats import save_chat_recipe
+from tests.support.command import ENV, process, sift
+from tests.support.interruptions import at_call, delta, names, signalled
+from tests.support.models import CONFIGS, tiny_tokenizer
+from tests.support.ranks import stepped, together
+from tests.support.rows import write_rows
+
+PADDED = ["train.packing=false", "selection.target=all", "train.batch_size=4", "train.accumulate=2"]
+# name -> recipe, changes, whether calibration batches are looked at in full by every rank
+CASES: dict[str, tuple[str, list[str], bool]] = {
+    "padded": ("chat", PADDED, True),
+    "shared descent": ("chat", PADDED, False),
+    "packed": ("chat", ["train.tokens=160", "train.max_tokens=80"], False),
+    "dropout": ("rows", ["train.batch_size=10"], True),  # the last of 48 rows make a batch of 8
+    "few rows": ("rows", ["train.batch_size=3", "selection.policy=fisher"], True),
+    "warm-up": ("rows", ["selection.policy=lottery", "selection.warmup_steps=2"], False),
+    "step scale": ("rows", ["train.step_scale=input", "train.batch_size=3"], False),
+    "input norms": ("rows", ["selection.score=gradient-per-input", "train.batch_size=3"], False),
+    "centred": ("rows", ["selection.score=centred-gradient", "selection.batches=3"], False),
+    "squares": ("rows", ["selection.score=agreed-gradient", "selection.batches=3"], False),
+}
+SPLIT = ["selection.policy=magnitude", "train.packing=false"]
+EIGHT = [*SPLIT, "train.batch_size=8", "train.accumulate=1"]
+FOUR_TWO = [*SPLIT, "train.batch_size=2", "train.accumulate=4"]
+
+
+def recipes(folder: Path) -> Path:
+    """`chat.yaml` of a tiny Llama with a tied head, `rows.yaml` of a BERT, with dropout or not."""
+    save_chat_recipe(folder)
+    config = LlamaConfig.from_pretrained(folder / "base")
+    config.tie_word_embeddings = True
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    data = folder / "data"
+    data.mkdir()
+    write_rows(data / "train.jsonl", 48, seed=1)
+    write_rows(data / "validation.jsonl", 17, seed=2)
+    for name, share in (("rows", 0.0), ("dropping", 0.1)):
+        torch.manual_seed(0)
+        settings = CONFIGS["bert"]()
+        settings.hidden_dropout_prob = settings.attention_probs_dropout_prob = share
+        settings.initializer_range, settings.num_labels = 0.3, 2
+        base = folder / f"{name}-base"
+        AutoModelForSequenceClassification.from_config(settings).base_model.save_pretrained(base)
+        tiny_tokenizer().save_pretrained(base)
+        (folder / f"{name}.yaml").write_text(
+            f"model: {{path: {base}}}\ndata: {{path: {data}, task: sst2, max_length: 16}}\n"
+            "selection: {policy: sift, density: 0.1}\n"
+            "train: {max_steps: 6, batch_size: 8, learning_rate: 1.0e-2, seed: 3}\n"
+            "eval: {every: 3, batch_size: 4}\nlog: {report: false}\n"
+        )
+    return folder
+
+
+def recipe_of(folder: Path, case: str) -> tuple[Path, list[str], bool]:
+    name, changes, exact = CASES[case]
+    name = "dropping" if name == "rows" and exact else name
+    return folder / f"{name}.yaml", changes, exact
+
+
+def work(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """All that one group of processes does."""
+    found: dict[str, Any] = {}
+    for case in CASES:
+        recipe, changes, exact = recipe_of(folder, case)
+        found[case] = stepped(recipe, changes, replace(ranks, exact=exact))
+    found["split"] = stepped(folder / "chat.yaml", EIGHT, ranks)
+    if ranks.world == 2:
+        found |= interrupted(ranks, folder)
+        found |= poisoned(ranks, folder)
+    return found
+
+
+def interrupted(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """A run that rank 1 alone is told to end, taken up by as many ranks and left for one."""
+    recipe, ends = load_recipe(folder / "dropping.yaml"), []
+    train(recipe, folder / "calm", ranks=ranks)
+    for out in ("rough", "other"):
+        call = 3 if ranks.rank == 1 else 10**6
+        with at_call(call, signalled(SIGTERM)), pytest.raises(SiftError) as caught:
+            train(recipe, folder / out, ranks=ranks)
+        ends.append((int(caught.value.code), str(caught.value)))
+    before = names(folder / "rough")
+    ranks.gather(None)  # all have looked
+    train(recipe, folder / "rough", resume=True, ranks=ranks)
+    return {"ends": ends, "saved": before}
+
+
+def poisoned(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """A gradient that is not finite on rank 1 alone: passed over, and then one too many."""
+    real, ends = loop.add_gradient, []
+
+    def spoilt(session: Any, rows: Any) -> Tensor:
+        calls.append(rows)
+        loss = real(session, rows)
+        return loss * float("nan") if ranks.rank == 1 and len(calls) == 2 else loss
+
+    skipped = []
+    for most in (1, 0):
+        calls: list[Any] = []
+        recipe = load_recipe(folder / "rows.yaml", [f"train.skip_nonfinite={most}"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "add_gradient", spoilt)
+            try:
+                skipped.append(train(recipe, folder / f"skips-{most}", ranks=ranks).skipped_steps)
+            except SiftError as error:
+                ends.append((int(error.code), str(error)))
+    return {"skipped": skipped, "failed": ends}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recipes(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def groups(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """What each rank of two and of four found."""
+    return {world: together(world, work, folder) for world in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, Any]:
+    """What one process finds, with no process group."""
+    found = {case: stepped(*recipe_of(folder, case)[:2]) for case in CASES}
+    return found | {"split": stepped(folder / "chat.yaml", FOUR_TWO)}
+
+
+def same(one: Any, other: Any) -> None:
+    assert one["supports"].keys() == other["supports"].keys()
+    for name, positions in one["supports"].items():
+        there = other["supports"][name]
+        assert (positions is None) == (there is None)
+        assert positions is None or torch.equal(positions, there), name
+    torch.testing.assert_close(one["masters"], other["masters"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(one["numbers"], other["numbers"], rtol=0, atol=1e-6)  # read as fp32
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("world", [2, 4])
+def test_many_make_the_run_of_one(
+    groups: dict[int, list[dict[str, Any]]], one: dict[str, Any], world: int, case: str
+) -> None:
+    assert (one[case]["masters"] - _start(one[case])).abs().max() > 1e-3
+    for found in groups[world]:
+        same(found[case], one[case])
+        assert found[case]["metrics"] == groups[world][0][case]["metrics"]
+        assert torch.equal(found[case]["masters"], groups[world][0][case]["masters"])
+
+
+def _start(found: dict[str, Any]) -> Tensor:
+    """The base's values where the masters are."""
+    parts = [
+        weight.flatten() if (at := found["supports"][name]) is None else weight.flatten()[at.long()]
+        for name, weight in ((name, found["base"][name]) for name in found["supports"])
+    ]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_nothing_but_the_entries_that_train_has_moved(
+    groups: dict[int, list[dict[str, Any]]], world: int
+) -> None:
+    for found in (rank["padded"] for rank in groups[world]):
+        for name, weight in found["weights"].items():
+            moved = (weight != found["base"][name]).flatten()
+            if name in found["supports"] and (at := found["supports"][name]) is not None:
+                moved[at.long()] = False
+            assert name in found["supports"] or not moved.any()
+            assert found["supports"].get(name, 0) is None or not moved.any()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_step_sends_one_message_of_its_gradients_and_three_numbers(
+    groups: dict[int, list[dict[str, Any]]], world: int
+) -> None:
+    for rank in groups[world]:
+        for case in CASES:
+            nbytes = (len(rank[case]["masters"]) + 3) * 8
+            assert rank[case]["calls"] == [("all_reduce", nbytes)] * 4
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_micro_batch_of_eight_is_four_of_two(
+    groups: dict[int, list[dict[str, Any]]], one: dict[str, Any], world: int
+) -> None:
+    for found in groups[world]:
+        same(found["split"], one["split"])
+
+
+def test_one_process_sends_nothing(one: dict[str, Any]) -> None:
+    assert all(found["calls"] == [] for found in one.values())
+
+
+def test_a_signal_to_one_ends_all_after_the_same_step(
+    groups: dict[int, list[dict[str, Any]]], folder: Path
+) -> None:
+    first, second = groups[2]
+    assert first["ends"] == second["ends"]
+    assert all(code == 130 and "after step 3 of 6" in said for code, said in first["ends"])
+    assert [name[:13] for name in first["saved"]] == ["step-00000003"]
+    assert delta(folder / "rough") == delta(folder / "calm")
+
+
+def test_another_number_of_processes_goes_on(
+    groups: dict[int, list[dict[str, Any]]], folder: Path
+) -> None:
+    assert names(folder / "other")
+    train(load_recipe(folder / "dropping.yaml"), folder / "other", resume=True)
+    ends = {}
+    for name in ("other", "calm"):
+        assert sift("merge", folder / name, "--out", folder / f"{name}-merged").returncode == 0
+        ends[name] = load_file(folder / f"{name}-merged/model.safetensors")
+    for name, weight in ends["calm"].items():
+        torch.testing.assert_close(weight, ends["other"][name], rtol=0, atol=1e-5)
+    assert not list((folder / "other").glob(f"{CHECKPOINTS}/*"))
+
+
+def test_what_is_not_finite_on_one_is_so_on_all(
+    groups: dict[int, list[dict[str, Any]]], folder: Path
+) -> None:
+    first, second = groups[2]
+    assert first["skipped"] == second["skipped"] == [1]
+    assert first["failed"] == second["failed"]
+    ((code, said),) = first["failed"]
+    assert code == 4
+    assert said.startswith("step 2: the loss is nan")
+    lines = (folder / "skips-1/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"metrics"' in line] == [3, 6]
+
+
+def test_rows_are_dealt_by_tokens() -> None:
+    hands = deal([9, 1, 5, 4, 8, 3], 2)
+    assert sorted(hands[0] + hands[1]) == list(range(6))
+    assert sorted(sum([9, 1, 5, 4, 8, 3][at] for at in hand) for hand in hands) == [15, 15]
+    assert deal([7], 3) == [[0], [], []]
+
+
+# Commands that start several processes.
+
+
+def test_the_command_starts_them_and_one_of_them_prints(folder: Path, tmp_path: Path) -> None:
+    done = process(
+        "train", folder / "rows.yaml", "--out", tmp_path / "two", "--devices", 2, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["steps"] == 6
+    assert done.stderr.count("step 6: accuracy") == 1
+    wrong = process(
+        "train",
+        folder / "rows.yaml",
+        "--out",
+        tmp_path / "x",
+        "--devices",
+        2,
+        "--set",
+        "selection.target=[nothing]",
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("nothing") == 1
+    assert "Traceback" not in wrong.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_where_one_dies_all_end_and_the_last_checkpoint_goes_on(
+    folder: Path, tmp_path: Path
+) -> None:
+    command = "import sys; from sift_cli.system.launch import launch; sys.exit(launch(2, "
+    arguments = [str(folder / "rows.yaml"), str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{command}'tests.support.dying', {arguments}))"],
+        capture_output=True, text=True, env=ENV, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("ended by signal 9") + done.stderr.count("is gone") >= 1
+    assert "Traceback" not in done.stderr
+    assert [name[:13] for name in names(tmp_path / "run")][-1:] == ["step-00000002"]
+    recipe = load_recipe(folder / "rows.yaml", ["checkpoint.every=2"])
+    assert train(recipe, tmp_path / "run", resume=True).resumed_at == [2]
+
+
+@pytest.mark.parametrize("devices", ["0", "two"])
+def test_a_number_of_devices_that_is_none_is_refused(folder: Path, devices: str) -> None:
+    done = sift("train", folder / "rows.yaml", "--devices", devices)
+    assert done.returncode == 2
+    assert "--devices" in done.stderr
