@@ -215,8 +215,9 @@ def open_session(
     where, sharded = ranks.place(pick_device(device)), None
     data = recipe.data
     own = own_metrics(recipe.metric_names, allow_code)
-    folder = None if tuned else model_folder(recipe.model.path, recipe.model.revision)
-    task = load_rows(recipe, train=train, split=split, own=own)
+    with ranks.first_here():
+        folder = None if tuned else model_folder(recipe.model.path, recipe.model.revision)
+        task = load_rows(recipe, train=train, split=split, own=own)
     if tuned is None:
         assert folder is not None
         torch.manual_seed(recipe.train.seed)
@@ -240,9 +241,10 @@ def open_session(
     # The head's weights are there for a pass through the whole model alone.
     chunks = "off" if sharded else settings.chunk_loss
     task, said = task.ready(tuned, packs=settings.packs, chunk_loss=chunks)
-    rows, evaluation = encoded(
-        task, tuned.tokenizer, tuned.model.config, data.max_length, split or recipe.eval.split
-    )
+    with ranks.first_here():
+        rows, evaluation = encoded(
+            task, tuned.tokenizer, tuned.model.config, data.max_length, split or recipe.eval.split
+        )
     return Session(
         task=task,
         model=tuned.model,

@@ -368,8 +368,9 @@ class Chooser:
         header: Callable[[], Header],
     ) -> Written:
         """Writes the delta, and weights.jsonl for the report."""
-        changes = list(optimizer.parameters.changes())  # which every rank must ask for
-        write = partial(self._write, out, optimizer.parameters, changes, marks, header)
+        # Both take every rank where each holds a part of the weights.
+        changes, said = list(optimizer.parameters.changes()), header()
+        write = partial(self._write, out, optimizer.parameters, changes, marks, said)
         return self.session.ranks.on_main(write)
 
     def _write(
@@ -378,12 +379,12 @@ class Chooser:
         parameters: SparseParameters,
         changes: Sequence[Changed],
         marks: Mapping[str, str],
-        header: Callable[[], Header],
+        header: Header,
     ) -> Written:
         session = self.session
         known = {name: mark for name, mark in marks.items() if name not in session.new}
         base_of = session.sharded.base if session.sharded else None
-        delta = build_delta(parameters, session.new, known, header(), changes, base_of)
+        delta = build_delta(parameters, session.new, known, header, changes, base_of)
         digest = save_delta(out / DELTA_FILE, delta)
         write_weights(out, session.model, parameters, self.dense, changes)
         counts = {name: len(support) for name, support in parameters.supports.items()}

@@ -103,8 +103,7 @@ def train(
             if summary is not None:
                 return summary
         method = build(recipe) if build else selecting(recipe, allow_code, console)
-        with ranks.first_here():
-            session = open_session(recipe, device=device, allow_code=allow_code, ranks=ranks)
+        session = open_session(recipe, device=device, allow_code=allow_code, ranks=ranks)
         if source == "usual":
             console.print(told_rate(recipe, narrow is None), highlight=False)
         run = begin(recipe, session, method, checkpoints, timing, resume=resume)

@@ -1,5 +1,6 @@
 """Processes that hold a model in rows, on gloo, and what one process does with the same rows."""
 
+import faulthandler
 import multiprocessing
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from sift_cli.tasks.token_batches import padded
 from tests.support.causal import EOS, causal_model, causal_rows
 
 STEPS, ROWS = 5, 6  # of which each step takes all
+PATIENCE = 70  # seconds
 
 
 def on_ranks(count: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -35,6 +37,7 @@ def on_ranks(count: int, folder: Path, work: Callable[..., Any], *args: Any) -> 
         one.start()
     for one in ranks:
         one.join()
+    assert [one.exitcode for one in ranks] == [0] * count or _told(meeting, 0).exists()
     found = [torch.load(_told(meeting, r), weights_only=False) for r in range(count)]
     for one in found:
         if isinstance(one, str):
@@ -51,6 +54,7 @@ def _run(
 ) -> None:
     import torch.distributed as dist
 
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # where ranks wait for each other
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
     try:
