@@ -3,22 +3,26 @@
 import faulthandler
 import multiprocessing
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.prepare import recompute_activations
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach
 from sift_cli.sparse.local import Shards
 from sift_cli.tasks.token_batches import padded
 from tests.support.causal import EOS, causal_model, causal_rows
+from tests.support.interruptions import at_call, signalled
 
 STEPS, ROWS = 5, 6  # of which each step takes all
-PATIENCE = 70  # seconds
+PATIENCE = 240  # seconds
 
 
 def on_ranks(count: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -201,3 +205,27 @@ def _digests(model: nn.Module) -> dict[str, str]:
     every = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     whole = {n: getattr(one, "full_tensor", lambda one=one: one)() for n, one in every.items()}
     return {name: fingerprint(one) for name, one in whole.items()}
+
+
+FULL = "distributed.shard=full"
+
+
+def runs_of_rank(
+    rank: int, recipe: Path, settings: Mapping[str, Sequence[str]], stopped_in: int
+) -> None:
+    """A run of each settings; one that is stopped, and one that goes on from what is there."""
+    from sift_cli.recipe import load_recipe
+    from sift_cli.training import train
+
+    out = recipe.parent / "several"
+    for name, changes in settings.items():
+        train(load_recipe(recipe, [*changes, FULL]), out / name, device="cpu")
+    sift = load_recipe(recipe, [*settings["sift"], FULL])
+    train(sift, out / "resumed", device="cpu", resume=True)
+    asked = at_call(stopped_in, signalled(SIGTERM)) if rank else nullcontext()
+    try:
+        with asked:
+            train(sift, out / "stopped", device="cpu")
+    except (SiftError, SystemExit) as error:
+        code = error.code
+    assert code == ExitCode.INTERRUPTED
