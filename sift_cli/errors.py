@@ -19,11 +19,15 @@ class ExitCode(IntEnum):
 
 
 class SiftError(Exception):
-    """A mistake that the user can mend: the message names the thing, the place and the way out."""
+    """A mistake that the user can mend: the message names the thing, the place and the way out.
+
+    `first` says that no other process of the run had one before.
+    """
 
     def __init__(self, message: str, code: ExitCode = ExitCode.USAGE) -> None:
         super().__init__(message)
         self.code = code
+        self.first = False
 
 
 class NotHere(SiftError):

@@ -1,10 +1,11 @@
 """One training by a method that is not sift's, for comparison: what differs is what trains.
 
 All else is the loop of `sift train`. Run as a process of its own:
-python -m sift_cli.analysis.adapted METHOD RECIPE OUT [DEVICE]
+python -m sift_cli.analysis.adapted METHOD RECIPE OUT [DEVICE] [--devices N]
 """
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from sift_cli.errors import SiftError
 from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.runs.session import Session
 from sift_cli.runs.summary import Summary
+from sift_cli.system.launch import launch, launched
 from sift_cli.training import train
 from sift_cli.training.batches import Steps
 from sift_cli.training.choosing import Chooser, rule_of
@@ -74,15 +76,18 @@ def build(method: str, recipe: Recipe, session: Session, batches: Steps) -> Dens
 
 def main(arguments: list[str]) -> None:
     """The process: a user's mistake becomes a line and an exit code."""
-    method, recipe, out, *device = arguments
+    parser = ArgumentParser()
+    parser.add_argument("method")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("device", nargs="?")
+    parser.add_argument("--devices", type=int, default=1)
+    given = parser.parse_args(arguments)
+    if given.devices not in (1, launched().world):
+        sys.exit(launch(given.devices, "sift_cli.analysis.adapted", arguments))
     try:
-        train_adapted(
-            load_recipe(Path(recipe)),
-            method,
-            Path(out),
-            device=next(iter(device), None),
-            resume=True,
-        )
+        recipe = load_recipe(given.recipe)
+        train_adapted(recipe, given.method, given.out, device=given.device, resume=True)
     except SiftError as error:
         print(error, file=sys.stderr)
         sys.exit(int(error.code))

@@ -21,7 +21,7 @@ from sift_cli.analysis.table import (
     tabulated,
 )
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.devices import pick_device
+from sift_cli.models.devices import pick_device, require_devices
 from sift_cli.recipe import AUTO, DEFAULT_POLICY, Rate, Recipe
 from sift_cli.runs.session import tell_emulated
 from sift_cli.runs.summary import Summary
@@ -54,6 +54,7 @@ def compare(
     sweep: int = 1,
     workers: int = 1,
     device: str | None = None,
+    devices: int = 1,
     allow_code: bool = False,
     console: Console | None = None,
 ) -> Comparison:
@@ -64,8 +65,8 @@ def compare(
     recipe's. At each of `densities` (the recipe's own budget if empty) LoRA and SHiRA get the rank
     that comes nearest to as many entries. `rates` are learning rates by method; with `sweep` so
     many are tried around each on the first seed, and the one with the best metric runs on the
-    others. What has finished in `out` is not run again. Runs that diverge are told in the table,
-    and the others go on.
+    others. Each run is shared by so many `devices`. What has finished in `out` is not run again.
+    Runs that diverge are told in the table, and the others go on.
 
     Raises SiftError for what cannot be compared, and (exit code 4) where every run diverged.
     """
@@ -85,7 +86,9 @@ def compare(
     if any(method in ADAPTERS for method in methods):
         require_peft()
     tell_emulated(recipe.model, recipe.train, pick_device(device), console)
-    runner = Runner(out, workers, device, allow_code, console)
+    if devices > 1:
+        require_devices(devices, device)
+    runner = Runner(out, workers, device, allow_code, console, devices)
     tried = jobs_of(recipe, methods, densities, rates, sweep)
     chosen, notes, lost = [jobs[0] for jobs in tried], [UNTUNED], list[Diverged]()
     if sweep > 1:

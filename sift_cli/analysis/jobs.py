@@ -74,13 +74,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs jobs under the folder `out`, `workers` at a time, each with its share of the cores."""
+    """Runs jobs under the folder `out`, `workers` at a time, each with its share of the cores.
+
+    Each of them runs on so many `devices`.
+    """
 
     out: Path
     workers: int
     device: str | None
     allow_code: bool
     console: Console
+    devices: int = 1
     processes: set[subprocess.Popen[str]] = field(default_factory=set)
     # A process is started and noted, or ended, never one amid the other; SIGTERM may come twice.
     changing: threading.RLock = field(default_factory=threading.RLock)
@@ -139,12 +143,23 @@ class Runner:
 
     def _command(self, job: Job, recipe: Path, folder: Path) -> list[str]:
         python = [sys.executable, "-m"]
+        several = ["--devices", str(self.devices)] if self.devices > 1 else []
         if job.method in METHODS:
             arguments = [job.method, str(recipe), str(folder), *filter(None, [self.device])]
-            return [*python, "sift_cli.analysis.adapted", *arguments]
+            return [*python, "sift_cli.analysis.adapted", *arguments, *several]
         more = ["--device", self.device] if self.device else []
         more += ["--allow-code"] if self.allow_code else []
-        return [*python, "sift_cli", "train", str(recipe), "--out", str(folder), "--resume", *more]
+        return [
+            *python,
+            "sift_cli",
+            "train",
+            str(recipe),
+            "--out",
+            str(folder),
+            "--resume",
+            *more,
+            *several,
+        ]
 
     def _process(self, command: Sequence[str]) -> tuple[int, str]:
         """The exit code of a process, and what it wrote to standard error."""

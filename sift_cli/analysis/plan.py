@@ -21,7 +21,7 @@ from rich.console import Console
 from sift_cli.analysis.memory import Batch, PeakMemory, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, rank_for
 from sift_cli.analysis.planned import Passes, PlannedRows, read_task
-from sift_cli.analysis.sizes import accounting, delta_bytes, grouped
+from sift_cli.analysis.sizes import accounting, delta_bytes, grouped, sent
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import DTYPES, WEIGHTS, model_folder, on_meta, padding_of
@@ -53,6 +53,7 @@ def plan(
     recipe: Recipe,
     *,
     device: str | None = None,
+    devices: int = 1,
     memory: int | None = None,
     measure: bool = False,
     allow_code: bool = False,
@@ -60,14 +61,19 @@ def plan(
 ) -> dict[str, Any]:
     """Counts, memory by part, the delta's size, rows and steps; with `measure` the time as well.
 
-    `memory` stands in for that of the device, in bytes. Rows are counted where they and the
+    Where `devices` share the steps, memory is that of each, and `sent_bytes` what each sends in a
+    step. `memory` stands in for that of the device, in bytes. Rows are counted where they and the
     tokenizer are on this machine. Raises SiftError for what the recipe gets wrong.
     """
     console = console or Console(stderr=True, quiet=True)
     where = pick_device(device)
     outline = Outline.of(recipe, allow_code)
     result = outline.counted()
-    result |= memory_of(outline, where, console)
+    result |= memory_of(outline, where, console, devices)
+    if devices > 1:
+        entries = result["trained_entries"] + result["dense_entries"]
+        sends = sent(entries, result["total_entries"], recipe.model.dtype, devices)
+        result |= {"devices": devices, "sent_bytes": sends}
     result["device"] = fits(result, where, memory)
     if measure:
         result["measured"] = measured(recipe, where, allow_code, console)
@@ -185,9 +191,11 @@ def _new_head(task: Task, model: Any, folder: Path) -> Sequence[str]:
     return require_whole(model, Lack.of_files(model, stored), stored, folder, task.new_head)
 
 
-def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[str, Any]:
+def memory_of(
+    outline: Outline, device: torch.device, console: Console, devices: int = 1
+) -> dict[str, Any]:
     """Bytes at the peak by part: of a step with the largest batch, and of the passes before and
-    after training."""
+    after training. On a CPU each of several processes looks at whole calibration batches."""
     recipe = outline.recipe
     task = outline.rows.task.expected(
         outline.model.config,
@@ -195,7 +203,7 @@ def memory_of(outline: Outline, device: torch.device, console: Console) -> dict[
         packs=recipe.train.packs,
         chunk_loss=recipe.train.chunk_loss,
     )
-    batch = outline.rows.largest(recipe, task)
+    batch = outline.rows.largest(recipe, task, devices if device.type == "cuda" else 1)
     methods = memory_of_methods(outline, batch, device, console)
     checkpointing = outline.recompute is True
     return {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,11 @@ class PlannedRows:
             return None
         return steps_of(recipe.train, self.train.lengths)
 
-    def largest(self, recipe: Recipe, task: Task) -> Batch:
-        """The largest batch of the first epoch; without rows, a full one."""
+    def largest(self, recipe: Recipe, task: Task, devices: int = 1) -> Batch:
+        """The largest batch of the first epoch, where so many devices share each step.
+
+        Without rows, a full one.
+        """
         batches, packs = self.batches(recipe), task.packs
         if batches is None or self.train is None:
             rows, tokens = full(recipe.train, recipe.data.max_length)
@@ -77,17 +81,25 @@ class PlannedRows:
                 assert recipe.train.tokens is not None
                 most = recipe.train.max_tokens or max(PACK, tokens)
                 rows, tokens = 1, min(recipe.train.tokens, most)
+            elif recipe.train.tokens is None:
+                rows = min(rows, ceil(recipe.train.batch_size * recipe.train.accumulate / devices))
             return Batch(rows, tokens, task=task, packed=packs)
         lengths, targets = self.train.lengths, self.train.targets
 
-        def batch(part: Sequence[int]) -> Batch:
+        def batch(part: Sequence[int], step: Sequence[Sequence[int]]) -> Batch:
+            if packs:
+                share = ceil(sum(lengths[row] for one in step for row in one) / devices)
+                before = accumulate((lengths[row] for row in part), initial=0)
+                part = [row for row, held in zip(part, before, strict=False) if held < share]
+            else:
+                part = part[: ceil(sum(map(len, step)) / devices)]
             each = [lengths[row] for row in part]
             learnt = sum(targets[row] for row in part) if targets else None
             shape = (1, sum(each)) if packs else (len(part), max(each))
             return Batch(*shape, task=task, learnt=learnt, packed=packs)
 
         steps = islice(batches.endless(), batches.steps_per_epoch)
-        every = (batch(part) for rows in steps for part in rows)
+        every = (batch(part, rows) for rows in steps for part in rows)
         return max(every, key=lambda one: (one.rows * one.tokens, one.tokens, one.learnt or 0))
 
     def widest(self, recipe: Recipe, task: Task, also: Sequence[Encoded]) -> Batch:

@@ -7,6 +7,7 @@ from math import lgamma, log
 from torch import nn
 
 from sift_cli.models.loading import DTYPES
+from sift_cli.sparse.parameters import ROOM
 
 VALUE_BYTES = {"float32": 3.25, "bfloat16": 1.24}  # measured of MiniLM (docs/benchmarks-delta.md)
 HEADER_BYTES, ROW_BYTES = 2_000, 130  # recipe and the like, and what each weight adds
@@ -39,6 +40,21 @@ def delta_bytes(
     values = VALUE_BYTES[dtype] * sum(counts.values())
     head = DTYPES[dtype].itemsize * sum(sizes[name] for name in dense)
     return round(bits / 8 + values + head + HEADER_BYTES + ROW_BYTES * len(counts))
+
+
+def sent(entries: int, total: int, dtype: str, devices: int) -> dict[str, int]:
+    """Bytes that each of so many devices sends in a step, by method.
+
+    A ring sends 2 (N - 1) / N of a message (Patarasuk and Yuan 2009). Gradients of `entries` travel
+    in fp32, be they entries of sift or an adapter's of the same size, and those of all of `total`
+    in the dtype of the weights.
+    """
+    messages = {
+        "sift": (entries + ROOM) * 4,
+        "lora": entries * 4,
+        "full": total * DTYPES[dtype].itemsize,
+    }
+    return {name: round(2 * (devices - 1) / devices * one) for name, one in messages.items()}
 
 
 def log_choices(size: int, count: int) -> float:

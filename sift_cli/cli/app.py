@@ -14,6 +14,7 @@ from sift_cli.cli.checks import check_arguments
 from sift_cli.cli.options import Json, print_json, print_table
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.system.faults import fault_of
+from sift_cli.system.launch import launched
 from sift_cli.system.terminal import spell_out, visible
 
 app = typer.Typer(
@@ -129,5 +130,6 @@ def main() -> None:
 
 
 def _end(error: SiftError) -> NoReturn:
-    print(visible(str(error)), file=sys.stderr)
+    if error.first or not launched().local:  # what each process finds is told once a node
+        print(visible(str(error)), file=sys.stderr)
     sys.exit(int(error.code))

@@ -10,6 +10,7 @@ from sift_cli.cli.checks import check_recipe, check_runs
 from sift_cli.cli.options import (
     AllowCode,
     Device,
+    Devices,
     Json,
     Overrides,
     Quiet,
@@ -94,6 +95,9 @@ def plan(
     recipe: RecipeArg,
     overrides: Overrides = None,
     device: Device = None,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Plan for so many devices that share each step.")
+    ] = 1,
     memory: Annotated[
         str | None, typer.Option(help="Plan for a device with so much memory, such as 24GB.")
     ] = None,
@@ -120,6 +124,7 @@ def plan(
     planned = run(
         resolved,
         device=device,
+        devices=devices,
         memory=capacity,
         measure=measure,
         allow_code=allow_code,
@@ -151,6 +156,7 @@ def compare(
     workers: Workers = 1,
     overrides: Overrides = None,
     device: Device = None,
+    devices: Devices = 1,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
@@ -184,6 +190,7 @@ def compare(
             sweep=sweep,
             workers=workers,
             device=device,
+            devices=devices,
             allow_code=allow_code,
             console=stderr,
         )

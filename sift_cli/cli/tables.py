@@ -141,6 +141,13 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
         f"{name} {size(parts['peak'])}" for name, parts in plan["memory_of_passes"].items()
     )
     lines.append(f"Other passes at their peak: {passes}.")
+    if "sent_bytes" in plan:
+        sent = {name: size(nbytes) for name, nbytes in plan["sent_bytes"].items()}
+        lines.append(
+            f"On {plan['devices']:,} devices, of which memory is that of each, every one sends "
+            f"{sent['sift']} a step; LoRA of equal size would send {sent['lora']}, full "
+            f"fine-tuning {sent['full']}."
+        )
     device = plan["device"]
     if device["fits"] is not None:
         verdict = "fits" if device["fits"] else "does not fit"

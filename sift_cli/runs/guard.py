@@ -15,13 +15,17 @@ from sift_cli.system.faults import FREE_SPACE, fault_of
 
 
 @contextmanager
-def guarded(out: Path) -> Iterator[None]:
+def guarded(out: Path, main: bool = True) -> Iterator[None]:
     """Holds the folder `out` for one run, and explains faults of the disk and of memory.
 
     The folder is made if need be, and removed again where nothing was written into it. Raises
-    SiftError where it cannot be written, or where another process trains into it.
+    SiftError where it cannot be written, or where another process trains into it. Of the processes
+    of one run only the `main` one holds it.
     """
     with explained_faults(out):
+        if not main:
+            yield
+            return
         made = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         try:

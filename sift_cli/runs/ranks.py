@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import count
 from typing import Any, Protocol, TypeVar
@@ -62,6 +62,22 @@ class Ranks:
     def main(self) -> bool:
         """Whether this is the one that locks, writes, logs and prints."""
         return self.rank == 0
+
+    def in_rows(self, replicas: int, of_recipe: bool) -> Ranks:
+        """The same that each hold some rows of every weight, of so many copies of the model.
+
+        Raises SiftError where they do not come out even, and for methods that are no recipe's own.
+        """
+        if self.alone:
+            return self
+        if not of_recipe:
+            raise SiftError("distributed.shard: full: it is for what a recipe selects; set none")
+        if self.world % replicas:
+            raise SiftError(
+                f"distributed.replicas: {replicas} copies of the model do not fit on {self.world} "
+                "processes; give a number that divides them"
+            )
+        return replace(self, even=True)
 
     def place(self, device: torch.device) -> torch.device:
         """The device of this one: on GPUs, its own."""
@@ -119,9 +135,11 @@ class Ranks:
         parts = self.gather(own)
         return [parts[at % self.world][at // self.world] for at in range(len(batches))]
 
-    def require_same(self, what: str, digest: str) -> None:
-        """Raises SiftError where ranks differ in `what`, of which each has a digest."""
-        found = self.gather(digest)
+    def require_same(self, what: str, digest: Callable[[], str]) -> None:
+        """Raises SiftError where ranks differ in `what`, of which `digest` makes a digest."""
+        if self.alone:
+            return
+        found = self.gather(digest())
         wrong = [rank for rank, one in enumerate(found) if one != found[0]]
         if wrong:
             raise SiftError(
@@ -150,7 +168,7 @@ class Ranks:
             room[at].fill_(float(flag))
         self.sum_(message)
         parameters.accept(message)
-        return [room[0].to(loss.dtype, copy=True), room[1:].clone()]
+        return [room[0].to(loss, copy=True), room[1:].clone()]
 
 
 ALONE = Ranks()
@@ -183,6 +201,8 @@ def opened(device: str | None) -> Iterator[Ranks]:
         yield ranks
     except (Exception, KeyboardInterrupt) as error:
         if _first(key):
+            if isinstance(error, SiftError):
+                error.first = True
             raise
         time.sleep(TELLING_S)
         raise SystemExit(_code(error)) from None

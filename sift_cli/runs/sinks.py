@@ -191,11 +191,15 @@ def open_sinks(
     console: Console,
     after: int = 0,
     callbacks: Sequence[Callback] = (),
+    main: bool = True,
 ) -> Sinks:
     """Writes recipe.yaml and opens the sinks of a run that goes on after step `after`.
 
-    What marks an earlier run as finished, and its weights, are removed.
+    What marks an earlier run as finished, and its weights, are removed. Of the processes of one run
+    only the `main` one has sinks.
     """
+    if not main:
+        return Sinks(None)
     sinks: list[Sink] = []  # first: a package that is missing must not cost the earlier run
     if recipe.log.tensorboard:
         sinks.append(TensorBoard(out / TENSORBOARD, after))

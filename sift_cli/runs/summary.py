@@ -21,6 +21,7 @@ from sift_cli.tasks.metrics import Metrics
 
 LEFT_OUT = (
     "rank",
+    "devices",
     "learning_rate",
     "learning_rate_from",
     "language",
@@ -42,6 +43,7 @@ class Summary:
     `learning_rate_from` is `recipe`, `usual` or `auto`. `truncated` counts the rows cut to
     `data.max_length` by split, `resumed_at` lists the steps after which the run was resumed,
     `step_time_ms` is the median. `splits` are what the rows of a language task come to.
+    `devices` shared the steps, where there were several; times and memory are the first one's.
 
     Fields with a default are those that baselines or the runs of older versions lack.
     """
@@ -75,6 +77,7 @@ class Summary:
     delta_bytes: int
     delta_sha256: str | None = None
     device: str
+    devices: int | None = None
     bf16_autocast: bool
 
     @classmethod
@@ -193,6 +196,7 @@ def summarize(
         delta_bytes=written.nbytes,
         delta_sha256=written.sha256,
         device=str(session.device),
+        devices=None if session.ranks.alone else session.ranks.world,
         bf16_autocast=session.bf16,
     )
 

@@ -37,7 +37,8 @@ class Loss:
     def of_mean(cls, mean: Tensor, count: float | Tensor) -> Loss:
         """From the mean over `count`, as models of transformers give it."""
         wide = torch.float32 if mean.device.type == "mps" else torch.float64
-        return cls(mean.float().to(wide) * count, count)
+        own = mean.to(torch.promote_types(mean.dtype, torch.float32))
+        return cls(own.to(wide) * count, count)
 
 
 @dataclass(frozen=True)

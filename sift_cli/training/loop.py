@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import torch
 from rich.console import Console
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.fingerprints import tensor_bytes
 from sift_cli.models.prepare import prepare_model
-from sift_cli.recipe import AUTO, EvalSection, Recipe, TrainSection
+from sift_cli.recipe import EvalSection, Recipe, TrainSection
 from sift_cli.runs.callbacks import Callback, require_callbacks
 from sift_cli.runs.checkpoint import Checkpoints
 from sift_cli.runs.facts import Facts, settings_of
-from sift_cli.runs.guard import explained_faults, guarded, require_space
+from sift_cli.runs.guard import guarded, require_space
 from sift_cli.runs.language import with_template
 from sift_cli.runs.ranks import Ranks, opened
 from sift_cli.runs.record import write_gradient, write_predictions
@@ -32,16 +30,9 @@ from sift_cli.system.stopping import Stop
 from sift_cli.training.asked import Asked
 from sift_cli.training.batches import Steps, steps_of
 from sift_cli.training.choosing import selecting
-from sift_cli.training.method import Build, Method, Optimizer
+from sift_cli.training.method import Build, Method, digest_of
 from sift_cli.training.randomness import packed_states, random_states
-from sift_cli.training.rates import (
-    at_best_rate,
-    rate_from,
-    remove_trials,
-    told_rate,
-    usual_rate_for,
-    with_rate,
-)
+from sift_cli.training.rates import rate_from, rated, remove_trials, told_rate
 from sift_cli.training.schedule import schedule_of
 from sift_cli.training.state import Kept, State, space_for
 from sift_cli.training.step import add_gradient, take_step
@@ -77,30 +68,24 @@ def train(
     (4), and after a SIGINT or SIGTERM, once the state is saved (130).
     """
     require_callbacks(callbacks)
-    with opened(device) if ranks is None else nullcontext(ranks) as ranks, held(out, ranks):
+    with opened(device) if ranks is None else nullcontext(ranks) as ranks, guarded(out, ranks.main):
         console = console if console and ranks.main else Console(stderr=True, quiet=True)
-        recipe, ranks = with_template(recipe), in_rows(recipe, ranks)
-        if ranks.even and build is not None:
-            raise SiftError("distributed.shard: full: it is for what a recipe selects; set none")
+        recipe = with_template(recipe)
+        if recipe.distributed.shard == "full":
+            ranks = ranks.in_rows(recipe.distributed.replicas, of_recipe=build is None)
         checkpoints = Checkpoints(out, recipe.checkpoint, console)
         if overwrite:
             ranks.on_main(partial(remove_trials, out))
         elif not resume:
             ranks.on_main(checkpoints.require_none)
         source = rate_from(recipe)
-        if recipe.train.learning_rate == AUTO:
-            one = partial(
-                train, build=build, device=device, resume=True, allow_code=allow_code, ranks=ranks
-            )
-            middle = usual_rate_for(recipe, narrow)
-            recipe = at_best_rate(recipe, out, one, middle, console, ranks)
-        recipe = with_rate(recipe, narrow)
+        trial = partial(train, build=build, device=device, allow_code=allow_code, ranks=ranks)
+        recipe = rated(recipe, out, partial(trial, resume=True), narrow, console, ranks)
         timing = Timing()
         if resume:
             policy = recipe.selection.policy if build is None else None
             found = partial(checkpoints.finished, settings_of(recipe), policy=policy)
-            summary = ranks.on_main(found)
-            if summary is not None:
+            if (summary := ranks.on_main(found)) is not None:
                 return summary
         method = build(recipe) if build else selecting(recipe, allow_code, console)
         session = open_session(recipe, device=device, allow_code=allow_code, ranks=ranks)
@@ -111,7 +96,7 @@ def train(
         space = space_for(run.state.parameters, regular)
         ranks.on_main(partial(require_space, out, space))
         with Stop() as stop:
-            with closing(sinks_of(run, recipe, callbacks)) as log:
+            with closing(open_sinks(recipe, out, console, run.done, callbacks, ranks.main)) as log:
                 if run.saved is None:
                     ranks.on_main(checkpoints.remove)
                 take_steps(run, log, Asked(stop, checkpoints, ranks))
@@ -181,13 +166,13 @@ def begin(
         console.print(note, highlight=False)
     tell_emulated(recipe.model, settings, session.device, console)
     facts, ranks = Facts.of(settings_of(recipe), method.name, session), session.ranks
-    ranks.require_same("base or rows", json.dumps([facts.base, facts.data]))
+    ranks.require_same("base or rows", lambda: json.dumps([facts.base, facts.data]))
     saved = ranks.on_main(partial(checkpoints.newest, facts)) if resume else None
     metrics_before = saved.metrics_before if saved else session.evaluate()
     tell_undefined(metrics_before, console)
     undo = prepare_model(session.model, session.device, settings.gradient_checkpointing)
     optimizer = method.restore(saved) if saved else method.begin()
-    require_agreed(ranks, method, optimizer)
+    ranks.require_same("entries to train", partial(digest_of, method, optimizer))
     if not ranks.alone and not session.one_dropout:
         torch.manual_seed(settings.seed + ranks.rank)
     schedule = schedule_of(settings, optimizer.adamw, batches.steps)
@@ -214,44 +199,6 @@ def begin(
     )
 
 
-def in_rows(recipe: Recipe, ranks: Ranks) -> Ranks:
-    """The ranks, which keep step where the recipe says that each holds some rows of the model.
-
-    Raises SiftError where they make no equal copies.
-    """
-    where = recipe.distributed
-    if ranks.alone or where.shard == "none":
-        return ranks
-    if ranks.world % where.replicas:
-        raise SiftError(
-            f"distributed.replicas: {where.replicas} copies of the model do not fit on "
-            f"{ranks.world} processes; give a number that divides them"
-        )
-    return replace(ranks, even=True)
-
-
-def held(out: Path, ranks: Ranks) -> AbstractContextManager[None]:
-    """The folder held by the one process that writes into it; faults explained by all."""
-    return guarded(out) if ranks.main else explained_faults(out)
-
-
-def sinks_of(run: Run, recipe: Recipe, callbacks: Sequence[Callback]) -> Sinks:
-    """Where the run's numbers go; those of the other ranks, nowhere."""
-    if not run.main:
-        return Sinks(None)
-    return open_sinks(recipe, run.checkpoints.out, run.checkpoints.console, run.done, callbacks)
-
-
-def require_agreed(ranks: Ranks, method: Method, optimizer: Optimizer) -> None:
-    """Raises SiftError where ranks do not train the same entries from the same values."""
-    if ranks.alone:
-        return
-    digest = sha256()
-    for name, tensor in sorted(method.pack(optimizer).tensors.items()):
-        digest.update(name.encode() + tensor_bytes(tensor.detach().cpu().contiguous()))
-    ranks.require_same("entries to train", digest.hexdigest())
-
-
 def take_steps(run: Run, log: Sinks, asked: Asked) -> None:
     """Takes every step that is left, and logs, evaluates and saves on the way.
 
@@ -272,7 +219,8 @@ def take_steps(run: Run, log: Sinks, asked: Asked) -> None:
         with state.timing.step(session.device):
             if run.method.due(step):
                 run.method.change(step, state.optimizer)
-                require_agreed(session.ranks, run.method, state.optimizer)
+                digest = partial(digest_of, run.method, state.optimizer)
+                session.ranks.require_same("entries to train", digest)
             rate = float(state.schedule.get_last_lr()[0])
             take_step(
                 session,

@@ -1,6 +1,7 @@
 """What a run trains, as the loop sees it: the recipe's selection, or whole parameters."""
 
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sift_cli.delta.header import Header
+from sift_cli.models.fingerprints import tensor_bytes
 from sift_cli.recipe import Recipe
 from sift_cli.runs.checkpoint import Checkpoint
 from sift_cli.runs.session import Session
@@ -117,6 +119,14 @@ class Method(Protocol):
 
     def describe(self, out: Path, recipe: Recipe, summary: Summary) -> None:
         """Writes the README.md of the run folder, where it has one."""
+
+
+def digest_of(method: Method, optimizer: Optimizer) -> str:
+    """A hash of what trains and its values, down to the bit."""
+    digest = sha256()
+    for name, tensor in sorted(method.pack(optimizer).tensors.items()):
+        digest.update(name.encode() + tensor_bytes(tensor.detach().cpu().contiguous()))
+    return digest.hexdigest()
 
 
 Build = Callable[[Session, Steps], Method]

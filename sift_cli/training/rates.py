@@ -105,6 +105,19 @@ def at_best_rate(
     return at_rate(recipe, best)
 
 
+def rated(
+    recipe: Recipe, out: Path, trial: Trial, narrow: float | None, console: Console, ranks: Ranks
+) -> Recipe:
+    """The recipe with its rate: its own, the best of a few tried by `trial`, or the usual one.
+
+    `narrow` is as `usual_rate_for` has it.
+    """
+    if recipe.train.learning_rate == AUTO:
+        middle = usual_rate_for(recipe, narrow)
+        recipe = at_best_rate(recipe, out, trial, middle, console, ranks)
+    return with_rate(recipe, narrow)
+
+
 def require_enough_rows(rows: int) -> None:
     """Raises SiftError where so many rows to train on are too few to try rates with."""
     if rows < FEWEST_ROWS:

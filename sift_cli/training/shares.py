@@ -44,12 +44,15 @@ class Share:
         return masks_of(self.own, len(self.rows)) if shared else nullcontext()
 
 
-def shares_of(session: Session, rows: Sequence[Sequence[int]]) -> Iterator[Share]:
+def shares_of(
+    session: Session, rows: Sequence[Sequence[int]], alike: bool = False
+) -> Iterator[Share]:
     """What this rank computes of a step's micro-batches, one after the other.
 
     With one process, these are the micro-batches. Padded rows on a CPU are dealt within each, which
-    every rank walks through, so that random numbers are those of one process. Others are dealt over
-    the whole step and put together anew, in micro-batches no larger than the step's.
+    every rank walks through, so that random numbers are those of one process; so are all padded
+    ones that are to be `alike`, where padding counts. Others are dealt over the whole step and put
+    together anew, in micro-batches no larger than the step's.
     """
     ranks = session.ranks
     if ranks.alone:
@@ -57,7 +60,7 @@ def shares_of(session: Session, rows: Sequence[Sequence[int]]) -> Iterator[Share
         return
     assert session.train is not None
     lengths = session.train.lengths
-    if session.one_dropout:
+    if session.one_dropout or (alike and not session.task.packs):
         for part in rows:
             own = deal([lengths[row] for row in part], ranks.world)[ranks.rank]
             yield Share(part, own or [0], laid_out=True, counts=bool(own))

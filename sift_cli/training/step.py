@@ -33,9 +33,10 @@ def add_gradient(session: Session, rows: Rows, total: float | None = None) -> Te
     count, where `rows` are only some of a step's. Of several ranks, each adds the part of its own
     rows, and the parts sum to the mean.
     """
+    alike = total is not None  # a pass that entries are chosen by
     total = total or session.counted(rows)
     mean = torch.zeros((), device=session.device)
-    for part in shares_of(session, rows):
+    for part in shares_of(session, rows, alike):
         with part.masks(), nullcontext() if part.counts else uncounted():
             share = _loss(session, part).sum / total
             if not part.counts:
@@ -112,7 +113,7 @@ def forward_passes(session: Session, batches: Iterable[Rows]) -> list[Callable[[
 
 
 def _look(session: Session, rows: Rows) -> None:
-    for part in shares_of(session, rows):
+    for part in shares_of(session, rows, alike=True):
         with part.masks(), nullcontext() if part.counts else uncounted():
             _loss(session, part)
 

@@ -251,6 +251,26 @@ def test_a_token_budget_bounds_the_batch_that_is_planned(recipe_file: Path) -> N
         assert passes[1]["activations"] < passes[0]["activations"]
 
 
+def test_several_devices_share_a_batch_and_send_what_trains(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    alone, four = (plan(recipe, device="cpu", devices=count) for count in (1, 4))
+    trained = four["trained_entries"] + four["dense_entries"]
+    assert four["sent_bytes"] == {
+        "sift": 6 * (trained + 3),  # 2 x 3/4 x 4 bytes
+        "lora": 6 * trained,
+        "full": 6 * four["total_entries"],
+    }
+    assert "sent_bytes" not in alone
+    assert four["batch"] == alone["batch"]  # each process looks at whole calibration batches
+    rows = [
+        memory_of(Outline.of(recipe), torch.device("cuda"), Console(quiet=True), count)["batch"]
+        for count in (1, 4)
+    ]
+    assert rows[1]["rows"] == -(-rows[0]["rows"] // 4)
+    done = sift("plan", recipe_file, "--devices", 4)
+    assert "On 4 devices, of which memory is that of each" in " ".join(done.stdout.split())
+
+
 def test_small_parts() -> None:
     assert layer_and_kind("bert.encoder.layer.3.output.dense.bias") == ("layer 3", "output.dense")
     assert layer_and_kind("bert.pooler.dense.weight") == ("outside", "bert.pooler.dense")

@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sift_cli.models.dropout import LEVELS, _sdpa, attention, dropout, quicken_dropout
+from sift_cli.models import dropout as module
+from sift_cli.models.dropout import (
+    LEVELS,
+    _sdpa,
+    attention,
+    dropout,
+    masks_of,
+    quicken_dropout,
+)
 from tests.support.models import tiny_batch, tiny_model
 
 
@@ -138,3 +146,35 @@ def test_attention_that_is_causal_or_grouped_is_left_to_transformers() -> None:
     torch.manual_seed(0)
     wanted = F.scaled_dot_product_attention(query, key, key, None, 0.2, is_causal=True, scale=0.5)
     torch.testing.assert_close(out, wanted.transpose(1, 2))
+
+
+def test_rows_of_a_batch_have_the_masks_that_they_have_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a layer, in one that folds heads into the batch, and in attention by parts; and what is
+    drawn afterwards is the same."""
+    monkeypatch.setattr(module, "IN_CACHE", 2 * 3 * 5 * 5)  # two rows at a time
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(7, 6, generator=generator) + 1
+    folded = torch.rand(7 * 3, 5, generator=generator) + 1
+    query, key, value = (torch.rand(7, 3, 5, 4, generator=generator) for _ in range(3))
+
+    def drawn(rows: list[int]) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        heads = [3 * row + head for row in rows for head in range(3)]
+        picked = [one[rows] for one in (query, key, value)]
+        return [
+            dropout(x[rows], 0.4),
+            dropout(folded[heads], 0.4).view(len(rows), 3, 5),
+            attention(*picked, None, 0.4, 0.5),
+            torch.rand(3),
+        ]
+
+    whole = drawn(list(range(7)))
+    for rows in ([0, 2, 5], [1, 3, 4, 6], [6], [2, 3]):
+        with masks_of(rows, 7):
+            *parts, after = drawn(rows)
+        for part, of in zip(parts, whole, strict=False):
+            torch.testing.assert_close(part, of[rows], rtol=0, atol=1e-6)
+        assert torch.equal(after, whole[-1])
+    assert not torch.equal(drawn([0, 2, 5])[0], whole[0][[0, 2, 5]])  # without being told

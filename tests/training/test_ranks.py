@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
+from sift_cli.analysis.adapted import train_adapted
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe
-from sift_cli.runs.folder import CHECKPOINTS
+from sift_cli.runs.folder import CHECKPOINTS, TRAINED_FILE
 from sift_cli.runs.ranks import Ranks
 from sift_cli.training import loop, train
 from sift_cli.training.shares import deal
@@ -32,7 +33,7 @@ PADDED = ["train.packing=false", "selection.target=all", "train.batch_size=4", "
 CASES: dict[str, tuple[str, list[str], bool]] = {
     "padded": ("chat", PADDED, True),
     "shared descent": ("chat", PADDED, False),
-    "packed": ("chat", ["train.tokens=160", "train.max_tokens=80"], False),
+    "packed": ("packs", ["selection.target=all"], False),
     "dropout": ("rows", ["train.batch_size=10"], True),  # the last of 48 rows make a batch of 8
     "few rows": ("rows", ["train.batch_size=3", "selection.policy=fisher"], True),
     "warm-up": ("rows", ["selection.policy=lottery", "selection.warmup_steps=2"], False),
@@ -41,9 +42,18 @@ CASES: dict[str, tuple[str, list[str], bool]] = {
     "centred": ("rows", ["selection.score=centred-gradient", "selection.batches=3"], False),
     "squares": ("rows", ["selection.score=agreed-gradient", "selection.batches=3"], False),
 }
+BASELINES = ("lora", "full")
 SPLIT = ["selection.policy=magnitude", "train.packing=false"]
 EIGHT = [*SPLIT, "train.batch_size=8", "train.accumulate=1"]
 FOUR_TWO = [*SPLIT, "train.batch_size=2", "train.accumulate=4"]
+
+
+FOUR = ("padded", "shared descent", "few rows", "input norms")
+
+
+def cases_of(world: int) -> tuple[str, ...]:
+    """Those that so many processes run."""
+    return tuple(CASES) if world == 2 else FOUR
 
 
 def recipes(folder: Path) -> Path:
@@ -53,6 +63,9 @@ def recipes(folder: Path) -> Path:
     config.tie_word_embeddings = True
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    text = (folder / "chat.yaml").read_text()
+    packs = text.replace("batch_size: 4", "tokens: 160, max_tokens: 80")
+    (folder / "packs.yaml").write_text(packs)
     data = folder / "data"
     data.mkdir()
     write_rows(data / "train.jsonl", 48, seed=1)
@@ -67,7 +80,8 @@ def recipes(folder: Path) -> Path:
         tiny_tokenizer().save_pretrained(base)
         (folder / f"{name}.yaml").write_text(
             f"model: {{path: {base}}}\ndata: {{path: {data}, task: sst2, max_length: 16}}\n"
-            "selection: {policy: sift, density: 0.1}\n"
+            # the gradient of a key's bias is nothing but rounding, so no one chooses among it
+            "selection: {policy: sift, density: 0.1, exclude: [attention.self.key]}\n"
             "train: {max_steps: 6, batch_size: 8, learning_rate: 1.0e-2, seed: 3}\n"
             "eval: {every: 3, batch_size: 4}\nlog: {report: false}\n"
         )
@@ -83,13 +97,15 @@ def recipe_of(folder: Path, case: str) -> tuple[Path, list[str], bool]:
 def work(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """All that one group of processes does."""
     found: dict[str, Any] = {}
-    for case in CASES:
+    for case in cases_of(ranks.world):
         recipe, changes, exact = recipe_of(folder, case)
         found[case] = stepped(recipe, changes, replace(ranks, exact=exact))
     found["split"] = stepped(folder / "chat.yaml", EIGHT, ranks)
     if ranks.world == 2:
         found |= interrupted(ranks, folder)
         found |= poisoned(ranks, folder)
+        for method in BASELINES:
+            train_adapted(load_recipe(folder / "dropping.yaml"), method, folder / f"{method}-2")
     return found
 
 
@@ -158,8 +174,9 @@ def same(one: Any, other: Any) -> None:
     torch.testing.assert_close(one["numbers"], other["numbers"], rtol=0, atol=1e-6)  # read as fp32
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("world", "case"), [(world, case) for world in (2, 4) for case in cases_of(world)]
+)
 def test_many_make_the_run_of_one(
     groups: dict[int, list[dict[str, Any]]], one: dict[str, Any], world: int, case: str
 ) -> None:
@@ -197,7 +214,7 @@ def test_a_step_sends_one_message_of_its_gradients_and_three_numbers(
     groups: dict[int, list[dict[str, Any]]], world: int
 ) -> None:
     for rank in groups[world]:
-        for case in CASES:
+        for case in cases_of(world):
             nbytes = (len(rank[case]["masters"]) + 3) * 8
             assert rank[case]["calls"] == [("all_reduce", nbytes)] * 4
 
@@ -220,7 +237,7 @@ def test_a_signal_to_one_ends_all_after_the_same_step(
     first, second = groups[2]
     assert first["ends"] == second["ends"]
     assert all(code == 130 and "after step 3 of 6" in said for code, said in first["ends"])
-    assert [name[:13] for name in first["saved"]] == ["step-00000003"]
+    assert [name[:13] for name in sorted(first["saved"])] == ["step-00000000", "step-00000003"]
     assert delta(folder / "rough") == delta(folder / "calm")
 
 
@@ -249,6 +266,18 @@ def test_what_is_not_finite_on_one_is_so_on_all(
     assert said.startswith("step 2: the loss is nan")
     lines = (folder / "skips-1/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if '"metrics"' in line] == [3, 6]
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_baselines_share_their_steps_too(
+    groups: dict[int, list[dict[str, Any]]], folder: Path, method: str
+) -> None:
+    train_adapted(load_recipe(folder / "dropping.yaml"), method, folder / f"{method}-1")
+    one, two = (load_file(folder / f"{method}-{n}" / TRAINED_FILE) for n in (1, 2))
+    assert groups[2]
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], rtol=0, atol=1e-5)
 
 
 def test_rows_are_dealt_by_tokens() -> None:
@@ -297,7 +326,7 @@ def test_where_one_dies_all_end_and_the_last_checkpoint_goes_on(
     assert done.returncode == 1
     assert done.stderr.count("ended by signal 9") + done.stderr.count("is gone") >= 1
     assert "Traceback" not in done.stderr
-    assert [name[:13] for name in names(tmp_path / "run")][-1:] == ["step-00000002"]
+    assert max(names(tmp_path / "run")).startswith("step-00000002-")
     recipe = load_recipe(folder / "rows.yaml", ["checkpoint.every=2"])
     assert train(recipe, tmp_path / "run", resume=True).resumed_at == [2]
 
