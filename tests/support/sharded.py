@@ -219,8 +219,8 @@ def runs_of_rank(
 
     out = recipe.parent / "several"
     for name, changes in settings.items():
-        train(load_recipe(recipe, [*changes, FULL]), out / name, device="cpu")
-    sift = load_recipe(recipe, [*settings["sift"], FULL])
+        train(load_recipe(recipe, changes), out / name, device="cpu")
+    sift = load_recipe(recipe, settings["sift"])
     train(sift, out / "resumed", device="cpu", resume=True)
     asked = at_call(stopped_in, signalled(SIGTERM)) if rank else nullcontext()
     try:

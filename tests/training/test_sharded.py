@@ -21,13 +21,16 @@ from tests.support.causal import chats_recipe
 from tests.support.interruptions import at_call, signalled
 from tests.support.sharded import FULL, on_ranks, runs_of_rank
 
-POLICIES = ("sift", "sign-descent", "random")
-RANKS, STOPPED_IN = 2, 3  # the step in which a run is asked to stop, and which it still takes
+RANKS = 2
+# sift once more in two whole copies, so that only gradients travel
+POLICIES = {"sift": 1, "sign-descent": 1, "random": 1, "copies": RANKS}
+STOPPED_IN = 3  # the step in which a run is asked to stop, and which it still takes
 NORMS = "selection.dense=[norm, layernorm, embed_tokens]"
 
 
 def changes_of(policy: str) -> list[str]:
     """Of a recipe: norms and the tied embedding train whole."""
+    policy = "sift" if policy == "copies" else policy
     return [f"selection.policy={policy}", "selection.density=0.05", NORMS]
 
 
@@ -43,7 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with at_call(STOPPED_IN, signalled(SIGTERM)), pytest.raises(SiftError):
         train(sift, stopped, device="cpu")
     shutil.copytree(stopped, folder / "several" / "resumed")
-    on_ranks(RANKS, folder, runs_of_rank, recipe, settings, STOPPED_IN)
+    in_rows = {
+        policy: [*changes, FULL, f"distributed.replicas={POLICIES[policy]}"]
+        for policy, changes in settings.items()
+    }
+    on_ranks(RANKS, folder, runs_of_rank, recipe, in_rows, STOPPED_IN)
     shutil.copytree(folder / "several" / "stopped", folder / "one" / "resumed")
     train(sift, folder / "one" / "resumed", device="cpu", resume=True)
     return folder
