@@ -23,7 +23,7 @@ from tests.support.sharded import FULL, on_ranks, runs_of_rank
 
 RANKS = 2
 # sift once more in two whole copies, so that only gradients travel
-POLICIES = {"sift": 1, "sign-descent": 1, "random": 1, "copies": RANKS}
+POLICIES = {"sift": 1, "sign-descent": 1, "copies": RANKS}
 STOPPED_IN = 3  # the step in which a run is asked to stop, and which it still takes
 NORMS = "selection.dense=[norm, layernorm, embed_tokens]"
 
@@ -41,6 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = chats_recipe(folder, "llama-tied")
     settings = {policy: changes_of(policy) for policy in POLICIES}
     for policy, changes in settings.items():
+        if policy == "copies":
+            shutil.copytree(folder / "one" / "sift", folder / "one" / policy)
+            continue
         train(load_recipe(recipe, changes), folder / "one" / policy, device="cpu")
     sift, stopped = load_recipe(recipe, settings["sift"]), folder / "one" / "stopped"
     with at_call(STOPPED_IN, signalled(SIGTERM)), pytest.raises(SiftError):
@@ -106,7 +109,10 @@ def test_it_is_the_run_of_one_process(policy: str, folder: Path) -> None:
         path.name for path in sorted(one.iterdir()) if path.name != "gradient.jsonl"
     ]
     counts = [
-        [(row["name"], row["entries"], row["whole"]) for row in map(json.loads, file.open())]
+        [
+            (row["name"], row["entries"], row["whole"])
+            for row in map(json.loads, file.read_text().splitlines())
+        ]
         for file in (several / WEIGHTS_FILE, one / WEIGHTS_FILE)
     ]
     assert counts[0] == counts[1]
