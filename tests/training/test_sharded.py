@@ -108,13 +108,10 @@ def test_it_is_the_run_of_one_process(policy: str, folder: Path) -> None:
     assert sorted(path.name for path in several.iterdir() if path.name != "gradient.jsonl") == [
         path.name for path in sorted(one.iterdir()) if path.name != "gradient.jsonl"
     ]
-    counts = [
-        [
-            (row["name"], row["entries"], row["whole"])
-            for row in map(json.loads, file.read_text().splitlines())
-        ]
-        for file in (several / WEIGHTS_FILE, one / WEIGHTS_FILE)
-    ]
+    counts = []
+    for file in (several / WEIGHTS_FILE, one / WEIGHTS_FILE):
+        rows = map(json.loads, file.read_text().splitlines())
+        counts.append([(row["name"], row["entries"], row["whole"]) for row in rows])
     assert counts[0] == counts[1]
 
 
