@@ -1,6 +1,6 @@
 """From trained parameters to a delta."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import version
 
 import torch
@@ -12,6 +12,7 @@ from sift_cli.delta.header import Base, Header
 from sift_cli.delta.identity import rest_fingerprints
 from sift_cli.models.fingerprints import dtype_name, tied_names
 from sift_cli.sparse import SparseParameters, Support
+from sift_cli.sparse.parameters import Changed
 
 
 def build_delta(
@@ -19,15 +20,19 @@ def build_delta(
     new: Collection[str],
     marks: Mapping[str, str],
     header: Header,
+    changes: Iterable[Changed] | None = None,
+    base_of: Callable[[str], Tensor] | None = None,
 ) -> Delta:
     """The difference between the model's weights now and before any of them trained.
 
     It holds the entries of the support, and under a changing support all others that differ from
     the base. `new` names the parameters that the base lacks: all their entries are stored. `marks`
-    are the fingerprints of all other tensors of the model, taken before training.
+    are the fingerprints of all other tensors of the model, taken before training. `changes` are the
+    parameters' own where they are at hand. Where no process holds a whole weight, `base_of` gives
+    that of the base, by name.
     """
-    supports = {segment.name: segment.support for segment in parameters}
-    touched = {name: (support, base) for name, support, base in parameters.touched}
+    supports = parameters.supports
+    touched = {one.name: one for one in changes or parameters.changes()}
     weights, dense = {}, {}
     for name, weight in parameters.model.named_parameters():
         if name not in touched:
@@ -35,11 +40,13 @@ def build_delta(
         if name in new:
             dense[name] = weight.detach().cpu().clone()
             continue
-        support, base = touched[name]
-        trained = support.to(weight.device).gather(weight).cpu()
-        support, base, trained = _to_store(supports.get(name), support, base, trained)
-        if len(support):
-            weights[name] = weight_delta(support, base, trained, marks[name], weight.detach())
+        one, tuned = touched[name], weight.detach()
+        if base_of is not None:
+            tuned = base_of(name)
+            one.support.scatter_(tuned, one.now)
+        stored = _to_store(supports.get(name), one.support, one.base, one.now)
+        if len(stored[0]):
+            weights[name] = weight_delta(*stored, marks[name], tuned)
     return Delta(weights, dense, rest_fingerprints(marks, weights), header)
 
 

@@ -74,6 +74,16 @@ def require_devices(count: int, device: str | None) -> None:
         )
 
 
+def ungraded(model: nn.Module) -> AbstractContextManager[Any]:
+    """Nothing within is recorded for a backward pass.
+
+    Inference mode, but where weights are gathered from several devices: into tensors that backward
+    passes use as well, and these cannot be of inference mode.
+    """
+    gathered = hasattr(next(model.parameters()), "to_local")
+    return torch.no_grad() if gathered else torch.inference_mode()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within, and then as it was."""

@@ -27,6 +27,9 @@ class Source(Protocol):
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
 
+    def rows(self, first: int, last: int) -> Tensor:
+        """Its rows [first, last) alone."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -53,6 +56,10 @@ class Parts:
         """The tensor, put together."""
         parts = {key: self.places[key].read() for key in self.joined.keys}
         return self.joined.load(parts)[self.name]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Its rows [first, last), of the whole put together."""
+        return self.read()[first:last].clone()
 
 
 class Stored:

@@ -51,9 +51,17 @@ class Place:
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        return self._read(self.start, self.shape)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Its rows [first, last) alone."""
+        row = prod(self.shape[1:]) * self.dtype.itemsize
+        return self._read(self.start + first * row, (last - first, *self.shape[1:]))
+
+    def _read(self, start: int, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.empty(shape, dtype=self.dtype)
         with self.file.open("rb", buffering=0) as file:
-            file.seek(self.start)
+            file.seek(start)
             left = tensor_bytes(tensor)
             while len(left):
                 count = file.readinto(left)

@@ -266,6 +266,27 @@ def keys_of_others(task: str) -> dict[str, str]:
     return of_tokens | of_classes if task == TAGGING else of_tokens
 
 
+class DistributedSection(Section):
+    """How several processes share the model; for one alone it says nothing."""
+
+    shard: Literal["none", "full"] = Field(
+        "none",
+        description="none: each holds the whole base; full: each holds some rows of every weight, "
+        "with the masters and moments of its own entries (FSDP2)",
+    )
+    replicas: PositiveInt = Field(
+        1,
+        description="of shard: full, so many copies of the model, each in rows on as many "
+        "processes as are left for it (HSDP): one a node, so that only gradients leave it",
+    )
+
+    @model_validator(mode="after")
+    def _replicas_are_of_rows(self) -> "DistributedSection":
+        if self.replicas > 1 and self.shard == "none":
+            raise ValueError("replicas: each process holds the whole model; give shard: full")
+        return self
+
+
 class Recipe(Section):
     """A whole run, every value resolved."""
 
@@ -275,6 +296,7 @@ class Recipe(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     eval: EvalSection = Field(default_factory=EvalSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    distributed: DistributedSection = Field(default_factory=DistributedSection)
     log: LogSection = Field(default_factory=LogSection)
     out: str | None = Field(None, description="the run folder; runs/NAME-OF-RECIPE if unset")
 
@@ -297,6 +319,23 @@ class Recipe(Section):
             usual = type(part).model_fields[key].default
             if getattr(part, key) not in (usual, False):
                 raise ValueError(f"{name}: it belongs to {belongs}, and would do nothing here")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_on_ranks_fit(self) -> "Recipe":
+        if self.distributed.shard == "none":
+            return self
+        for section, key, able in (
+            ("selection", "schedule", "first-batch"),
+            ("selection", "structure", "entry"),
+            ("train", "step_scale", "none"),
+        ):
+            given = getattr(getattr(self, section), key)
+            if given not in (None, able):
+                raise ValueError(
+                    f"distributed.shard: full goes with {section}.{key}: {able}, and it is {given};"
+                    " give that, another selection.policy, or shard: none"
+                )
         return self
 
     @model_validator(mode="after")

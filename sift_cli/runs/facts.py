@@ -14,7 +14,6 @@ from pydantic import BaseModel
 
 from sift_cli.delta.build import versions
 from sift_cli.errors import counted
-from sift_cli.models.fingerprints import state_fingerprints
 from sift_cli.recipe import Recipe
 from sift_cli.runs.folder import NO_RESULT
 from sift_cli.runs.session import Session
@@ -66,7 +65,7 @@ class Facts:
             format=CHECKPOINT_FORMAT,
             recipe=settings,
             data=data,
-            base=state_fingerprints(session.model, ()),
+            base=session.fingerprints(),
             device=device,
             setting=versions()
             | {

@@ -38,6 +38,7 @@ NO_RESULT: dict[str, Any] = {
     "out": True,
     "log": True,
     "checkpoint": True,
+    "distributed": True,
     "eval": {"samples": True, "generate": True},
 }
 

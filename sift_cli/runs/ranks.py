@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import count
 from typing import Any, Protocol, TypeVar
@@ -43,13 +43,15 @@ class Ranks:
     """This process (`rank`, from 0) among the `world` of a run.
 
     With `exact`, what one process alone would choose is what many choose, bit for bit: each looks
-    at whole calibration batches. Otherwise they share these as they share the steps.
+    at whole calibration batches. Otherwise they share these as they share the steps. With `even`,
+    every rank makes as many passes through the model as any other: each holds a part of it.
     """
 
     rank: int = 0
     world: int = 1
     local: int = 0
     exact: bool = True
+    even: bool = False
 
     @property
     def alone(self) -> bool:
@@ -60,6 +62,22 @@ class Ranks:
     def main(self) -> bool:
         """Whether this is the one that locks, writes, logs and prints."""
         return self.rank == 0
+
+    def in_rows(self, replicas: int, of_recipe: bool) -> Ranks:
+        """The same that each hold some rows of every weight, of so many copies of the model.
+
+        Raises SiftError where they do not come out even, and for methods that are no recipe's own.
+        """
+        if self.alone:
+            return self
+        if not of_recipe:
+            raise SiftError("distributed.shard: full: it is for what a recipe selects; set none")
+        if self.world % replicas:
+            raise SiftError(
+                f"distributed.replicas: {replicas} copies of the model do not fit on {self.world} "
+                "processes; give a number that divides them"
+            )
+        return replace(self, even=True)
 
     def place(self, device: torch.device) -> torch.device:
         """The device of this one: on GPUs, its own."""
@@ -112,6 +130,8 @@ class Ranks:
     ) -> list[Tensor]:
         """What `run` makes of each batch, in their order; each rank runs some of them."""
         own = [run(one) for one in batches[self.rank :: self.world]]
+        if self.even and len(own) < -(-len(batches) // self.world):
+            run(batches[-1])  # the shortest, for the others' sake
         parts = self.gather(own)
         return [parts[at % self.world][at // self.world] for at in range(len(batches))]
 

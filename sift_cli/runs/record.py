@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sift_cli.runs.folder import GRADIENT_FILE, PREDICTIONS_FILE, WEIGHTS_FILE
 from sift_cli.runs.session import Session
 from sift_cli.selection.targets import linear_layers
-from sift_cli.sparse import SparseParameters, Support
+from sift_cli.sparse import SparseParameters
+from sift_cli.sparse.parameters import Changed
 from sift_cli.system.files import write_text
 from sift_cli.tasks.metrics import short
 
@@ -52,7 +53,11 @@ def write_gradient(out: Path, gathered: Mapping[str, Tensor], norms: Mapping[str
 
 
 def write_weights(
-    out: Path, model: nn.Module, parameters: SparseParameters, whole: Collection[str]
+    out: Path,
+    model: nn.Module,
+    parameters: SparseParameters,
+    whole: Collection[str],
+    changes: Iterable[Changed],
 ) -> None:
     """Writes weights.jsonl: a line for each weight of which entries trained.
 
@@ -62,19 +67,19 @@ def write_weights(
     `whole` are no part of the budget.
     """
     named = dict(model.named_parameters())
-    supports = {segment.name: segment.support for segment in parameters}
+    supports = parameters.supports
     layers = linear_layers(model)
 
-    def line(name: str, touched: Support, base: Tensor) -> dict[str, Any]:
-        weight = named[name]
-        before = base.double()
-        change = touched.to(weight.device).gather(weight).cpu().double() - before
+    def line(one: Changed) -> dict[str, Any]:
+        name, weight = one.name, named[one.name]
+        before = one.base.double()
+        change = one.now.double() - before
         support = supports.get(name)
         found = {
             "name": name,
             "shape": list(weight.shape),
             "entries": 0 if support is None else len(support),
-            "touched": len(touched),
+            "touched": len(one.support),
             "whole": name in whole,
             "rms": short(_rms(change)),
             "largest": short(float(change.abs().max())),
@@ -86,7 +91,7 @@ def write_weights(
             found["half_in_inputs"] = short(supports[name].half_in(inputs))
         return found
 
-    _write_lines(out / WEIGHTS_FILE, (line(*one) for one in parameters.touched))
+    _write_lines(out / WEIGHTS_FILE, map(line, changes))
 
 
 def _norm(values: Tensor | None) -> float:

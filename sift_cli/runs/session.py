@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sift_cli.models.devices import pick_device
+from sift_cli.models.fingerprints import state_fingerprints
 from sift_cli.models.loading import (
     DTYPES,
     LoadedModel,
@@ -23,6 +24,7 @@ from sift_cli.recipe import ModelSection, Recipe, TrainSection
 from sift_cli.runs.language import language_task
 from sift_cli.runs.ranks import ALONE, Ranks
 from sift_cli.runs.sources import source_of
+from sift_cli.sparse.local import Shards
 from sift_cli.tasks.evaluation import collect_outputs
 from sift_cli.tasks.labelled import load_task
 from sift_cli.tasks.metrics import Metric, Metrics
@@ -33,6 +35,9 @@ from sift_cli.tasks.task import Task
 from sift_cli.tasks.token_rows import SplitCounts
 from sift_cli.tasks.tokens import Encoded, require_readable
 
+if TYPE_CHECKING:
+    from sift_cli.models.sharding import Sharded
+
 
 @dataclass(frozen=True)
 class Session:
@@ -40,7 +45,7 @@ class Session:
 
     `new` names the parameters that the base's checkpoint did not hold, `bf16` tells whether forward
     passes run under bfloat16 autocast. `notes` are what to tell of the task on this model, `ranks`
-    the processes that share the work.
+    the processes that share the work, `sharded` how its weights lie on them, where each has a part.
     """
 
     task: Task
@@ -55,6 +60,25 @@ class Session:
     eval_max_tokens: int | None
     notes: tuple[str, ...] = ()
     ranks: Ranks = ALONE
+    sharded: "Sharded | None" = None
+
+    @property
+    def shards(self) -> Shards | None:
+        """How the model's weights lie on several ranks; None where each holds all of them."""
+        return None if self.sharded is None else self.sharded.shards
+
+    def keeping_step(self) -> "Session":
+        """The same where all ranks do all of the work, and what the main one does counts."""
+        return replace(self, ranks=Ranks(rank=self.ranks.rank))
+
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each tensor of the base, by name, before anything trains."""
+        if self.sharded is None:
+            return state_fingerprints(self.model, ())
+        names = self.sharded.names
+        own = {name: self.sharded.mark(name) for name in names[self.ranks.rank :: self.ranks.world]}
+        every = {name: mark for some in self.ranks.gather(own) for name, mark in some.items()}
+        return {name: every[name] for name in names}
 
     def alone(self) -> "Session":
         """The same where this process does all of the work."""
@@ -188,11 +212,12 @@ def open_session(
     `tuned` stands in for the recipe's model. The head that a base lacks is drawn from `train.seed`.
     `allow_code` lets its metrics name functions in files.
     """
-    where = ranks.place(pick_device(device))
+    where, sharded = ranks.place(pick_device(device)), None
     data = recipe.data
     own = own_metrics(recipe.metric_names, allow_code)
-    folder = None if tuned else model_folder(recipe.model.path, recipe.model.revision)
-    task = load_rows(recipe, train=train, split=split, own=own)
+    with ranks.first_here():
+        folder = None if tuned else model_folder(recipe.model.path, recipe.model.revision)
+        task = load_rows(recipe, train=train, split=split, own=own)
     if tuned is None:
         assert folder is not None
         torch.manual_seed(recipe.train.seed)
@@ -200,17 +225,26 @@ def open_session(
         task = task.on_head(before)
         config = task.configure(folder)
         dtype, new_head = DTYPES[recipe.model.dtype], train and task.new_head
-        tuned = load_model(folder, task.auto, config, dtype, new_head=new_head)
+        if ranks.even:
+            from sift_cli.models.sharding import load_sharded, mesh_of  # slow to import
+
+            mesh = mesh_of(where, recipe.distributed.replicas)
+            tuned, sharded = load_sharded(folder, task.auto, config, dtype, mesh, where)
+        else:
+            tuned = load_model(folder, task.auto, config, dtype, new_head=new_head)
         head = task.told_head(before, bool(tuned.new))
     else:
         task, head = task.fitted(tuned.model.config), None
     tuned.model.to(where)  # type: ignore[arg-type]
     check_length(data.max_length, tuned.model, tuned.tokenizer)
     settings = recipe.train
-    task, said = task.ready(tuned, packs=settings.packs, chunk_loss=settings.chunk_loss)
-    rows, evaluation = encoded(
-        task, tuned.tokenizer, tuned.model.config, data.max_length, split or recipe.eval.split
-    )
+    # The head's weights are there for a pass through the whole model alone.
+    chunks = "off" if sharded else settings.chunk_loss
+    task, said = task.ready(tuned, packs=settings.packs, chunk_loss=chunks)
+    with ranks.first_here():
+        rows, evaluation = encoded(
+            task, tuned.tokenizer, tuned.model.config, data.max_length, split or recipe.eval.split
+        )
     return Session(
         task=task,
         model=tuned.model,
@@ -224,6 +258,7 @@ def open_session(
         eval_max_tokens=recipe.eval.max_tokens,
         notes=(*([head] if head else []), *tuned.notes, *said),
         ranks=ranks,
+        sharded=sharded,
     )
 
 

@@ -3,7 +3,7 @@
 Units are single entries, or blocks, rows or columns that are chosen as one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from math import ceil
 
@@ -101,13 +101,17 @@ def largest_per_neuron(scores: Tensor, count: int) -> Tensor:
 class PerWeight:
     """Units compete within their own weight, or within their output neuron with `per_neuron`.
 
-    The choice within a weight is final when its scores arrive.
+    The choice within a weight is final when its scores arrive. These are kept of what is chosen
+    where the choice is one of several (`partial`).
     """
 
-    def __init__(self, counts: Mapping[str, int], per_neuron: bool = False) -> None:
+    def __init__(
+        self, counts: Mapping[str, int], per_neuron: bool = False, partial: bool = False
+    ) -> None:
         self.counts = counts
-        self.per_neuron = per_neuron
+        self.per_neuron, self.partial = per_neuron, partial
         self._chosen: dict[str, Tensor] = {}
+        self._scores: dict[str, Tensor] = {}
 
     def add(self, name: str, scores: Tensor, size: int = 1) -> None:
         """Takes the scores of one weight's units, [down, across]."""
@@ -118,6 +122,13 @@ class PerWeight:
             else largest(scores.reshape(-1), count)
         )
         self._chosen[name] = chosen.cpu()
+        if self.partial:
+            wide = torch.promote_types(scores.dtype, torch.float32)
+            self._scores[name] = scores.reshape(-1)[chosen].to("cpu", wide)
+
+    def best(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Scores and numbers of the chosen units, by weight, of a partial choice."""
+        return {name: (self._scores[name], units) for name, units in self._chosen.items()}
 
     def chosen(self) -> dict[str, Tensor]:
         """The numbers of the chosen units, by weight, on the host."""
@@ -154,6 +165,12 @@ class Global:
             # it fits.
             self._prune(spare=1)
 
+    def best(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Scores and numbers of the units that are left, of every weight that was added."""
+        self._prune()
+        names = list(self._owners)
+        return {names[owner]: self._parts[owner] for owner in sorted(self._parts)}
+
     def chosen(self) -> dict[str, Tensor]:
         """The numbers of the chosen units; a weight none of whose units is chosen is left out."""
         self._prune()
@@ -187,3 +204,22 @@ class Global:
         ):
             kept, units = self._parts[owner]
             self._parts[owner] = (kept[win], units[win])
+
+
+def pooled(
+    here: PerWeight | Global,
+    among: PerWeight | Global,
+    joined: Callable[[Tensor], Tensor],
+    first: Callable[[str], int],
+) -> dict[str, Tensor]:
+    """The choice over the entries of several ranks, of which each has its best `here`.
+
+    `joined` gives what all ranks hold, one after the other; `first` is the number, in the whole
+    weight, of this rank's first entry. `among` chooses as if all had been added to it; among equals
+    the first win, as ever, since rows are dealt to the ranks in order.
+    """
+    every = {}
+    for name, (scores, units) in sorted(here.best().items()):
+        every[name] = joined(units + first(name))
+        among.add(name, joined(scores))
+    return {name: every[name][places] for name, places in among.chosen().items()}

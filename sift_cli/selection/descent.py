@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sift_cli.errors import ExitCode, SiftError
 
@@ -13,7 +13,7 @@ Take = Callable[[str, Tensor], None]
 
 @contextmanager
 def sign_descent(
-    weights: Mapping[str, nn.Parameter], rate: float
+    weights: Mapping[str, Tensor], rate: float
 ) -> Iterator[tuple[Take, dict[str, Tensor]]]:
     """In this context, moves each weight against the sign of each gradient of it that it is given.
 

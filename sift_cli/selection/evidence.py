@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sift_cli.selection.structures import Units
+from sift_cli.sparse.local import local_of
 
 
 @contextmanager
@@ -17,7 +18,8 @@ def observed_gradients(
 ) -> Iterator[None]:
     """In this context each backward pass hands every weight's gradient to `take` and frees it.
 
-    So at most one dense gradient is alive at a time. `requires_grad` is restored afterwards.
+    So at most one dense gradient is alive at a time; of a weight in rows on several ranks, this
+    one's rows of it. `requires_grad` is restored afterwards.
     """
     flags = {name: weight.requires_grad for name, weight in weights.items()}
     handles = []
@@ -25,7 +27,7 @@ def observed_gradients(
     def hand_over(name: str, weight: nn.Parameter) -> None:
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
-        take(name, gradient)
+        take(name, local_of(gradient))
 
     for name, weight in weights.items():
         weight.requires_grad_(True)

@@ -13,6 +13,10 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.selection.evidence import EVIDENCE, NEED_DATA
 from sift_cli.system.code import function_in
 
+# The evidence of which a rank's rows are all that counts for its rows.
+OF_ENTRIES = {"weight", "gradient", "gradient_squares", "votes", "generator"}
+DRAWN = 1 << 24  # random numbers at once, of those that come before
+
 
 def _itself(gradient: Tensor) -> Tensor:
     return gradient
@@ -217,15 +221,25 @@ def find_score(name: str, allow_code: bool = False) -> Score:
     return score
 
 
-def score_entries(score: Score, name: str, evidence: Mapping[str, object], seed: int) -> Tensor:
-    """Scores of the weight called `name`, in its shape.
+def by_rows(score: Score) -> bool:
+    """Whether the scores of some rows of a weight are those that they have in the whole one."""
+    return score in SCORES.values() and score.needs <= OF_ENTRIES
+
+
+def score_entries(
+    score: Score, name: str, evidence: Mapping[str, object], seed: int, before: int = 0
+) -> Tensor:
+    """Scores of the weight called `name`, in its shape; of rows that `before` entries precede.
 
     Randomness is drawn on the host from a seed of the weight's own, so that the device, the order
     of the weights and what else is selected change nothing. Raises SiftError (exit code 4) where a
     score is not finite.
     """
     own_seed = zlib.crc32(f"{seed}/{name}".encode())
-    given = {**evidence, "generator": torch.Generator().manual_seed(own_seed)}
+    generator = torch.Generator().manual_seed(own_seed)
+    for at in range(0, before, DRAWN):
+        torch.rand(min(DRAWN, before - at), generator=generator)
+    given = {**evidence, "generator": generator}
     scores = score.of(**{key: given[key] for key in score.needs})
     weight = evidence["weight"]
     assert isinstance(weight, Tensor)

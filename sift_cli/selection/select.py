@@ -13,6 +13,7 @@ from sift_cli.selection.budget import (
     allot,
     entries,
     largest,
+    pooled,
     require_fits,
     share,
 )
@@ -24,10 +25,11 @@ from sift_cli.selection.evidence import (
     observed_inputs,
     observed_tokens,
 )
-from sift_cli.selection.scores import Score, score_entries
+from sift_cli.selection.scores import Score, by_rows, score_entries
 from sift_cli.selection.structures import Units
 from sift_cli.selection.targets import LinearLayer, density_of, linear_layers
 from sift_cli.sparse import Support
+from sift_cli.sparse.local import Shards, local_of
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def select(
     norms: dict[str, Tensor] | None = None,
     descent_rate: float = 0.0,
     whole: Callable[[Tensor], Tensor] = alone,
+    shards: Shards | None = None,
 ) -> dict[str, Support]:
     """The entries to train of the model's parameters called `names`; supports on the host.
 
@@ -133,14 +136,20 @@ def select(
     `norms` is filled with the 2-norm of each weight's gradient ([]), where the score looks at it.
     `descent_rate` is that of sign descent, where the score looks at its votes. Where `backward`
     sees only a part of each batch, `whole` sums what that part gives with the others', in place.
-    Raises SiftError where a score is not finite, a budget or a block does not fit, or a score needs
-    batches and there are none.
+    Where weights lie in rows on several ranks (`shards`), each scores its own, of gradients that
+    come to it summed, and the best of all are taken.
+    Raises SiftError where a score is not finite, a budget or a block does not fit, a score needs
+    batches and there are none, or a rule is not one by rows.
     """
     weights, layers, units = _look_up(model, names, rule)
     score, retained = rule.score, retained or {}
+    if shards is not None:
+        require_by_rows(rule, [name for name in names if units[name].transposed])
+    rows = {name: local_of(weight.detach()) for name, weight in weights.items()}
+    before = {n: 0 if shards is None else shards.before(one.shape) for n, one in weights.items()}
     if score.needs_data and not backward:
         raise SiftError("selection.score: it looks at batches, and there are none to look at")
-    chooser = _chooser(rule, weights, units)
+    chooser = _chooser(rule, weights, units, partial=shards is not None)
     loud = _observed(score, {"input_norm"}, weights, layers)
     seen = _observed(score, OF_TOKENS, weights, layers)
     with observed_inputs(loud) as squares, observed_tokens(seen) as tokens:
@@ -154,9 +163,9 @@ def select(
             """Scores one weight's units and hands them to the chooser."""
             if norms is not None and gradient is not None and not score.folds:
                 norms[name] = _norm(gradient)
-            own, moved = units[name], None if change is None else change[name]
+            weight, moved = rows[name], None if change is None else change[name]
+            own = units[name] if shards is None else Units(tuple(weight.shape))
             loudness, seen_tokens = squares.get(name), tokens.get(name)
-            weight = weights[name].detach()
             evidence = evidence_of(
                 weight,
                 own,
@@ -168,14 +177,14 @@ def select(
                 votes,
             )
             evidence |= {"rank": rule.rank, "balance": rule.balance}
-            scores = own.mean(score_entries(score, name, evidence, seed))
+            scores = own.mean(score_entries(score, name, evidence, seed, before[name]))
             if name in retained:
                 scores = _retain(scores, own, retained[name])
             chooser.add(name, scores, own.size)
 
         if score.descends:
             with (
-                sign_descent(weights, descent_rate) as (take, votes),
+                sign_descent(rows, descent_rate) as (take, votes),
                 observed_gradients(weights, lambda name, part: take(name, whole(part))),
             ):
                 for run in backward:
@@ -187,12 +196,35 @@ def select(
         else:
             for name in names:
                 compete(name)
-    chosen = chooser.chosen()
+    if shards is None:
+        chosen = chooser.chosen()
+    else:
+        among = _chooser(rule, weights, units)
+        chosen = pooled(chooser, among, shards.joined, before.__getitem__)
     return {
         name: Support.of(tuple(weights[name].shape), units[name].positions(chosen[name]))
         for name in names
         if name in chosen and len(chosen[name])
     }
+
+
+def require_by_rows(rule: Rule, transposed: Sequence[str] = ()) -> None:
+    """Raises SiftError where a rank that holds some rows of each weight cannot choose by the rule.
+
+    `transposed` are weights that are stored as [inputs, outputs].
+    """
+    wrong = None
+    if not by_rows(rule.score):
+        wrong = "selection.score: it looks at more than the rows that a rank holds"
+    elif rule.structure != "entry" or rule.scope == "neuron":
+        wrong = f"selection: {rule.structure} units by {rule.scope} are not chosen there"
+    elif transposed:
+        wrong = f"{transposed[0]} is stored as [inputs, outputs]"
+    if wrong:
+        raise SiftError(
+            f"distributed.shard: full: {wrong}; take selection.policy sift, sign-descent, random "
+            "or magnitude on a model of linear layers, or distributed.shard: none"
+        )
 
 
 def _look_up(
@@ -232,10 +264,11 @@ def _observed(
 
 
 def _chooser(
-    rule: Rule, weights: Mapping[str, Tensor], units: Mapping[str, Units]
+    rule: Rule, weights: Mapping[str, Tensor], units: Mapping[str, Units], partial: bool = False
 ) -> PerWeight | Global:
     """What takes scores and chooses, by scope, with the number of units or entries to choose.
 
+    A choice that is `partial` is one of several that are pooled.
     Raises SiftError where a budget does not fit.
     """
     if rule.scope == "global":
@@ -253,7 +286,7 @@ def _chooser(
         assert rule.density is not None
         densities = density_of(rule.density, weights)
         counts = {name: share(densities[name], own.count) for name, own in units.items()}
-    return PerWeight(counts, per_neuron=rule.scope == "neuron")
+    return PerWeight(counts, per_neuron=rule.scope == "neuron", partial=partial)
 
 
 def _norm(gradient: Tensor) -> Tensor:

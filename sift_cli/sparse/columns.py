@@ -98,7 +98,8 @@ class Columns:
 
     def state(self) -> dict[str, Tensor]:
         """The columns that are there and what is parked, by the keys of a checkpoint; no copies."""
-        state: dict[str, Tensor] = {name: self.named[name] for name in self._present()}
+        every = self.parameters.all_of
+        state = {name: every(self.named[name]) for name in self._present()}
         for name, (positions, rows) in self._parked.items():
             state[f"parked/{name}/positions"], state[f"parked/{name}/columns"] = positions, rows
         return state
@@ -110,7 +111,7 @@ class Columns:
         are not those of these columns.
         """
         device = self.parameters.flat.device
-        loaded = {name: state[name].to(device) for name in names}
+        loaded = {name: self.parameters.own_of(state[name]).to(device) for name in names}
         parked = {
             key.removeprefix("parked/").removesuffix("/positions"): (
                 state[key],

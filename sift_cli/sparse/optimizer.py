@@ -61,8 +61,10 @@ class SparseAdamW:
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Scales the gradient to a 2-norm of at most `max_norm`; returns its norm before, []."""
+        norm = self.parameters.norm()
         limit = float("inf") if max_norm is None else max_norm
-        return torch.nn.utils.clip_grad_norm_([self.parameters.flat], limit)
+        torch.nn.utils.clip_grads_with_norm_([self.parameters.flat], limit, norm)
+        return norm
 
     def step(self, skip: Tensor | None = None) -> None:
         """One update from the gradient buffer, written into the weights; then clears the buffer.

@@ -16,7 +16,7 @@ class Segment:
     """One weight's share of the flat buffer: entries [start, stop)."""
 
     name: str
-    weight: nn.Parameter
+    weight: Tensor
     support: Support
     start: int
     stop: int
@@ -27,13 +27,11 @@ class Segment:
         return slice(self.start, self.stop)
 
 
-def segments_of(
-    model: nn.Module, supports: Mapping[str, Support], offload: bool = False
-) -> list[Segment]:
+def segments_of(model: nn.Module, supports: Mapping[str, Support]) -> list[Segment]:
     """A segment for each support that holds entries, in the order of the model's parameters.
 
-    `offload` says that the flat buffer lies on the host. Raises KeyError for a name that the model
-    lacks, ValueError for a support of another shape or where no entry is selected.
+    Raises KeyError for a name that the model lacks, ValueError for a support of another shape or
+    where no entry is selected.
     """
     named = dict(model.named_parameters())
     unknown = [name for name in supports if name not in named]
@@ -51,9 +49,7 @@ def segments_of(
         start += len(support)
     if not segments:
         raise ValueError("no entry is selected")
-    if offload or not writes_at_once(segments):
-        return segments
-    return _one_tensor_of_positions(segments)
+    return segments
 
 
 def positions_of(support: Support, where: Tensor) -> Tensor:
@@ -126,7 +122,7 @@ def writer(segments: Sequence[Segment], offload: bool = False) -> Callable[[Tens
             parts = list(group)
             first = parts[0].support.positions
             assert first is not None
-            # The parts' positions are views of one tensor: `segments_of` saw to that.
+            # The parts' positions are views of one tensor: `at_once` saw to that.
             positions = first._base if first._base is not None else first
             launches.append((Scatter([part.span for part in parts], positions), parts))
         partial = []
@@ -149,11 +145,14 @@ def writes_at_once(segments: Sequence[Segment]) -> bool:
     return len(devices) == 1 and takes_triton(devices.pop())
 
 
-def _one_tensor_of_positions(segments: Sequence[Segment]) -> list[Segment]:
-    """The same segments, their positions being views of one tensor for each dtype of weights.
+def at_once(segments: list[Segment]) -> list[Segment]:
+    """The same segments, as `writer` can write them at once where that is possible.
 
-    That tensor is what one launch of `gpu.Scatter` reads.
+    Their positions are views of one tensor for each dtype of weights: what one launch of
+    `gpu.Scatter` reads.
     """
+    if not writes_at_once(segments):
+        return segments
     shared = {}
     partial = [segment for segment in segments if segment.support.positions is not None]
     for _, group in groupby(sorted(partial, key=_kind), _kind):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.devices import autocast, evaluating, place
+from sift_cli.models.devices import autocast, evaluating, place, ungraded
 from sift_cli.models.fingerprints import probe_inputs
 from sift_cli.models.loading import UNLIMITED, LoadedModel, longest_row
 from sift_cli.tasks.task import Task
@@ -110,7 +110,6 @@ def collect_asked(
     return data, outputs, longest
 
 
-@torch.inference_mode()
 def collect(
     outputs: Outputs,
     model: nn.Module,
@@ -138,7 +137,7 @@ def collect(
         with autocast(device, bf16):
             return outputs(model, batch).float().cpu()
 
-    with evaluating(model):
+    with evaluating(model), ungraded(model):
         parts = each(run, cut([rows[at] for at in order], data.lengths, batch_size, max_tokens))
     found = torch.cat(_as_wide(parts))
     restored = torch.empty_like(found)

@@ -23,7 +23,16 @@ from sift_cli.runs.session import Session
 from sift_cli.runs.summary import EntryCounts, Summary, Written
 from sift_cli.selection.scale import input_scales
 from sift_cli.selection.scores import find_score
-from sift_cli.selection.select import Retained, Rule, beside, check, planned, select
+from sift_cli.selection.select import (
+    Retained,
+    Rule,
+    alone,
+    beside,
+    check,
+    planned,
+    require_by_rows,
+    select,
+)
 from sift_cli.selection.targets import (
     choose_vectors,
     choose_weights,
@@ -33,7 +42,8 @@ from sift_cli.selection.targets import (
 )
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
 from sift_cli.sparse.coordinates import Coordinates, InputScale
-from sift_cli.sparse.parameters import whole_supports
+from sift_cli.sparse.local import local_of
+from sift_cli.sparse.parameters import Changed, whole_supports
 from sift_cli.system.files import write_text
 from sift_cli.system.heap import trim_heap
 from sift_cli.training.batches import Steps
@@ -128,6 +138,8 @@ def descent_rate(selection: SelectionSection, rate: float, model: nn.Module, par
 def selecting(recipe: Recipe, allow_code: bool = False, console: Console | None = None) -> Build:
     """The method that trains what a recipe selects; refuses a score that cannot be, at once."""
     rule = rule_of(recipe.selection, allow_code)
+    if recipe.distributed.shard == "full":
+        require_by_rows(rule)
     return partial(Chooser.of, recipe.selection, recipe.train, rule=rule, console=console)
 
 
@@ -213,7 +225,11 @@ class Chooser:
         So entries are those that one process would choose, which sums of parts would not be where
         two scores are next to equal.
         """
-        return self.session.alone() if self.session.ranks.exact else self.session
+        session = self.session
+        if not session.ranks.exact:
+            return session
+        # Of weights in rows gradients come summed over the ranks: what the main one sees counts.
+        return session.alone() if session.sharded is None else session.keeping_step()
 
     @property
     def descent_rate(self) -> float:
@@ -233,7 +249,8 @@ class Chooser:
                 self.console,
                 touched,
             )
-        norms = self.norms if self.selection.batches == 1 else None
+        whole = self.session.shards is None
+        norms = self.norms if self.selection.batches == 1 and whole else None
         supports = self.supports(1, change=change, norms=norms)
         looks = next(iter(choices_of(self.selection, self.rule, self.batches.steps)), 0)
         if looks > 1:
@@ -242,15 +259,16 @@ class Chooser:
 
     def restore(self, saved: Checkpoint) -> SparseAdamW:
         """What trained when the checkpoint was made, on a model that is the base."""
-        model = self.session.model
+        model, shards = self.session.model, self.session.shards
         named, before = dict(model.named_parameters()), entries_in(saved, "touched")
         touched = Touched()
         for name, (support, _) in before.items():
-            touched.add(name, support, named[name])
+            own = support if shards is None else shards.local(support)
+            touched.add(name, own, local_of(named[name]))
         supports, scales = supports_in(saved, "support"), self._scales_in(saved)
         parameters = self._attach(supports, touched, scales)
-        parameters.load_state(before)
-        parameters.flat.data.copy_(saved.tensors["masters"])
+        parameters.load_state(parameters.own_entries(before))
+        parameters.flat.data.copy_(parameters.own_of(saved.tensors["masters"]))
         parameters.write_back()
         return self._optimizer(parameters)
 
@@ -285,6 +303,7 @@ class Chooser:
         model = self.session.model
         batches = islice(self.batches.since(step), self.selection.batches)
         passes, ranks = backward_passes(self.looking, batches), self.session.ranks
+        shards = self.session.shards
         console = self.console if step == 1 else None  # later the training's own bar is there
         with (
             watched(passes, "choosing entries", console) as backward,
@@ -301,7 +320,8 @@ class Chooser:
                 retained=held,
                 norms=norms,
                 descent_rate=self.descent_rate if self.rule.score.descends else 0.0,
-                whole=self.looking.ranks.sum_,
+                whole=self.looking.ranks.sum_ if shards is None else alone,
+                shards=shards,
             )
         chosen = ranks.agree(chosen)
         trim_heap()  # of the dense gradients, more than steps need
@@ -324,15 +344,20 @@ class Chooser:
     def pack(self, optimizer: SparseAdamW) -> Packed:
         """Masters, supports and scales; of what has left the support, the values in the weights."""
         parameters = optimizer.parameters
-        packed = Packed({"masters": parameters.flat.detach()}, {"support": {}, "touched": {}})
+        masters = parameters.all_of(parameters.flat.detach())
+        packed = Packed({"masters": masters}, {"support": {}, "touched": {}})
         for name, scale in parameters.coordinates.scales.items():
             packed.tensors[f"{SCALE}{name}"] = scale.values
-        trained = {segment.name: segment.support for segment in parameters}
-        for name, support in trained.items():
+        for name, support in parameters.supports.items():
             packed.put("support", name, support)
-        for name, (support, values) in parameters.state().items():
-            if name not in trained or len(trained[name]) < len(support):  # some have left
-                packed.put("touched", name, support, values)
+        trained = {segment.name: segment.support for segment in parameters}
+        left = {
+            name: (support, values)
+            for name, (support, values) in parameters.state().items()
+            if name not in trained or len(trained[name]) < len(support)
+        }
+        for name, support, values in parameters.all_entries(left):
+            packed.put("touched", name, support, values)
         return packed
 
     def write(
@@ -343,12 +368,26 @@ class Chooser:
         header: Callable[[], Header],
     ) -> Written:
         """Writes the delta, and weights.jsonl for the report."""
-        parameters, session = optimizer.parameters, self.session
+        # Both take every rank where each holds a part of the weights.
+        changes, said = list(optimizer.parameters.changes()), header()
+        write = partial(self._write, out, optimizer.parameters, changes, marks, said)
+        return self.session.ranks.on_main(write)
+
+    def _write(
+        self,
+        out: Path,
+        parameters: SparseParameters,
+        changes: Sequence[Changed],
+        marks: Mapping[str, str],
+        header: Header,
+    ) -> Written:
+        session = self.session
         known = {name: mark for name, mark in marks.items() if name not in session.new}
-        delta = build_delta(parameters, session.new, known, header())
+        base_of = session.sharded.base if session.sharded else None
+        delta = build_delta(parameters, session.new, known, header, changes, base_of)
         digest = save_delta(out / DELTA_FILE, delta)
-        write_weights(out, session.model, parameters, self.dense)
-        counts = {segment.name: len(segment.support) for segment in parameters}
+        write_weights(out, session.model, parameters, self.dense, changes)
+        counts = {name: len(support) for name, support in parameters.supports.items()}
         dense = sum(counts[name] for name in self.dense)
         entries = EntryCounts(
             trained=sum(counts.values()) - dense,
@@ -380,6 +419,7 @@ class Chooser:
             touched=touched,
             offload=self.train.offload_optimizer,
             coordinates=Coordinates(scales, centred),
+            shards=self.session.shards,
         )
 
     def _scales_in(self, saved: Checkpoint) -> dict[str, InputScale]:

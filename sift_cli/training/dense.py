@@ -5,6 +5,7 @@ LoRA, SHiRA, full fine-tuning and the head alone differ in what `adapt` makes of
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from sift_cli.sparse import Support
 from sift_cli.sparse.parameters import ROOM
 from sift_cli.system.files import sha256_of
 from sift_cli.training.head import start_head
+from sift_cli.training.method import Weights
 from sift_cli.training.packing import Packed, entries_in
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # torch's names of what AdamW keeps of a parameter
@@ -74,6 +76,14 @@ class DenseParameters:
         """Brings the weights back to where `state` was taken."""
         for name, (support, values) in state.items():
             self.named[name].copy_(values.view(support.shape))
+
+    def own_entries(self, entries: Weights) -> Weights:
+        """All of them."""
+        return entries
+
+    def all_entries(self, entries: Weights) -> Iterator[tuple[str, Support, Tensor]]:
+        """The same: every rank has all."""
+        return ((name, support, values) for name, (support, values) in entries.items())
 
     def detach(self) -> None:
         """Nothing to do: the model's forward passes are its own."""
@@ -188,8 +198,10 @@ class Dense:
         header: Callable[[], Header],
     ) -> Written:
         """Writes what trained as a safetensors file."""
+        return self.session.ranks.on_main(partial(self._write, out / TRAINED_FILE, optimizer))
+
+    def _write(self, file: Path, optimizer: DenseAdamW) -> Written:
         assert self._adapted is not None
-        file = out / TRAINED_FILE
         tensors = self._adapted.save()
         save_file({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, file)
         trained = len(optimizer.parameters) - self.dense

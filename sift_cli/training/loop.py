@@ -71,6 +71,8 @@ def train(
     with opened(device) if ranks is None else nullcontext(ranks) as ranks, guarded(out, ranks.main):
         console = console if console and ranks.main else Console(stderr=True, quiet=True)
         recipe = with_template(recipe)
+        if recipe.distributed.shard == "full":
+            ranks = ranks.in_rows(recipe.distributed.replicas, of_recipe=build is None)
         checkpoints = Checkpoints(out, recipe.checkpoint, console)
         if overwrite:
             ranks.on_main(partial(remove_trials, out))
@@ -86,8 +88,7 @@ def train(
             if (summary := ranks.on_main(found)) is not None:
                 return summary
         method = build(recipe) if build else selecting(recipe, allow_code, console)
-        with ranks.first_here():
-            session = open_session(recipe, device=device, allow_code=allow_code, ranks=ranks)
+        session = open_session(recipe, device=device, allow_code=allow_code, ranks=ranks)
         if source == "usual":
             console.print(told_rate(recipe, narrow is None), highlight=False)
         run = begin(recipe, session, method, checkpoints, timing, resume=resume)
@@ -134,8 +135,8 @@ class Run:
         return self.session.ranks.main
 
     def answers(self) -> list[dict[str, Any]]:
-        """What the model answers to the samples now; the other ranks ask for none."""
-        if not self.main:
+        """What the model answers to the samples now; the other ranks need not ask."""
+        if not self.main and not self.session.ranks.even:
             return []
         return answered(self.session, self.samples, self.evaluation.generate.max_new_tokens)
 
@@ -204,7 +205,7 @@ def take_steps(run: Run, log: Sinks, asked: Asked) -> None:
     It ends early where `eval.patience` says so.
     """
     session, state, batches = run.session, run.state, run.batches
-    if not run.done and (answers := asked.unless_stopped(run.answers)):
+    if not run.done and (answers := asked.unless_stopped(run.answers)) and run.main:
         write_samples(run.checkpoints.out, 0, answers)
     settle(run, run.done, log, asked)
     for step, rows in enumerate(batches.since(run.done + 1), start=run.done + 1):
@@ -266,7 +267,7 @@ def settle(run: Run, step: int, log: Sinks, asked: Asked) -> None:
             log.log({"step": step, "metrics": metrics, "best": state.kept.offer(step, metrics)})
             if state.kept.step == step and run.main:
                 write_predictions(run.checkpoints.out, run.session, outputs, evaluation.split)
-            if answers:
+            if answers and run.main:
                 write_samples(run.checkpoints.out, step, answers)
     stops = asked.to_stop  # read once: what comes later is heard after the next step
     if step != run.saved and (stops or asked.to_save(step)):
@@ -285,9 +286,8 @@ def save(run: Run, step: int) -> None:
     """Writes a checkpoint after `step`, with the random states of every rank."""
     ranks, state = run.session.ranks, run.state
     random = packed_states(ranks.gather(random_states(state.device)))
-    ranks.on_main(
-        lambda: run.checkpoints.save(state.gather(step, run.facts, run.metrics_before, random))
-    )
+    saved = state.gather(step, run.facts, run.metrics_before, random)
+    ranks.on_main(partial(run.checkpoints.save, saved))
 
 
 def finish(run: Run, recipe: Recipe, source: str) -> Summary:
@@ -302,9 +302,10 @@ def finish(run: Run, recipe: Recipe, source: str) -> Summary:
     metrics = state.kept.metrics
     assert metrics is not None  # the last step was evaluated
 
+    header = partial(describe, recipe, session, metrics)
+    written = run.method.write(out, state.optimizer, run.facts.base, header)
+
     def write() -> Summary:
-        header = partial(describe, recipe, session, metrics)
-        written = run.method.write(out, state.optimizer, run.facts.base, header)
         summary = summarize(
             session,
             written,

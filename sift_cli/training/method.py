@@ -45,6 +45,12 @@ class Trained(Protocol):
     def load_state(self, state: Weights) -> None:
         """Brings the weights back to where `state` was taken."""
 
+    def own_entries(self, entries: Weights) -> Weights:
+        """Those of some entries of whole weights that this rank has."""
+
+    def all_entries(self, entries: Weights) -> Iterator[tuple[str, Support, Tensor]]:
+        """The entries of whole weights, of which each rank has its own; every rank must ask."""
+
     def detach(self) -> None:
         """Gives the model its own forward passes back; values stay."""
 
@@ -106,7 +112,7 @@ class Method(Protocol):
         marks: Mapping[str, str],
         header: Callable[[], Header],
     ) -> Written:
-        """Writes what was trained into the run folder `out`.
+        """Writes what was trained into the run folder `out`; every rank asks, and one writes.
 
         `marks` are fingerprints of the base's tensors, `header` makes what a delta says of itself.
         """

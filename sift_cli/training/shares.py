@@ -56,7 +56,7 @@ def shares_of(
     """
     ranks = session.ranks
     if ranks.alone:
-        yield from (Share(part, range(len(part))) for part in rows)
+        yield from (Share(part, range(len(part)), counts=ranks.main) for part in rows)
         return
     assert session.train is not None
     lengths = session.train.lengths
@@ -66,17 +66,26 @@ def shares_of(
             yield Share(part, own or [0], laid_out=True, counts=bool(own))
         return
     step = [row for part in rows for row in part]
-    own = [step[at] for at in deal([lengths[row] for row in step], ranks.world)[ranks.rank]]
-    if not own:
+    hands = deal([lengths[row] for row in step], ranks.world)
+    parts = [_put_together(session, rows, [step[at] for at in hand]) for hand in hands]
+    yield from (Share(one, range(len(one))) for one in parts[ranks.rank])
+    for _ in range(len(parts[ranks.rank]), max(map(len, parts)) if ranks.even else 1):
         yield Share(step, [0], counts=False)
-    elif session.task.packs:
-        most = max(sum(lengths[row] for row in part) for part in rows)
-        yield from (Share(one, range(len(one))) for one in first_fit(own, lengths, most))
-    else:
-        own.sort(key=lambda row: -lengths[row])
-        most = max(len(part) * max(lengths[row] for row in part) for part in rows)
-        parts = cut(own, lengths, max(map(len, rows)), most)
-        yield from (Share(one, range(len(one))) for one in parts)
+
+
+def _put_together(
+    session: Session, rows: Sequence[Sequence[int]], own: list[int]
+) -> list[list[int]]:
+    """Some rows of a step in micro-batches no larger than the step's."""
+    assert session.train is not None
+    lengths = session.train.lengths
+    if not own:
+        return []
+    if session.task.packs:
+        return [*first_fit(own, lengths, max(sum(lengths[r] for r in part) for part in rows))]
+    most = max(len(part) * max(lengths[row] for row in part) for part in rows)
+    longest_first = sorted(own, key=lambda row: -lengths[row])
+    return [*cut(longest_first, lengths, max(map(len, rows)), most)]
 
 
 def deal(weights: Sequence[int], world: int) -> list[list[int]]:

@@ -86,7 +86,7 @@ class State:
         """
         packed = self.method.pack(self.optimizer)
         packed.table.setdefault("kept", {})
-        for name, (support, values) in (self.kept.state or {}).items():
+        for name, support, values in self.parameters.all_entries(self.kept.state or {}):
             packed.put("kept", name, support, values)
         tensors = dict(packed.tensors)
         tensors |= {f"optimizer/{key}": column for key, column in self.optimizer.state().items()}
@@ -119,7 +119,8 @@ class State:
             group["lr"] = rate
         self.kept.step, self.kept.seen = saved.kept.step, saved.kept.seen
         self.kept.stale = saved.kept.stale
-        self.kept.metrics, self.kept.state = saved.kept.metrics, entries_in(saved, "kept") or None
+        self.kept.metrics = saved.kept.metrics
+        self.kept.state = self.parameters.own_entries(entries_in(saved, "kept")) or None
         self.watch.resume(saved.skipped)
         self.timing.resume(saved.step, saved.tensors["step_ms"].tolist(), saved.used)
         set_random_states(*states_of(rank, saved.random, saved.tensors), self.device)

@@ -10,8 +10,9 @@ import torch
 from hypothesis import assume, given
 
 from sift_cli.errors import SiftError
-from sift_cli.selection.budget import Global, PerWeight, allot, largest, share
+from sift_cli.selection.budget import Global, PerWeight, allot, largest, pooled, share
 from sift_cli.selection.structures import Units
+from sift_cli.sparse.local import rows_of
 
 # few different values, so that ties are the rule
 SCORES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0]), min_size=1, max_size=24)
@@ -301,3 +302,43 @@ def test_per_neuron_gives_each_neuron_its_best_and_meets_the_count(
         nexts = [scores[n][ranked[n][each]] for n in range(neurons)]
         expected += [n * across + ranked[n][each] for n in best(nexts, more)]
     assert winners(chooser) == {"w": sorted(expected)}
+
+
+# pooled
+
+
+@given(st.lists(SCORES, min_size=1, max_size=4), st.integers(1, 4), st.booleans(), st.data())
+def test_the_best_of_every_ranks_best_are_the_best(
+    weights: list[list[float]], ranks: int, together: bool, data: st.DataObject
+) -> None:
+    """One weight for each list, whose entries lie one after the other on the ranks."""
+    names = [f"w{at}" for at in range(len(weights))]
+    sizes = dict(zip(names, map(len, weights), strict=True))
+    total = sum(sizes.values())
+    budget = data.draw(st.integers(1, total))
+    counts = {name: data.draw(st.integers(0, size)) for name, size in sizes.items()}
+
+    def chooser(partial: bool) -> Global | PerWeight:
+        return Global(budget, names) if together else PerWeight(counts, partial=partial)
+
+    here, alone = [chooser(partial=True) for _ in range(ranks)], chooser(partial=False)
+    firsts: list[dict[str, int]] = [{} for _ in range(ranks)]
+    for name, scores in reversed([*zip(names, weights, strict=True)]):
+        alone.add(name, torch.tensor(scores))
+        for rank, rows in enumerate(rows_of(len(scores), ranks)):
+            here[rank].add(name, torch.tensor(scores)[rows.start : rows.stop])
+            firsts[rank][name] = rows.start
+    sent = [
+        [part for name, (scores, units) in sorted(one.best().items()) for part in (units, scores)]
+        for one in here
+    ]
+    # What each sends in its turn: the numbers of units in the whole weight, then their scores.
+    for name, at in zip(sorted(names), range(0, 2 * len(names), 2), strict=True):
+        for rank in range(ranks):
+            sent[rank][at] = sent[rank][at] + firsts[rank][name]
+    turns = iter([torch.cat(parts) for parts in zip(*sent, strict=True)])
+    found = pooled(here[0], chooser(False), lambda _: next(turns), firsts[0].__getitem__)
+    wanted = alone.chosen()
+    assert {n: u.tolist() for n, u in found.items() if len(u)} == {
+        n: u.tolist() for n, u in wanted.items() if len(u)
+    }

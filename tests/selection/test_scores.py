@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sift_cli.selection.evidence import Tokens, observed_tokens
-from sift_cli.selection.scores import SCORES
+from sift_cli.selection.scores import SCORES, by_rows, score_entries
 from sift_cli.selection.select import Rule, select
 from sift_cli.selection.targets import linear_layers
 from tests.selection.test_selection import brute_force, gradients, positions
@@ -186,3 +186,29 @@ def test_of_one_batch_what_is_agreed_is_its_gradient() -> None:
         for score in ("gradient", "agreed-gradient")
     )
     assert positions(plain) == positions(agreed)
+
+
+# by rows
+
+
+@pytest.mark.parametrize("name", [name for name, score in SCORES.items() if by_rows(score)])
+def test_some_rows_score_as_they_do_in_the_whole_weight(name: str) -> None:
+    torch.manual_seed(0)
+    shape, rows = (7, 5), slice(2, 6)
+    whole = {
+        "weight": torch.randn(shape),
+        "gradient": torch.randn(shape),
+        "gradient_squares": torch.rand(shape),
+        "votes": torch.randint(-2, 3, shape, dtype=torch.int16),
+    }
+    some = {key: one[rows] for key, one in whole.items()}
+    scores = score_entries(SCORES[name], "w", whole, 3)
+    assert torch.equal(score_entries(SCORES[name], "w", some, 3, rows.start * 5), scores[rows])
+
+
+def test_what_looks_at_more_than_rows_is_not_by_rows() -> None:
+    others = {name for name, score in SCORES.items() if not by_rows(score)}
+    assert others == {
+        *("low-rank", "activation-magnitude", "gradient-per-input", "balanced-gradient"),
+        *("centred-gradient", "change"),
+    }

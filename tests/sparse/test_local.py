@@ -1,0 +1,94 @@
+"""Supports in rows on several ranks, alone and in training, against one process."""
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from sift_cli.sparse import Support
+from sift_cli.sparse.local import local, owned, rows_of
+from tests.support.causal import causal_model
+from tests.support.sharded import mixed_supports, on_ranks, told, trained, work_of_rank
+
+CASES = {2: [(1, False), (1, True)], 4: [(1, False), (2, True)]}  # by ranks: replicas, recompute
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_rows_are_dealt_as_torch_cuts(count: int, ranks: int) -> None:
+    parts = [part.tolist() for part in torch.arange(count).chunk(ranks)] if count else []
+    wanted = parts + [[]] * (ranks - len(parts))
+    assert [list(rows) for rows in rows_of(count, ranks)] == wanted
+
+
+@given(
+    st.integers(1, 7),
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.lists(st.integers(0, 34), unique=True),
+    st.booleans(),
+)
+def test_the_parts_of_a_support_are_the_support(
+    high: int, wide: int, ranks: int, places: list[int], whole: bool
+) -> None:
+    shape = (high, wide)
+    places = sorted({place % (high * wide) for place in places})
+    support = Support(shape) if whole else Support.of(shape, torch.tensor(places))
+    weight = torch.arange(high * wide).view(shape)
+    at = 0
+    for rows in rows_of(high, ranks):
+        run, own = owned(support, rows), local(support, rows)
+        assert run.start == at
+        assert len(own) == run.stop - run.start
+        mine = weight[rows.start : rows.stop]
+        assert torch.equal(own.gather(mine), support.gather(weight)[run])
+        at = run.stop
+    assert at == len(support)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, bool], list[Any]]:
+    """What each rank tells of each case, by ranks, replicas and recomputing."""
+    folder, found = tmp_path_factory.mktemp("ranks"), {}
+    for ranks, cases in CASES.items():
+        by_rank = on_ranks(ranks, folder, work_of_rank, cases)
+        for at, case in enumerate(cases):
+            found[(ranks, *case)] = [one[at] for one in by_rank]
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """The same in one process."""
+    return told(*trained(causal_model("llama-tied"), recompute=False))
+
+
+@pytest.mark.parametrize("case", [(n, *case) for n, cases in CASES.items() for case in cases])
+def test_rows_on_ranks_train_as_one_process(
+    case: tuple[int, int, bool], runs: dict[tuple[int, int, bool], list[Any]], alone: dict[str, Any]
+) -> None:
+    base = dict(causal_model("llama-tied").named_parameters())
+    supports = mixed_supports(causal_model("llama-tied"))
+    for one in runs[case]:
+        torch.testing.assert_close(one["masters"], alone["masters"], rtol=0, atol=1e-12)
+        for key in ("gradient", "norm"):
+            torch.testing.assert_close(one[key], alone[key], rtol=1e-12, atol=1e-12)
+        assert one["left"] == []
+        assert one["weights"].keys() == base.keys()
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(weight, alone["weights"][name], rtol=0, atol=1e-12)
+            outside = torch.ones(weight.numel(), dtype=torch.bool)
+            positions = supports[name].positions
+            outside[slice(None) if positions is None else positions] = False
+            assert torch.equal(weight.flatten()[outside], base[name].flatten()[outside])
+    moved = [(alone["weights"][n] - w).abs().max().item() for n, w in base.items()]
+    assert min(moved) > 1e-3  # every weight trains: matrices, norms and the tied embedding
+
+
+def test_each_rank_holds_its_own_masters_alone(
+    runs: dict[tuple[int, int, bool], list[Any]], alone: dict[str, Any]
+) -> None:
+    for (ranks, replicas, _), told_by in runs.items():
+        assert sum(one["owned"] for one in told_by) == alone["owned"] * replicas
+        assert max(one["owned"] for one in told_by) < 1.2 * alone["owned"] * replicas / ranks

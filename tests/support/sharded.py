@@ -1,0 +1,231 @@
+"""Processes that hold a model in rows, on gloo, and what one process does with the same rows."""
+
+import faulthandler
+import multiprocessing
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from signal import SIGTERM
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.fingerprints import fingerprint
+from sift_cli.models.prepare import recompute_activations
+from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach
+from sift_cli.sparse.local import Shards
+from sift_cli.tasks.token_batches import padded
+from tests.support.causal import EOS, causal_model, causal_rows
+from tests.support.interruptions import at_call, signalled
+
+STEPS, ROWS = 5, 6  # of which each step takes all
+PATIENCE = 240  # seconds
+
+
+def on_ranks(count: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `work(rank, *args)` gives on each of so many processes that talk by gloo.
+
+    They are forked from one that has imported all that is slow to import.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.sharded", "torch.distributed.fsdp"])
+    meeting = folder / f"meeting-{work.__name__}-{count}"
+    ranks = [
+        context.Process(target=_run, args=(rank, count, meeting, work, args))
+        for rank in range(count)
+    ]
+    for one in ranks:
+        one.start()
+    for one in ranks:
+        one.join()
+    assert [one.exitcode for one in ranks] == [0] * count or _told(meeting, 0).exists()
+    found = [torch.load(_told(meeting, r), weights_only=False) for r in range(count)]
+    for one in found:
+        if isinstance(one, str):
+            raise AssertionError(one)
+    return found
+
+
+def _told(meeting: Path, rank: int) -> Path:
+    return meeting.with_name(f"{meeting.name}.{rank}")
+
+
+def _run(
+    rank: int, count: int, meeting: Path, work: Callable[..., Any], args: Sequence[Any]
+) -> None:
+    import torch.distributed as dist
+
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # where ranks wait for each other
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+    try:
+        said: Any = work(rank, *args)
+    except BaseException:
+        said = traceback.format_exc()
+        torch.save(said, _told(meeting, rank))
+        raise
+    torch.save(said, _told(meeting, rank))
+    dist.destroy_process_group()
+
+
+def mixed_supports(model: nn.Module, density: float = 0.1, seed: int = 0) -> dict[str, Support]:
+    """Some entries of each matrix, one matrix and all vectors whole."""
+    generator = torch.Generator().manual_seed(seed)
+    supports = {}
+    for name, weight in model.named_parameters():
+        shape = tuple(weight.shape)
+        if weight.dim() == 1 or name.endswith("1.self_attn.o_proj.weight"):
+            supports[name] = Support(shape)
+            continue
+        chosen = torch.randperm(weight.numel(), generator=generator)
+        supports[name] = Support.of(shape, chosen[: max(1, round(density * weight.numel()))])
+    return supports
+
+
+def share_of_loss(model: nn.Module, step: int, rank: int = 0, ranks: int = 1) -> Tensor:
+    """This rank's share of a step's mean loss over tokens; of every so manieth row."""
+    rows = causal_rows(ROWS, seed=step)
+    total = sum(sum(label >= 0 for label in row["labels"][1:]) for row in rows)
+    batch = padded(rows[rank::ranks], EOS)
+    logits = model(**{k: one for k, one in batch.items() if k != "labels"}).logits
+    return (
+        nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+        )
+        / total
+    )
+
+
+def trained(
+    model: nn.Module,
+    recompute: bool,
+    shards: Shards | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> tuple[SparseParameters, dict[str, list[Tensor]]]:
+    """The model after some steps over `mixed_supports`; norms and gradients of each."""
+    model.train()
+    if recompute:
+        recompute_activations(model)
+    supports = mixed_supports(model)
+    parameters = attach(model, supports, shards=shards)
+    optimizer = SparseAdamW(parameters, 3e-3, weight_decay=0.1)
+    seen: dict[str, list[Tensor]] = {"norm": [], "gradient": []}
+    for step in range(STEPS):
+        share_of_loss(model, step, rank, ranks).backward()
+        parameters.accept(parameters.message())
+        seen["gradient"].append(parameters.all_of(parameters.grad).clone())
+        seen["norm"].append(optimizer.clip(0.5))
+        optimizer.step()
+    seen["left"] = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    return parameters, seen
+
+
+def told(parameters: SparseParameters, seen: dict[str, list[Tensor]]) -> dict[str, Any]:
+    """All that is to be equal to one process, from one that holds rows."""
+    named = dict(parameters.model.named_parameters())
+    whole = {n: getattr(one, "full_tensor", lambda one=one: one)() for n, one in named.items()}
+    return {
+        **seen,
+        "masters": parameters.all_of(parameters.flat.detach()),
+        "weights": {name: one.detach().clone() for name, one in whole.items()},
+        "owned": parameters.flat.numel(),
+    }
+
+
+def work_of_rank(rank: int, cases: Sequence[tuple[int, bool]]) -> list[dict[str, Any]]:
+    """What `trained` comes to for each of (replicas, whether activations are computed again)."""
+    import torch.distributed as dist
+
+    from sift_cli.models.sharding import mesh_of, shard, shards_on
+
+    found = []
+    for replicas, recompute in cases:
+        model = causal_model("llama-tied")
+        mesh = mesh_of(torch.device("cpu"), replicas)
+        shard(model, mesh)
+        ranks = dist.get_world_size()
+        found.append(told(*trained(model, recompute, shards_on(mesh), rank, ranks)))
+    return found
+
+
+def load_of_rank(rank: int, bases: Sequence[Path]) -> list[dict[str, Any]]:
+    """How each base loads in rows, beside loading it whole."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sift_cli.errors import SiftError
+    from sift_cli.models.loading import load_model
+    from sift_cli.models.sharding import load_sharded, mesh_of
+    from sift_cli.models.shards import places_in
+    from sift_cli.models.tensors import Place
+
+    cpu, read, found = torch.device("cpu"), [0], []
+    of_files = Place._read
+
+    def counted(place: Place, start: int, shape: tuple[int, ...]) -> Tensor:
+        tensor = of_files(place, start, shape)
+        read[0] += tensor.nbytes
+        return tensor
+
+    for base in bases:
+        config, read[0] = AutoConfig.from_pretrained(base), 0
+        Place._read = counted  # type: ignore[method-assign]
+        try:
+            model = load_sharded(
+                base, AutoModelForCausalLM, config, torch.float32, mesh_of(cpu), cpu
+            )[0].model
+        except SiftError as error:
+            found.append({"refused": str(error)})
+            continue
+        finally:
+            Place._read = of_files  # type: ignore[method-assign]
+        whole = load_model(base, AutoModelForCausalLM, dtype=torch.float32).model
+        ids = torch.arange(12).view(2, 6)
+        with torch.no_grad():
+            logits, of_one = (one(input_ids=ids).logits for one in (model, whole))
+        found.append(
+            {
+                "bytes read": read[0],
+                "bytes in files": sum(place.bytes for place in places_in(base).values()),
+                "bytes held": sum(one.to_local().nbytes for one in model.parameters()),  # type: ignore[attr-defined]
+                "tensors": _digests(model),
+                "of one process": _digests(whole),
+                "logits": logits,
+                "logits of one process": of_one,
+            }
+        )
+    return found
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    """Of every parameter and buffer, under each of its names."""
+    every = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    whole = {n: getattr(one, "full_tensor", lambda one=one: one)() for n, one in every.items()}
+    return {name: fingerprint(one) for name, one in whole.items()}
+
+
+FULL = "distributed.shard=full"
+
+
+def runs_of_rank(
+    rank: int, recipe: Path, settings: Mapping[str, Sequence[str]], stopped_in: int
+) -> None:
+    """A run of each settings; one that is stopped, and one that goes on from what is there."""
+    from sift_cli.recipe import load_recipe
+    from sift_cli.training import train
+
+    out = recipe.parent / "several"
+    for name, changes in settings.items():
+        train(load_recipe(recipe, changes), out / name, device="cpu")
+    sift = load_recipe(recipe, settings["sift"])
+    train(sift, out / "resumed", device="cpu", resume=True)
+    asked = at_call(stopped_in, signalled(SIGTERM)) if rank else nullcontext()
+    try:
+        with asked:
+            train(sift, out / "stopped", device="cpu")
+    except (SiftError, SystemExit) as error:
+        code = error.code
+    assert code == ExitCode.INTERRUPTED
