@@ -28,8 +28,9 @@ from sift_cli.runs.summary import Summary
 from sift_cli.system.launch import launch, launched
 from sift_cli.training import train
 from sift_cli.training.batches import Steps
-from sift_cli.training.choosing import Chooser, rule_of
+from sift_cli.training.choosing import Chooser
 from sift_cli.training.dense import Adapted, Dense
+from sift_cli.training.parts import rule_of
 from sift_cli.training.rates import share_of
 
 

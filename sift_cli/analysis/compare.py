@@ -29,7 +29,7 @@ from sift_cli.selection.policies import POLICIES
 from sift_cli.tasks.metrics import better
 from sift_cli.tasks.own_metrics import own_metrics
 from sift_cli.tasks.table import LANGUAGE
-from sift_cli.training.choosing import rule_of
+from sift_cli.training.parts import rule_of
 from sift_cli.training.rates import with_rate
 
 UNTUNED = (

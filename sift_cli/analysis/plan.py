@@ -38,8 +38,9 @@ from sift_cli.selection.targets import left_out
 from sift_cli.tasks.kinds import expected_task
 from sift_cli.tasks.task import Task
 from sift_cli.training.batches import steps_of
-from sift_cli.training.choosing import Parts, rule_of, selecting
+from sift_cli.training.choosing import selecting
 from sift_cli.training.head import start_of, targets_for
+from sift_cli.training.parts import Parts, rule_of
 from sift_cli.training.rates import at_usual_rate
 from sift_cli.training.step import take_step
 from sift_cli.training.warmup import warmed

@@ -21,8 +21,8 @@ from sift_cli.tasks.task import Task
 from sift_cli.tasks.token_rows import SplitCounts
 from sift_cli.tasks.tokens import Encoded
 from sift_cli.training.batches import PACK, Steps, steps_of
-from sift_cli.training.choosing import choices_of
 from sift_cli.training.head import ROWS
+from sift_cli.training.parts import choices_of
 from sift_cli.training.rates import require_enough_rows, steps_of_trial, trials_of
 
 

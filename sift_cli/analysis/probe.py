@@ -33,7 +33,8 @@ from sift_cli.selection.structures import Units
 from sift_cli.selection.targets import LinearLayer, linear_layers
 from sift_cli.sparse import SparseAdamW
 from sift_cli.training.batches import steps_of
-from sift_cli.training.choosing import Chooser, rule_of
+from sift_cli.training.choosing import Chooser
+from sift_cli.training.parts import rule_of
 from sift_cli.training.randomness import kept_randomness
 from sift_cli.training.rates import at_usual_rate
 from sift_cli.training.schedule import schedule_of

@@ -10,15 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
+from sift_cli.tasks.columns import NUMBER_COLUMN, TOLD, require_columns
 from sift_cli.tasks.conversations import FORMATS, Format, UnusableRow, line_of
-from sift_cli.tasks.sources import (
-    NUMBER_COLUMN,
-    TOLD,
-    Source,
-    read_rows,
-    require_columns,
-    take_split,
-)
+from sift_cli.tasks.sources import Source, read_rows, take_split
 
 if TYPE_CHECKING:
     from datasets import Dataset

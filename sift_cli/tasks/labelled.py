@@ -14,21 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
 from sift_cli.tasks.classification import Classification
+from sift_cli.tasks.columns import NUMBER_COLUMN, column_values, refuse_rows, require_columns
 from sift_cli.tasks.label_kinds import ONE_LABEL, held_by, kind_of
 from sift_cli.tasks.labels import coded
 from sift_cli.tasks.metrics import KINDS, NUMBER, Metric, called, leading, only_for, require_fit
 from sift_cli.tasks.several import GATHERED, are_lists, gathered, held, names_in
-from sift_cli.tasks.sources import (
-    NUMBER_COLUMN,
-    Source,
-    by_suffix,
-    column_values,
-    evaluation_splits,
-    read_rows,
-    refuse_rows,
-    require_columns,
-    take_split,
-)
+from sift_cli.tasks.sources import Source, by_suffix, evaluation_splits, read_rows, take_split
 from sift_cli.tasks.table import TASKS, TaskSpec, text_columns
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sift_cli.errors import SiftError
+from sift_cli.tasks.columns import NUMBER_COLUMN
 from sift_cli.tasks.conversations import (
     FORMATS,
     Completion,
@@ -18,7 +19,7 @@ from sift_cli.tasks.conversations import (
     UnusableRow,
 )
 from sift_cli.tasks.instructions import AUTO, Layout, columns_of, recognise
-from sift_cli.tasks.sources import BUILDERS, NUMBER_COLUMN, load_splits
+from sift_cli.tasks.sources import BUILDERS, load_splits
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 ANSWERS = {"alpaca": "output", "prompt": "completion"}  # the columns that hold them

@@ -10,8 +10,8 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from sift_cli.errors import SiftError
+from sift_cli.tasks.columns import NUMBER_COLUMN, column_values, refuse_rows, require_columns
 from sift_cli.tasks.labels import coded
-from sift_cli.tasks.sources import NUMBER_COLUMN, column_values, refuse_rows, require_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import NotHere, SiftError
 from sift_cli.tasks.cells import AS_FOUND, Cells, read_cells, with_numbers
+from sift_cli.tasks.columns import NUMBER_COLUMN, TOLD
 from sift_cli.tasks.conll import read_conll
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 
 BUILTIN = Path(__file__).parent / "builtin"
-NUMBER_COLUMN = "__row__"  # row numbers, in source splits that may have a column `row` of their own
 CELLS, CONLL = "cells", "conll"
 BUILDERS = {
     ".parquet": "parquet",
@@ -40,7 +40,6 @@ BUILDERS = {
 # No hub id ends like this, so such a path is never looked for there.
 FILE_ENDINGS = (*BUILDERS, ".txt", ".arrow", ".xlsx", ".gz", ".zip")
 SAVED = ("dataset_dict.json", "state.json")  # in folders of `save_to_disk`
-TOLD = 5  # files or rows that one error names
 SPLIT_NAMES = {
     "train": ("train",),
     "validation_matched": ("validation_matched", "dev_matched"),
@@ -369,51 +368,3 @@ def take_split(raw: DatasetDict, name: str, path: str) -> Dataset:
         raise SiftError(f"{path}: the split {name!r} is empty")
     rows: Dataset = raw[name]
     return rows
-
-
-def require_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
-    """Raises SiftError where a column is not there."""
-    for column in columns:
-        if column not in rows.column_names:
-            there = [name for name in rows.column_names if name != NUMBER_COLUMN]
-            hint = "; if that is several, say what parts them with data.delimiter"
-            raise SiftError(
-                f"data: the {split} split has no column {column!r}; it has {', '.join(there)}"
-                + (hint if len(there) == 1 else "")
-            )
-
-
-def column_values(rows: Dataset, split: str, column: str) -> list[Any]:
-    """A column, whole; raises SiftError where it is no text that can be read."""
-    try:
-        return list(rows[column])
-    except UnicodeDecodeError as error:  # found by no one before: JSON is read without a look
-        raise SiftError(f"data: the {split} split: {column!r} is not UTF-8: {error}") from None
-
-
-def refuse_rows(
-    split: str,
-    what: str,
-    numbers: Sequence[int],
-    wrong: Sequence[bool],
-    values: Sequence[Any] | None = None,
-) -> None:
-    """Raises SiftError naming the rows of a split that are `wrong`, with their `values`."""
-    refuse(f"data: the {split} split has {what}", numbers, wrong, values)
-
-
-def refuse(
-    said: str,
-    numbers: Sequence[int],
-    wrong: Sequence[bool],
-    values: Sequence[Any] | None = None,
-) -> None:
-    """Raises SiftError where rows are `wrong`: what is `said`, their numbers and `values`."""
-    rows = [index for index, one in enumerate(wrong) if one]
-    if not rows:
-        return
-    shown = ", ".join(
-        f"{numbers[index]}" + (f" ({values[index]!r})" if values is not None else "")
-        for index in rows[:TOLD]
-    )
-    raise SiftError(f"{said}: {len(rows):,} rows, such as row {shown}, counted from 0")

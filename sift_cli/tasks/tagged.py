@@ -9,20 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sift_cli.errors import SiftError
+from sift_cli.tasks.columns import NUMBER_COLUMN, column_values, refuse_rows, require_columns
 from sift_cli.tasks.entities import has_entities
 from sift_cli.tasks.metrics import TAG, leading, require_fit
 from sift_cli.tasks.several import are_lists, codes_in_lists, names_in
-from sift_cli.tasks.sources import (
-    NUMBER_COLUMN,
-    Source,
-    by_suffix,
-    column_values,
-    evaluation_splits,
-    read_rows,
-    refuse_rows,
-    require_columns,
-    take_split,
-)
+from sift_cli.tasks.sources import Source, by_suffix, evaluation_splits, read_rows, take_split
 from sift_cli.tasks.table import TAGS, text_columns
 from sift_cli.tasks.tagging import Tagging
 

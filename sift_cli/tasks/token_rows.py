@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
 from sift_cli.tasks.coder import Coded, Coder, Refused
+from sift_cli.tasks.columns import TOLD
 from sift_cli.tasks.conversations import is_conversation, row_of
-from sift_cli.tasks.sources import TOLD
 from sift_cli.tasks.supervision import code, probe
 from sift_cli.tasks.templates import OWN
 from sift_cli.tasks.tokens import UNSEEN, Encoded, cached

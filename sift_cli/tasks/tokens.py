@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sift_cli.errors import SiftError
-from sift_cli.tasks.sources import refuse
+from sift_cli.tasks.columns import refuse
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -23,7 +23,7 @@ from sift_cli.system.files import write_text
 from sift_cli.tasks.kinds import expected_task
 from sift_cli.tasks.metrics import LOSS
 from sift_cli.training.batches import steps_of
-from sift_cli.training.choosing import rule_of
+from sift_cli.training.parts import rule_of
 
 TRIED = 5  # rates, each APART from the next
 APART = 2.0

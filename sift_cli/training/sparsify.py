@@ -23,7 +23,7 @@ from sift_cli.sparse import SparseParameters, attach
 from sift_cli.sparse.coordinates import Coordinates
 from sift_cli.sparse.parameters import whole_supports
 from sift_cli.sparse.standalone import FlatAdamW
-from sift_cli.training.choosing import Parts, descent_rate, rule_of
+from sift_cli.training.parts import Parts, descent_rate, rule_of
 from sift_cli.training.randomness import kept_randomness
 from sift_cli.training.rates import at_width, width_in
 

@@ -19,7 +19,8 @@ from sift_cli.recipe import Recipe, load_recipe
 from sift_cli.runs.session import open_session
 from sift_cli.training import train
 from sift_cli.training.batches import Batches
-from sift_cli.training.choosing import Chooser, rule_of
+from sift_cli.training.choosing import Chooser
+from sift_cli.training.parts import rule_of
 from sift_cli.training.schedule import schedule_of
 from sift_cli.training.step import add_gradient
 

@@ -31,7 +31,7 @@ from sift_cli.tasks.evaluation import collect_outputs
 from sift_cli.training import head as heads
 from sift_cli.training import train
 from sift_cli.training.batches import Batches
-from sift_cli.training.choosing import Chooser, rule_of
+from sift_cli.training.choosing import Chooser
 from sift_cli.training.head import (
     PENALTIES,
     Readout,
@@ -44,6 +44,7 @@ from sift_cli.training.head import (
     start_head,
     start_of,
 )
+from sift_cli.training.parts import rule_of
 from tests.support.completions import Completions
 from tests.support.interruptions import Killed, at_call, delta, kill, killed_at
 from tests.support.models import ARCHITECTURES, save_base, tiny_model, tiny_tokenizer

@@ -26,7 +26,8 @@ from sift_cli.sparse import SparseAdamW, Support, attach
 from sift_cli.sparse.optimizer import HISTORIES
 from sift_cli.training import choosing, train
 from sift_cli.training.batches import Batches
-from sift_cli.training.choosing import Chooser, Parts, rule_of
+from sift_cli.training.choosing import Chooser
+from sift_cli.training.parts import Parts, rule_of
 from sift_cli.training.schedule import schedule_of
 from sift_cli.training.step import add_gradient
 from tests.support.models import tiny_batch, tiny_model
