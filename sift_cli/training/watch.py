@@ -39,7 +39,7 @@ class Watch:
         skips: int = 0,
         advice: Advice = TRAINING,
     ) -> None:
-        self.session, self.parameters, self.skips = session.alone(), parameters, skips
+        self.session, self.parameters, self.skips = session, parameters, skips
         self.advice = advice
         self.skipped = 0  # steps read so far that were not finite
         self._unread: list[tuple[int, Rows, Tensor]] = []
@@ -103,7 +103,7 @@ class Watch:
         The weights are as they were, dropout is not: what it alone had made infinite is not found.
         """
         assert self.parameters is not None
-        parameters = self.parameters
+        parameters, alone = self.parameters, self.session.alone()
 
         def not_finite() -> list[str]:
             gathered = parameters.gradients()
@@ -111,7 +111,7 @@ class Watch:
 
         def spoilt(some: Rows) -> bool:
             parameters.zero_grad()
-            loss = add_gradient(self.session, some)
+            loss = add_gradient(alone, some)
             return not bool(loss.isfinite()) or bool(not_finite())
 
         with kept_randomness(self.session.device):
