@@ -245,6 +245,8 @@ def open_session(
         rows, evaluation = encoded(
             task, tuned.tokenizer, tuned.model.config, data.max_length, split or recipe.eval.split
         )
+    if chunks != settings.chunk_loss and rows is not None and rows.targets:
+        said.append("train.chunk_loss: off where the model lies in rows on several processes")
     return Session(
         task=task,
         model=tuned.model,
