@@ -126,8 +126,8 @@ class PeakMemory:
     ) -> dict[str, int]:
         """Bytes by part of the pass that ranks the gradients of the weights called `names`.
 
-        With `squares`, sums of them gather beside those of several batches' gradients; where it
-        `descends`, bases and votes in place of both.
+        What gathers of several batches is called `gradients`: their sums, with `squares` those of
+        squares as well; where it `descends`, bases and votes in place of both.
         """
 
         def rank(name: str, gradient: Tensor) -> None:
@@ -150,6 +150,7 @@ class PeakMemory:
             with ledger, observed_gradients({name: named[name] for name in names}, rank):
                 for _ in range(min(2, batches)):
                     self._pass(model, self.batch.make(), ledger)
+            ledger.name("gradients", sums.values())
         return self._parts(ledger)
 
     def evaluation(self) -> dict[str, int]:

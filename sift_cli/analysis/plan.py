@@ -20,7 +20,8 @@ from rich.console import Console
 
 from sift_cli.analysis.memory import Batch, PeakMemory, ordinary, sparse
 from sift_cli.analysis.methods import adapt, adapted_layers, rank_for
-from sift_cli.analysis.planned import Passes, PlannedRows, read_task
+from sift_cli.analysis.planned import Passes, PlannedRows, computed, read_task
+from sift_cli.analysis.sharded import Rows, ranks_of
 from sift_cli.analysis.sizes import accounting, delta_bytes, grouped, sent
 from sift_cli.errors import SiftError
 from sift_cli.models.devices import pick_device
@@ -34,13 +35,14 @@ from sift_cli.runs.language import with_template
 from sift_cli.runs.session import autocasts, open_session
 from sift_cli.runs.timing import Timing
 from sift_cli.selection.scores import find_score
-from sift_cli.selection.targets import left_out
+from sift_cli.selection.select import require_by_rows
+from sift_cli.selection.targets import left_out, transposed_of
 from sift_cli.tasks.kinds import expected_task
 from sift_cli.tasks.task import Task
 from sift_cli.training.batches import steps_of
 from sift_cli.training.choosing import selecting
 from sift_cli.training.head import start_of, targets_for
-from sift_cli.training.parts import Parts, rule_of
+from sift_cli.training.parts import Parts, rule_in, rule_of
 from sift_cli.training.rates import at_usual_rate
 from sift_cli.training.step import take_step
 from sift_cli.training.warmup import warmed
@@ -63,18 +65,17 @@ def plan(
     """Counts, memory by part, the delta's size, rows and steps; with `measure` the time as well.
 
     Where `devices` share the steps, memory is that of each, and `sent_bytes` what each sends in a
-    step. `memory` stands in for that of the device, in bytes. Rows are counted where they and the
-    tokenizer are on this machine. Raises SiftError for what the recipe gets wrong.
+    step, of a model in rows also `sent_by_part`. `memory` stands in for that of the device, in
+    bytes. Rows are counted where they and the tokenizer are on this machine. Raises SiftError for
+    what the recipe gets wrong.
     """
     console = console or Console(stderr=True, quiet=True)
     where = pick_device(device)
-    outline = Outline.of(recipe, allow_code)
+    outline = Outline.of(recipe, allow_code, devices)
     result = outline.counted()
     result |= memory_of(outline, where, console, devices)
     if devices > 1:
-        entries = result["trained_entries"] + result["dense_entries"]
-        sends = sent(entries, result["total_entries"], recipe.model.dtype, devices)
-        result |= {"devices": devices, "sent_bytes": sends}
+        result |= {"devices": devices, **outline.sent(where, devices)}
     result["device"] = fits(result, where, memory)
     if measure:
         result["measured"] = measured(recipe, where, allow_code, console)
@@ -96,15 +97,19 @@ class Outline:
     parts: Parts
     counts: dict[str, int]
     head_start: str
+    in_rows: Rows | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, allow_code: bool = False) -> Outline:
+    def of(cls, recipe: Recipe, allow_code: bool = False, devices: int = 1) -> Outline:
         """Reads the configuration of the model, and the rows where they are on this machine.
+
+        Where the recipe deals the model over the `devices`, `in_rows` says how.
 
         Raises what training raises before its first step, but for what weights alone can tell.
         """
         recipe = with_template(recipe)
-        rule = rule_of(recipe.selection, allow_code)
+        rule = rule_in(recipe, allow_code)
+        ranks = ranks_of(recipe, devices)
         folder = model_folder(recipe.model.path, recipe.model.revision, weights=False)
         expected_task(*recipe.data.expected).configure(folder)  # or it raises
         task, missing = read_task(recipe)
@@ -114,13 +119,16 @@ class Outline:
         build = partial(on_meta, folder, task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
         rows = PlannedRows.of(recipe, task, missing, folder, model)
-        new = _new_head(task, model, folder)
+        new = _new_head(task.new_head and not ranks.even, model, folder)
         start = start_of(recipe.train, task, model)
         parts = Parts.of(recipe.selection, model, new, rule)
         _require_beginning(recipe, rows, parts)
-        return cls(
-            recipe, rows, build, model, parts, parts.planned(model), start if new else "random"
-        )
+        in_rows = None
+        if ranks.even:
+            require_by_rows(rule, transposed_of(model, parts.sparse))
+            in_rows = Rows.of(model, devices, recipe.distributed.replicas)
+        start, counts = start if new else "random", parts.planned(model)
+        return cls(recipe, rows, build, model, parts, counts, start, in_rows)
 
     @property
     def dense(self) -> Sequence[str]:
@@ -136,6 +144,33 @@ class Outline:
     def entries(self) -> int:
         """How many entries train, without the modules that train whole."""
         return sum(self.counts.values())
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """How many entries of each weight train, those of `dense` among them."""
+        return self.counts | {name: self.model.get_parameter(name).numel() for name in self.dense}
+
+    def task_on(self, device: torch.device) -> Task:
+        """The task as the device would have it."""
+        settings = self.recipe.train
+        return self.rows.task.expected(
+            self.model.config,
+            device.type,
+            packs=settings.packs,
+            chunk_loss="off" if self.in_rows else settings.chunk_loss,
+        )
+
+    def sent(self, device: torch.device, devices: int) -> dict[str, Any]:
+        """What each of the devices sends in a step."""
+        recipe, task, trained = self.recipe, self.task_on(device), self.trained
+        if self.in_rows is None:
+            total = sum(weight.numel() for weight in self.model.parameters())
+            sends = sent(sum(trained.values()), total, recipe.model.dtype, devices)
+            return {"sent_bytes": sends}
+        # On a CPU every rank walks through all padded micro-batches.
+        dealt = devices if device.type == "cuda" or task.packs else 1
+        batches = self.rows.micro_batches(recipe, task, dealt)
+        return self.in_rows.sent_of(self.model, trained, recipe.model.dtype, batches)
 
     @property
     def whole(self) -> bool:
@@ -181,15 +216,15 @@ def _require_beginning(recipe: Recipe, rows: PlannedRows, parts: Parts) -> None:
         warmed(chosen.warmup_trains == "all", [*parts.sparse, *parts.vectors], parts.dense)
 
 
-def _new_head(task: Task, model: Any, folder: Path) -> Sequence[str]:
+def _new_head(new_head: bool, model: Any, folder: Path) -> Sequence[str]:
     """The parameters that training would draw anew; without weight files, those of any new head.
 
     Raises SiftError where training would.
     """
     if not any(folder.glob(WEIGHTS)):
-        return head_of(model) if task.new_head else []
+        return head_of(model) if new_head else []
     stored = Stored(folder, model)
-    return require_whole(model, Lack.of_files(model, stored), stored, folder, task.new_head)
+    return require_whole(model, Lack.of_files(model, stored), stored, folder, new_head)
 
 
 def memory_of(
@@ -197,13 +232,7 @@ def memory_of(
 ) -> dict[str, Any]:
     """Bytes at the peak by part: of a step with the largest batch, and of the passes before and
     after training. On a CPU each of several processes looks at whole calibration batches."""
-    recipe = outline.recipe
-    task = outline.rows.task.expected(
-        outline.model.config,
-        device.type,
-        packs=recipe.train.packs,
-        chunk_loss=recipe.train.chunk_loss,
-    )
+    recipe, task = outline.recipe, outline.task_on(device)
     batch = outline.rows.largest(recipe, task, devices if device.type == "cuda" else 1)
     methods = memory_of_methods(outline, batch, device, console)
     checkpointing = outline.recompute is True
@@ -251,6 +280,8 @@ def memory_of_methods(
                 except SiftError as error:  # no PEFT, or nothing that it adapts
                     methods[key] = {"missing": str(error)}
                     continue
+            if outline.in_rows:
+                parts = outline.in_rows.hold_of(method, parts, outline.model, outline.trained)
             moved = HOST_IF_OFFLOADED if method == "sift" and recipe.train.offload_optimizer else ()
             methods[key] = with_peak(parts, device, moved)
     return methods
@@ -274,11 +305,15 @@ def memory_of_passes(
                 squares="gradient_squares" in score.needs,
                 descends=score.descends,
             )
+            if outline.in_rows:  # FSDP2 sums the gradients of a block beside those of the next
+                parts = outline.in_rows.hold(parts, 2 * outline.in_rows.block)
             passes["selection"] = with_peak(parts, device)
         probed = outline.rows.train if outline.head_start == "probe" else None
         also = [] if probed is None else [probed]  # in batches like those of evaluation
         shape = outline.rows.widest(recipe, batch.task, also)
         parts = PeakMemory(build, shape, bf16=bf16, gpu=gpu).evaluation()
+        if outline.in_rows:
+            parts = outline.in_rows.hold(parts)
         passes["evaluation"] = with_peak(parts, device)
     return passes
 
@@ -361,10 +396,3 @@ def measured(
         "run_s": passes.seconds(begin_s, epoch_s / batches.steps_per_epoch),
         "tokens_per_second": 1e3 / per_token,
     }
-
-
-def computed(rows: Sequence[Sequence[int]], lengths: Sequence[int], packs: bool) -> int:
-    """Tokens of a step's batches, each padded to its longest row unless they are packs."""
-    if packs:
-        return sum(lengths[row] for part in rows for row in part)
-    return sum(len(part) * max(lengths[row] for row in part) for part in rows)

@@ -102,6 +102,19 @@ class PlannedRows:
         every = (batch(part, rows) for rows in steps for part in rows)
         return max(every, key=lambda one: (one.rows * one.tokens, one.tokens, one.learnt or 0))
 
+    def micro_batches(self, recipe: Recipe, task: Task, devices: int = 1) -> int:
+        """The most micro-batches of a step of the first epoch that each of so many devices has."""
+        settings, batches = recipe.train, self.batches(recipe)
+        if batches is not None:
+            steps = islice(batches.endless(), batches.steps_per_epoch)
+            most = max(map(len, steps))
+        elif settings.tokens is None:
+            most = settings.accumulate
+        else:
+            batch = self.largest(recipe, task, devices)
+            most = ceil(settings.tokens / (batch.rows * batch.tokens))
+        return ceil(most / devices)
+
     def widest(self, recipe: Recipe, task: Task, also: Sequence[Encoded]) -> Batch:
         """The largest batch that an evaluation may have, of its rows and those that are read so."""
         read = [*self.evaluation.values(), *also]
@@ -210,3 +223,10 @@ def full(settings: TrainSection | EvalSection, tokens: int) -> tuple[int, int]:
     if settings.max_tokens is not None:
         fit = min(fit, max(1, settings.max_tokens // tokens))
     return fit, tokens
+
+
+def computed(rows: Sequence[Sequence[int]], lengths: Sequence[int], packs: bool) -> int:
+    """Tokens of a step's batches, each padded to its longest row unless they are packs."""
+    if packs:
+        return sum(lengths[row] for part in rows for row in part)
+    return sum(len(part) * max(lengths[row] for row in part) for part in rows)

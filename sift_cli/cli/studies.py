@@ -98,6 +98,14 @@ def plan(
     devices: Annotated[
         int, typer.Option(min=1, help="Plan for so many devices that share each step.")
     ] = 1,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Plan for weights in rows on these devices (full); distributed.shard."),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of so many copies of the model; distributed.replicas."),
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Plan for a device with so much memory, such as 24GB.")
     ] = None,
@@ -116,7 +124,11 @@ def plan(
     """
     from sift_cli.recipe import trace_recipe
 
-    resolved, origins = trace_recipe(shipped.find(recipe), overrides or [])
+    if shard == "full" and devices == 1:
+        raise SiftError("--shard full: rows lie on several devices; give --devices N")
+    asked = {"shard": shard, "replicas": replicas}
+    shared = [f"distributed.{key}={one}" for key, one in asked.items() if one is not None]
+    resolved, origins = trace_recipe(shipped.find(recipe), [*(overrides or []), *shared])
     capacity = None if memory is None else parse_size(memory)
     check_recipe(resolved, device, data=False)
     from sift_cli.analysis.plan import plan as run

@@ -73,14 +73,12 @@ def _short(origin: str) -> str:
 
 
 def _show_memory(plan: Mapping[str, Any]) -> None:
-    from sift_cli.analysis.memory import PARTS
-
     methods = {k: parts for k, parts in plan["memory_of_methods"].items() if "missing" not in parts}
     batch = plan["batch"]
     title = f"memory of a step with {batch['rows']} rows of {batch['tokens']} tokens"
     names = [name.replace(", checkpointing", "*") for name in methods]
     table = Table("part", *names, title=title, caption="*: with train.gradient_checkpointing")
-    for part in (*PARTS, "peak"):
+    for part in max(methods.values(), key=len):
         values = [parts.get(part, 0) for parts in methods.values()]
         if any(values):
             if part == "peak":
@@ -141,7 +139,9 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
         f"{name} {size(parts['peak'])}" for name, parts in plan["memory_of_passes"].items()
     )
     lines.append(f"Other passes at their peak: {passes}.")
-    if "sent_bytes" in plan:
+    if "sent_by_part" in plan:
+        lines += _rows_sentences(plan)
+    elif "sent_bytes" in plan:
         sent = {name: size(nbytes) for name, nbytes in plan["sent_bytes"].items()}
         lines.append(
             f"On {plan['devices']:,} devices, of which memory is that of each, every one sends "
@@ -168,6 +168,26 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
             f"{timed['epoch_s']:.0f} s an epoch; {timed['run_s']:.0f} s in all, evaluations aside."
         )
     return lines
+
+
+def _rows_sentences(plan: Mapping[str, Any]) -> list[str]:
+    """What each device sends where the model lies in rows on several."""
+    devices, copies = plan["devices"], plan["replicas"]
+    copied = f" as {copies:,} copies" if copies > 1 else ""
+    parts = {
+        method: ", ".join(
+            f"{purpose.replace('_', ' ')} {size(nbytes)}"
+            for purpose, nbytes in each.items()
+            if nbytes or purpose != "between_copies"
+        )
+        for method, each in plan["sent_by_part"].items()
+    }
+    return [
+        f"In rows on {devices:,} devices{copied}; memory is that of each, and gathered are the "
+        "weights that are whole there at one time. Counted by rings and not measured, each sends "
+        f"in a step: {parts['sift']}; LoRA of equal size: {parts['lora']}; full fine-tuning: "
+        f"{parts['full']}."
+    ]
 
 
 def _passes_sentences(plan: Mapping[str, Any]) -> list[str]:

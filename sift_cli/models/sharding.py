@@ -102,7 +102,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     if mesh[REPLICAS].size() == 1:
         mesh = mesh[ROWS]
-    for block in [*_blocks(model), model]:
+    for block in [*blocks_of(model), model]:
         # The root too, which would stay gathered after an evaluation: what looks for weights
         # between two passes finds this rank's rows.
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
@@ -142,11 +142,11 @@ def load_sharded(
     )
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost layers that a model repeats."""
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The outermost layers that a model repeats: what is gathered at once."""
     found: list[nn.Module] = []
     for child in model.children():
-        found += [child] if isinstance(child, GradientCheckpointingLayer) else _blocks(child)
+        found += [child] if isinstance(child, GradientCheckpointingLayer) else blocks_of(child)
     return found
 
 

@@ -140,6 +140,12 @@ def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
     }
 
 
+def transposed_of(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the weights called `names` that are stored as [inputs, outputs]."""
+    layers = linear_layers(model)
+    return [name for name in names if name in layers and layers[name].transposed]
+
+
 def density_of(density: float | Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
     """The density of each of `names`: the same for all, or that of the last pattern that matches.
 

@@ -25,7 +25,6 @@ from sift_cli.selection.select import (
     Retained,
     Rule,
     alone,
-    require_by_rows,
     select,
 )
 from sift_cli.selection.targets import (
@@ -43,7 +42,7 @@ from sift_cli.training.batches import Steps
 from sift_cli.training.head import start_head, start_of
 from sift_cli.training.method import Build
 from sift_cli.training.packing import Packed, entries_in, supports_in
-from sift_cli.training.parts import Parts, choices_of, descent_rate, rule_of
+from sift_cli.training.parts import Parts, choices_of, descent_rate, rule_in
 from sift_cli.training.randomness import kept_randomness
 from sift_cli.training.step import backward_passes, forward_passes, watched
 from sift_cli.training.warmup import WarmUp, warm_up
@@ -54,9 +53,7 @@ SCALE = "step_scale/"  # before a weight's name, in a checkpoint
 
 def selecting(recipe: Recipe, allow_code: bool = False, console: Console | None = None) -> Build:
     """The method that trains what a recipe selects; refuses a score that cannot be, at once."""
-    rule = rule_of(recipe.selection, allow_code)
-    if recipe.distributed.shard == "full":
-        require_by_rows(rule)
+    rule = rule_in(recipe, allow_code)
     return partial(Chooser.of, recipe.selection, recipe.train, rule=rule, console=console)
 
 

@@ -6,13 +6,14 @@ from math import sqrt
 
 from torch import nn
 
-from sift_cli.recipe import SelectionSection
+from sift_cli.recipe import Recipe, SelectionSection
 from sift_cli.selection.scores import find_score
 from sift_cli.selection.select import (
     Rule,
     beside,
     check,
     planned,
+    require_by_rows,
 )
 from sift_cli.selection.targets import (
     choose_vectors,
@@ -35,6 +36,14 @@ def rule_of(selection: SelectionSection, allow_code: bool = False) -> Rule:
         rank=selection.rank or 32,
         balance=1.0 if selection.balance is None else selection.balance,
     )
+
+
+def rule_in(recipe: Recipe, allow_code: bool = False) -> Rule:
+    """That of a recipe. Raises SiftError where no rank could choose by it of its own rows."""
+    rule = rule_of(recipe.selection, allow_code)
+    if recipe.distributed.shard == "full":
+        require_by_rows(rule)
+    return rule
 
 
 @dataclass(frozen=True)
