@@ -6,6 +6,7 @@ nothing travels.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch import distributed as dist
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.devices import pick_device
-from sift_cli.system.launch import launched
+from sift_cli.system.launch import THREADS, launched
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(hours=2)  # of a collective: the others may load, write or answer meanwhile
@@ -124,6 +125,22 @@ class Ranks:
         if isinstance(found, SiftError):
             raise found
         return found  # type: ignore[no-any-return]
+
+    def as_one(self, work: Callable[[], Value]) -> Value:
+        """As `on_main`, with the threads of a run of one process while the others wait.
+
+        So sums come in the order that they have there, to the bit.
+        """
+        threads = torch.get_num_threads()
+
+        def with_threads() -> Value:
+            torch.set_num_threads(int(os.environ.get(THREADS) or threads))
+            try:
+                return work()
+            finally:
+                torch.set_num_threads(threads)
+
+        return self.on_main(work if self.alone else with_threads)
 
     def each(
         self, run: Callable[[list[int]], Tensor], batches: Sequence[list[int]]

@@ -9,6 +9,7 @@ from functools import partial
 from sift_cli.errors import ExitCode
 
 GRACE_S = 45  # for the others to end, once one has or a signal came; then they are killed
+THREADS = "SIFT_THREADS"  # those that a run of one process would have, for its processes
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of what every launcher sets
 
 
@@ -43,11 +44,13 @@ def launch(count: int, module: str, arguments: Sequence[str]) -> int:
     import logging
     from uuid import uuid4
 
+    import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ[THREADS] = str(torch.get_num_threads())
     threads = max(1, (os.cpu_count() or 1) // count)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     config = LaunchConfig(

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -47,6 +49,7 @@ from sift_cli.training.randomness import kept_randomness
 from sift_cli.training.step import backward_passes, forward_passes, watched
 from sift_cli.training.warmup import WarmUp, warm_up
 
+Seen = TypeVar("Seen")
 SCALE_BATCHES = 8  # enough for root mean squares over their tokens
 SCALE = "step_scale/"  # before a weight's name, in a checkpoint
 
@@ -134,10 +137,10 @@ class Chooser:
 
     @property
     def looking(self) -> Session:
-        """What looks at calibration batches: on a CPU every rank at all of them, in full.
+        """What looks at calibration batches: on a CPU at all of them, in full.
 
         So entries are those that one process would choose, which sums of parts would not be where
-        two scores are next to equal.
+        two scores are next to equal. Who looks says `_looked`.
         """
         session = self.session
         if not session.ranks.exact:
@@ -152,7 +155,7 @@ class Chooser:
 
     def begin(self) -> SparseAdamW:
         """Starts the head, warms up where the schedule says so, chooses, and attaches that."""
-        touched, change = start_head(self.train, self.session, self.console), None
+        touched, change = self._head(), None
         if self.selection.schedule == "after-warmup":
             touched, change = warm_up(
                 WarmUp.of(self.selection, self.train),
@@ -214,30 +217,32 @@ class Chooser:
         The calibration batches are those of the next steps, seen with the same dropout masks:
         selection leaves random states as it found them, and each of them trains as well.
         """
-        model = self.session.model
+        model, shards = self.session.model, self.session.shards
         batches = islice(self.batches.since(step), self.selection.batches)
-        passes, ranks = backward_passes(self.looking, batches), self.session.ranks
-        shards = self.session.shards
+        passes = backward_passes(self.looking, batches)
         console = self.console if step == 1 else None  # later the training's own bar is there
-        with (
-            watched(passes, "choosing entries", console) as backward,
-            frozen(model),
-            kept_randomness(self.session.device),
-        ):
-            chosen = select(
-                model,
-                self.sparse,
-                self.rule,
-                seed=self.train.seed,
-                backward=backward,
-                change=change,
-                retained=held,
-                norms=norms,
-                descent_rate=self.descent_rate if self.rule.score.descends else 0.0,
-                whole=self.looking.ranks.sum_ if shards is None else alone,
-                shards=shards,
-            )
-        chosen = ranks.agree(chosen)
+
+        def choose() -> dict[str, Support]:
+            with (
+                watched(passes, "choosing entries", console) as backward,
+                frozen(model),
+                kept_randomness(self.session.device),
+            ):
+                return select(
+                    model,
+                    self.sparse,
+                    self.rule,
+                    seed=self.train.seed,
+                    backward=backward,
+                    change=change,
+                    retained=held,
+                    norms=norms,
+                    descent_rate=self.descent_rate if self.rule.score.descends else 0.0,
+                    whole=self.looking.ranks.sum_ if shards is None else alone,
+                    shards=shards,
+                )
+
+        chosen = self._looked(choose)
         trim_heap()  # of the dense gradients, more than steps need
         return chosen | whole_supports(model, [*self.vectors, *self.dense])
 
@@ -250,10 +255,13 @@ class Chooser:
         if self.train.step_scale == "none":
             return {}
         batches = islice(self.batches.since(1), min(self.selection.batches, SCALE_BATCHES))
-        with kept_randomness(self.session.device):
-            forward = forward_passes(self.looking, batches)
-            whole = self.looking.ranks.sum_
-            return input_scales(self.session.model, self.sparse, forward, whole)
+        forward, whole = forward_passes(self.looking, batches), self.looking.ranks.sum_
+
+        def look() -> dict[str, InputScale]:
+            with kept_randomness(self.session.device):
+                return input_scales(self.session.model, self.sparse, forward, whole)
+
+        return self._looked(look)
 
     def pack(self, optimizer: SparseAdamW) -> Packed:
         """Masters, supports and scales; of what has left the support, the values in the weights."""
@@ -314,6 +322,31 @@ class Chooser:
     def describe(self, out: Path, recipe: Recipe, summary: Summary) -> None:
         """Writes the card."""
         write_text(out / CARD_FILE, delta_card(recipe, summary))
+
+    def _looked(self, look: Callable[[], Seen]) -> Seen:
+        """What a look at batches gives: on a CPU the main rank's alone, which has all threads."""
+        ranks = self.session.ranks
+        if ranks.exact and self.session.shards is None:
+            return ranks.as_one(look)
+        return ranks.agree(look())
+
+    def _head(self) -> Touched | None:
+        """Starts a new head, alike on every rank; the random numbers that it held before."""
+        session = self.session
+        if session.shards is not None:  # whose base has a head
+            return start_head(self.train, session, self.console)
+        named = dict(session.model.named_parameters())
+
+        def start() -> tuple[Touched | None, dict[str, Tensor]]:
+            touched = start_head(self.train, session.alone(), self.console)
+            return touched, {name: named[name].detach().cpu() for name in session.new}
+
+        touched, head = session.ranks.as_one(start)
+        if not session.ranks.main:
+            with torch.no_grad():
+                for name, values in head.items():
+                    named[name].copy_(values)
+        return touched
 
     def _attach(
         self,
