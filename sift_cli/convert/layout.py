@@ -22,7 +22,7 @@ from sift_cli.models.shards import INDEX_FILE, first_places, list_weights, place
 from sift_cli.models.tensors import Listing, Place, listed
 
 ASIDE = 0.05  # tensors that the model has not are kept for undo up to this share of its size,
-SMALL = 1 << 20  # or up to so many bytes
+SMALL = 4 << 20  # or up to so many bytes
 SPARE = 1 << 24  # bytes for configuration and tokenizer
 
 

@@ -222,7 +222,7 @@ def test_old_layer_norm_names_and_prefixed_checkpoints(
 
 def test_a_large_head_that_the_model_has_not_is_lost(run: Run, base: Path, tmp_path: Path) -> None:
     weights = load_file(base / "model.safetensors")
-    extra = {"lm_head.weight": torch.ones(20_000, 16)}  # above 1 MiB
+    extra = {"lm_head.weight": torch.ones(80_000, 16)}  # above 4 MiB
     save_file(weights | extra, base / "model.safetensors", metadata={"format": "pt"})
     delta = run()
     report = merge(delta, tmp_path / "merged")
