@@ -207,6 +207,7 @@ print(Study(DESIGN, model, data, Path(out), 2, more).carry_out(runs))
 """
 
 
+@pytest.mark.slow
 def test_real_runs_are_interrupted_and_go_on(base: Path, glue: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     places = [ROOT / "benchmarks", base, glue, out]
