@@ -23,17 +23,8 @@ from sift_cli.runs.record import write_weights
 from sift_cli.runs.session import Session
 from sift_cli.runs.summary import EntryCounts, Summary, Written
 from sift_cli.selection.scale import input_scales
-from sift_cli.selection.select import (
-    Retained,
-    Rule,
-    alone,
-    select,
-)
-from sift_cli.selection.targets import (
-    left_out,
-    linear_layers,
-    tell_left_out,
-)
+from sift_cli.selection.select import Retained, Rule, alone, select
+from sift_cli.selection.targets import left_out, linear_layers, tell_left_out
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
 from sift_cli.sparse.coordinates import Coordinates, InputScale
 from sift_cli.sparse.local import local_of
