@@ -14,6 +14,12 @@ def all_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
+def architecture_of(model: nn.Module) -> str:
+    """The name of a model's class; FSDP2 gives a model whose weights lie in rows one of its own."""
+    kinds = type(model).__mro__
+    return next(one.__name__ for one in kinds if not one.__module__.startswith("torch.distributed"))
+
+
 def head_of(model: Any) -> list[str]:
     """Parameters beside the base model: those that a checkpoint of the base does not hold."""
     prefix = f"{model.base_model_prefix}."

@@ -10,6 +10,7 @@ from typing import Any
 from sift_cli.delta.build import describe_base, versions
 from sift_cli.delta.header import Header
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.names import architecture_of
 from sift_cli.recipe import Recipe
 from sift_cli.runs.facts import settings_of
 from sift_cli.runs.folder import SUMMARY_FILE
@@ -206,7 +207,7 @@ def describe(recipe: Recipe, session: Session, metrics: Metrics) -> Header:
     base = recipe.model
     return Header(
         base=describe_base(session.model, base.path, base.revision, base.dtype),
-        architecture=type(session.model).__name__,
+        architecture=architecture_of(session.model),
         task=session.task.name,
         **session.task.header(),
         policy=recipe.selection.policy,

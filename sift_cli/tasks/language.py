@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sift_cli.errors import SiftError
 from sift_cli.models.loading import LoadedModel, base_config, load_tokenizer
+from sift_cli.models.names import architecture_of
 from sift_cli.models.readout import whole_logits
 from sift_cli.tasks.coder import ALL_ANSWERS, Coder, open_coder
 from sift_cli.tasks.conversations import asked_and_expected, row_of
@@ -127,7 +128,7 @@ class Language:
         said = []
         reason = why_not_packed(loaded.model) if packs else None
         if reason is not None:
-            said.append(f"train.packing: off for {type(loaded.model).__name__}: {reason}")
+            said.append(f"train.packing: off for {architecture_of(loaded.model)}: {reason}")
         chunks, why = chunks_of(loaded.model, chunk_loss)
         if why is not None:
             said.append(why)

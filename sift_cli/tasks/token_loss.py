@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sift_cli.models.names import architecture_of
 from sift_cli.models.readout import Readout, hidden_states, readout_of, whole_logits
 from sift_cli.tasks.task import Loss
 
@@ -46,7 +47,7 @@ def chunks_of(model: PreTrainedModel, asked: int | str) -> tuple[Chunks | None, 
         return None, None
     readout = readout_of(model)
     if isinstance(readout, str):
-        return None, f"train.chunk_loss: off for {type(model).__name__}: {readout}"
+        return None, f"train.chunk_loss: off for {architecture_of(model)}: {readout}"
     found = expected_chunks(model.config, model.device.type, asked)
     return found and replace(found, readout=readout), None
 

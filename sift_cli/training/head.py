@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from sift_cli.errors import SiftError
-from sift_cli.models.names import head_of
+from sift_cli.models.names import architecture_of, head_of
 from sift_cli.recipe import TrainSection
 from sift_cli.runs.session import Session
 from sift_cli.sparse import Support, Touched
@@ -174,10 +174,10 @@ def head_layer(start: str, model: nn.Module) -> str:
     owners = dict.fromkeys(name.rpartition(".")[0] for name in head_of(model))
     linear = [owner for owner in owners if isinstance(modules[owner], nn.Linear)]
     if not linear:
-        raise SiftError(f"train.head_start: {start}: {type(model).__name__} has no linear head")
+        raise SiftError(f"train.head_start: {start}: {architecture_of(model)} has no linear head")
     if start == "prior" and modules[linear[-1]].bias is None:
         raise SiftError(
-            f"train.head_start: prior is a bias, and {linear[-1]} of {type(model).__name__} has "
+            f"train.head_start: prior is a bias, and {linear[-1]} of {architecture_of(model)} has "
             "none; use probe or random"
         )
     return linear[-1]
