@@ -215,7 +215,8 @@ def opened(device: str | None) -> Iterator[Ranks]:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), here.local, where.type == "cpu")
     key = f"sift/failed/{next(_openings)}"
     try:
-        yield ranks
+        with _torch_reaching():
+            yield ranks
     except (Exception, KeyboardInterrupt) as error:
         if _first(key):
             if isinstance(error, SiftError):
@@ -247,9 +248,24 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        why = str(error).strip().partition("\n")[0][:200]
-        raise SiftError(
-            f"rank {launched().rank}: another process of the run is gone ({why}); what it said, if "
-            "anything, stands above. --resume goes on from the last checkpoint",
-            ExitCode.BUG,
-        ) from error
+        raise _gone(error) from error
+
+
+@contextmanager
+def _torch_reaching() -> Iterator[None]:
+    """The same of messages that torch sends by itself, amid a pass of a model in rows."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):  # gloo's have no class
+            raise _gone(error) from error
+        raise
+
+
+def _gone(error: BaseException) -> SiftError:
+    why = str(error).strip().partition("\n")[0][:200]
+    return SiftError(
+        f"rank {launched().rank}: another process of the run is gone ({why}); what it said, if "
+        "anything, stands above. --resume goes on from the last checkpoint",
+        ExitCode.BUG,
+    )
