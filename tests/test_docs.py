@@ -14,9 +14,11 @@ import pytest
 import typer
 from huggingface_hub import constants
 
-from sift_cli.cli import app
+from sift_cli.analysis.jobs import Runner
+from sift_cli.cli import app, options
+from tests.support import forks
 from tests.support.causal import save_causal, save_talker
-from tests.support.command import sift
+from tests.support.command import job_here, sift
 from tests.support.hub import hub
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +100,8 @@ def test_the_commands_of_a_page_run(
         shown.insert(tuned[0], ["merge", "runs/rte", "--out", "my-tuned-model"])
     if "runs/rte" in str(shown) and not any(args[0] == "train" for args in shown):
         shown.insert(0, ["train", "glue/rte", "--out", "runs/rte"])
+    monkeypatch.setattr(Runner, "_process", job_here)
+    monkeypatch.setattr(options, "launch", forks.launch)
     with hub(TOKEN) as server:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from scipy import stats
 
-from sift_cli.analysis.adapted import main, train_adapted
+from sift_cli.analysis.adapted import train_adapted
 from sift_cli.analysis.compare import (
     best_rate,
     compare,
@@ -43,7 +43,7 @@ from sift_cli.runs.summary import Summary
 from sift_cli.runs.tuned import load_tuned
 from sift_cli.tasks.metrics import METRICS, Metric
 from sift_cli.training import train
-from tests.support.command import ENV, sift, until
+from tests.support.command import ENV, job_here, sift, until
 from tests.support.models import tiny_model
 from tests.support.rows import write_rows
 
@@ -53,19 +53,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs the processes of a comparison in this one; the names of those that ran."""
     ran: list[str] = []
 
-    def run(_: Runner, command: list[str]) -> tuple[int, str]:
+    def run(runner: Runner, command: list[str]) -> tuple[int, str]:
         _, _, module, *args = command
         ran.append(Path(args[-1] if module != "sift_cli" else args[3]).name)
-        code, said = 0, ""
-        if module == "sift_cli":
-            done = sift(*args)
-            code, said = done.returncode, done.stderr
-        else:
-            try:
-                main(args)
-            except SystemExit as end:
-                code = int(end.code or 0)
-        return code, said
+        return job_here(runner, command)
 
     monkeypatch.setattr(Runner, "_process", run)
     return ran

@@ -1,25 +1,17 @@
 """SIGKILL at random moments: the run that is resumed each time writes the bytes of a calm one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.causal import PACKED, chats_recipe
-from tests.support.command import ENV
+from tests.support.forks import forked
 from tests.support.interruptions import SELECTIONS
-
-NURSERY = Path(__file__).parent / "nursery.py"
 
 
 def killed(recipe: Path, out: Path, kills: int, seed: int, *changes: str) -> dict[str, object]:
-    command = [sys.executable, str(NURSERY), str(recipe), str(out), str(kills), str(seed)]
-    env = {**ENV, "PYTHONPATH": str(NURSERY.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *changes], capture_output=True, text=True, env=env, check=False
-    )
+    done = forked("tests.faults.nursery", recipe, out, kills, seed, *changes)
     assert done.returncode == 0, done.stderr
     found: dict[str, object] = json.loads(done.stdout)
     print(f"\n{out.name}: {found}")
@@ -32,14 +24,15 @@ def killed(recipe: Path, out: Path, kills: int, seed: int, *changes: str) -> dic
 
 def test_a_few_kills(recipe_file: Path, tmp_path: Path) -> None:
     found = killed(
-        recipe_file, tmp_path / "run", 3, 0, "train.epochs=30", "checkpoint.every=5", "log.every=1"
+        recipe_file, tmp_path / "run", 3, 0, "train.epochs=10", "checkpoint.every=3", "log.every=1"
     )
-    assert found["steps"] == 180
+    assert found["steps"] == 60
 
 
 def test_a_packed_run_that_is_killed(tmp_path: Path) -> None:
     recipe = chats_recipe(tmp_path, "llama-tied", **PACKED, max_steps=40)
-    killed(recipe, tmp_path / "run", 2, 1, "checkpoint.every=5", "eval.every=20")
+    changes = ["train.epochs=10", "checkpoint.every=5", "eval.every=20"]
+    assert killed(recipe, tmp_path / "run", 2, 1, *changes)["steps"] == 40
 
 
 @pytest.mark.slow

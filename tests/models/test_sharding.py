@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.support.causal import save_causal
-from tests.support.sharded import load_of_rank, on_ranks
+from tests.support.forks import on_ranks
+from tests.support.sharded import load_of_rank
 
 KINDS = ("llama-tied", "gpt2", "gemma3")  # tied; Conv1D and saved buffers; scaled embeddings
 RANKS = 2

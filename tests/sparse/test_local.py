@@ -10,7 +10,8 @@ from hypothesis import given
 from sift_cli.sparse import Support
 from sift_cli.sparse.local import local, owned, rows_of
 from tests.support.causal import causal_model
-from tests.support.sharded import mixed_supports, on_ranks, told, trained, work_of_rank
+from tests.support.forks import on_ranks
+from tests.support.sharded import mixed_supports, told, trained, work_of_rank
 
 CASES = {2: [(1, False), (1, True)], 4: [(1, False), (2, True)]}  # by ranks: replicas, recompute
 

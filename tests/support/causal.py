@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
@@ -192,15 +193,21 @@ def chats_recipe(tmp_path: Path, architecture: str, **settings: object) -> Path:
 class Exactly(TorchFunctionMode):
     """Within, nothing is rounded to fp32: transformers' norms, softmaxes and losses are of fp64.
 
-    For fp64 models, so that what is equal but for the order of sums is so to 1e-12.
+    For fp64 models, so that what is equal but for the order of sums is so to 1e-12. Models of bf16
+    compute in fp64 from their embeddings on: of bf16 are their weights alone.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def wide(value: Any) -> Any:
             return torch.float64 if value is torch.float32 else value
 
+        def widened(value: Any) -> Any:
+            return value.double() if getattr(value, "dtype", None) is torch.bfloat16 else value
+
         if func is torch.Tensor.float:
             func = torch.Tensor.double
+        if func in (nn.functional.embedding, nn.functional.linear):
+            args = [widened(value) for value in args]
         named = {key: wide(value) for key, value in (kwargs or {}).items()}
         return func(*map(wide, args), **named)
 

@@ -1,4 +1,4 @@
-"""Runs in several processes on gloo: a group that is spawned once does many of them."""
+"""A few steps of a run, on one process or on several, and what travels meanwhile."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,36 +9,72 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import load_recipe
 from sift_cli.runs.ranks import ALONE, Ranks
 from sift_cli.runs.session import open_session
+from sift_cli.training import loop
 from sift_cli.training.batches import steps_of
 from sift_cli.training.choosing import selecting
 from sift_cli.training.step import take_step
 from sift_cli.training.watch import Watch
+from tests.support.causal import Exactly
+from tests.support.chats import save_chat_recipe
+from tests.support.models import CONFIGS, tiny_tokenizer
+from tests.support.rows import write_rows
 
-Work = Callable[[Ranks, Path], Any]
-
-
-def together(world: int, work: Work, folder: Path) -> list[Any]:
-    """What `work`, a function of a module, returns on each of `world` ranks."""
-    multiprocessing.spawn(_member, (world, work, folder), nprocs=world)
-    return [
-        torch.load(folder / f"found-{world}-{rank}", weights_only=False) for rank in range(world)
-    ]
+BF16 = ["model.dtype=bfloat16", "train.packing=false", "train.gradient_checkpointing=false"]
 
 
-def _member(rank: int, world: int, work: Work, folder: Path) -> None:
-    torch.set_num_threads(1)
-    meet = f"file://{folder}/meet-{world}"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
-    found = work(Ranks(rank, world, rank), folder)
-    torch.save(found, folder / f"found-{world}-{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+def recipes(folder: Path) -> Path:
+    """`chat.yaml` of a tiny Llama with a tied head, `rows.yaml` of a BERT, with dropout or not."""
+    save_chat_recipe(folder)
+    config = LlamaConfig.from_pretrained(folder / "base")
+    config.tie_word_embeddings = True
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    text = (folder / "chat.yaml").read_text()
+    packs = text.replace("batch_size: 4", "tokens: 160, max_tokens: 80")
+    (folder / "packs.yaml").write_text(packs)
+    data = folder / "data"
+    data.mkdir()
+    write_rows(data / "train.jsonl", 48, seed=1)
+    write_rows(data / "validation.jsonl", 17, seed=2)
+    (folder / "more").mkdir()
+    write_rows(folder / "more/train.jsonl", 64, seed=3)
+    write_rows(folder / "more/validation.jsonl", 17, seed=2)
+    for name, share in (("rows", 0.0), ("dropping", 0.1)):
+        torch.manual_seed(0)
+        settings = CONFIGS["bert"]()
+        settings.hidden_dropout_prob = settings.attention_probs_dropout_prob = share
+        settings.initializer_range, settings.num_labels = 0.3, 2
+        base = folder / f"{name}-base"
+        AutoModelForSequenceClassification.from_config(settings).base_model.save_pretrained(base)
+        tiny_tokenizer().save_pretrained(base)
+        (folder / f"{name}.yaml").write_text(
+            f"model: {{path: {base}}}\ndata: {{path: {data}, task: sst2, max_length: 16}}\n"
+            # the gradient of a key's bias is nothing but rounding, so no one chooses among it
+            "selection: {policy: sift, density: 0.1, exclude: [attention.self.key]}\n"
+            "train: {max_steps: 6, batch_size: 8, learning_rate: 1.0e-2, seed: 3}\n"
+            "eval: {every: 3, batch_size: 4}\nlog: {report: false}\n"
+        )
+    return folder
+
+
+@contextmanager
+def exact_steps() -> Iterator[None]:
+    """Within it, the steps of runs compute in fp64, and weights of bf16 alone are rounded."""
+    real = loop.add_gradient
+
+    def exactly(*args: Any) -> torch.Tensor:
+        with Exactly():
+            return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "add_gradient", exactly)
+        yield
 
 
 @contextmanager

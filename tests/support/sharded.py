@@ -1,74 +1,35 @@
 """Processes that hold a model in rows, on gloo, and what one process does with the same rows."""
 
-import faulthandler
-import multiprocessing
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.prepare import recompute_activations
+from sift_cli.recipe import load_recipe
+from sift_cli.runs.ranks import Ranks
+from sift_cli.runs.session import open_session
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach
 from sift_cli.sparse.local import Shards
 from sift_cli.tasks.token_batches import padded
+from sift_cli.training import train
+from sift_cli.training.batches import steps_of
+from sift_cli.training.choosing import selecting
+from sift_cli.training.step import take_step
+from sift_cli.training.watch import Watch
 from tests.support.causal import EOS, causal_model, causal_rows
 from tests.support.interruptions import at_call, signalled
+from tests.support.ranks import exact_steps
 
 STEPS, ROWS = 5, 6  # of which each step takes all
-PATIENCE = 240  # seconds
-
-
-def on_ranks(count: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `work(rank, *args)` gives on each of so many processes that talk by gloo.
-
-    They are forked from one that has imported all that is slow to import.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.sharded", "torch.distributed.fsdp"])
-    meeting = folder / f"meeting-{work.__name__}-{count}"
-    ranks = [
-        context.Process(target=_run, args=(rank, count, meeting, work, args))
-        for rank in range(count)
-    ]
-    for one in ranks:
-        one.start()
-    for one in ranks:
-        one.join()
-    assert [one.exitcode for one in ranks] == [0] * count or _told(meeting, 0).exists()
-    found = [torch.load(_told(meeting, r), weights_only=False) for r in range(count)]
-    for one in found:
-        if isinstance(one, str):
-            raise AssertionError(one)
-    return found
-
-
-def _told(meeting: Path, rank: int) -> Path:
-    return meeting.with_name(f"{meeting.name}.{rank}")
-
-
-def _run(
-    rank: int, count: int, meeting: Path, work: Callable[..., Any], args: Sequence[Any]
-) -> None:
-    import torch.distributed as dist
-
-    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # where ranks wait for each other
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
-    try:
-        said: Any = work(rank, *args)
-    except BaseException:
-        said = traceback.format_exc()
-        torch.save(said, _told(meeting, rank))
-        raise
-    torch.save(said, _told(meeting, rank))
-    dist.destroy_process_group()
 
 
 def mixed_supports(model: nn.Module, density: float = 0.1, seed: int = 0) -> dict[str, Support]:
@@ -214,9 +175,6 @@ def runs_of_rank(
     rank: int, recipe: Path, settings: Mapping[str, Sequence[str]], stopped_in: int
 ) -> None:
     """A run of each settings; one that is stopped, and one that goes on from what is there."""
-    from sift_cli.recipe import load_recipe
-    from sift_cli.training import train
-
     out = recipe.parent / "several"
     for name, changes in settings.items():
         train(load_recipe(recipe, changes), out / name, device="cpu")
@@ -229,3 +187,50 @@ def runs_of_rank(
     except (SiftError, SystemExit) as error:
         code = error.code
     assert code == ExitCode.INTERRUPTED
+
+
+def exact_run_of_rank(rank: int, recipe: Path, changes: Sequence[str], out: Path) -> None:
+    """A run that rounds to the model's dtype alone."""
+    with exact_steps():
+        train(load_recipe(recipe, changes), out, device="cpu")
+
+
+class Sent(TorchDispatchMode):
+    """Notes the collectives within it by torch's names, and the bytes that this rank gives each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            # what is gathered or scattered stands behind what it becomes
+            given = args[1] if isinstance(args[1], Tensor) else args[0]
+            tensors = [given] if isinstance(given, Tensor) else given
+            name = func.overloadpacket.__name__.strip("_")
+            self.calls.append((name, sum(one.nbytes for one in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def sent_of_rank(
+    rank: int, recipe: Path, settings: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
+    """What the second step of each settings sends, and the entries that train."""
+    import torch.distributed as dist
+
+    ranks = Ranks(rank, dist.get_world_size()).in_rows(replicas=1, of_recipe=True)
+    found = {}
+    for name, changes in settings.items():
+        resolved = load_recipe(recipe, changes)
+        session = open_session(resolved, device="cpu", ranks=ranks)
+        assert session.train is not None
+        batches = steps_of(resolved.train, session.train.lengths, session.task.packs)
+        optimizer = selecting(resolved)(session, batches).begin()
+        session.model.train()
+        watch = Watch(session, optimizer.parameters)
+        for step, rows in enumerate(islice(batches.since(1), 2), 1):
+            with Sent() as sent:
+                take_step(session, optimizer, step, rows, watch.broken, max_grad_norm=1.0)
+        supports = {key: one.positions for key, one in optimizer.parameters.supports.items()}
+        found[name] = {"sent": sent.calls, "supports": supports}
+    return found

@@ -1,8 +1,6 @@
 """Several processes make the run of one: gloo, two and four of them, models of fp64 and of fp32."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from signal import SIGTERM
@@ -12,21 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from torch import distributed as dist
 
-from sift_cli.analysis.adapted import train_adapted
 from sift_cli.errors import SiftError
-from sift_cli.recipe import load_recipe
-from sift_cli.runs.folder import CHECKPOINTS, TRAINED_FILE
+from sift_cli.recipe import Recipe, load_recipe
+from sift_cli.runs.folder import CHECKPOINTS, RATES_FILE
 from sift_cli.runs.ranks import Ranks
+from sift_cli.runs.summary import Summary
+from sift_cli.runs.tuned import load_tuned
 from sift_cli.training import loop, train
 from sift_cli.training.shares import deal
-from tests.support.chats import save_chat_recipe
-from tests.support.command import ENV, process, sift
+from tests.support.command import sift
+from tests.support.forks import on_ranks
 from tests.support.interruptions import at_call, delta, names, signalled
-from tests.support.models import CONFIGS, tiny_tokenizer
-from tests.support.ranks import stepped, together
-from tests.support.rows import write_rows
+from tests.support.ranks import BF16, exact_steps, recipes, stepped
 
 PADDED = ["train.packing=false", "selection.target=all", "train.batch_size=4", "train.accumulate=2"]
 # name -> recipe, changes, whether calibration batches are looked at in full by every rank
@@ -42,7 +39,11 @@ CASES: dict[str, tuple[str, list[str], bool]] = {
     "centred": ("rows", ["selection.score=centred-gradient", "selection.batches=3"], False),
     "squares": ("rows", ["selection.score=agreed-gradient", "selection.batches=3"], False),
 }
-BASELINES = ("lora", "full")
+LONG = ["train.max_steps=12", "train.learning_rate=0.03"]
+WHOLE = {  # name -> recipe, changes: runs from their beginning to their end
+    "auto": ("rows", ["data.path={folder}/more", "train.learning_rate=auto", "train.max_steps=2"]),
+    "patience": ("rows", ["eval.every=1", "eval.metric=loss", "eval.patience=2", *LONG]),
+}
 SPLIT = ["selection.policy=magnitude", "train.packing=false"]
 EIGHT = [*SPLIT, "train.batch_size=8", "train.accumulate=1"]
 FOUR_TWO = [*SPLIT, "train.batch_size=2", "train.accumulate=4"]
@@ -56,56 +57,32 @@ def cases_of(world: int) -> tuple[str, ...]:
     return tuple(CASES) if world == 2 else FOUR
 
 
-def recipes(folder: Path) -> Path:
-    """`chat.yaml` of a tiny Llama with a tied head, `rows.yaml` of a BERT, with dropout or not."""
-    save_chat_recipe(folder)
-    config = LlamaConfig.from_pretrained(folder / "base")
-    config.tie_word_embeddings = True
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
-    text = (folder / "chat.yaml").read_text()
-    packs = text.replace("batch_size: 4", "tokens: 160, max_tokens: 80")
-    (folder / "packs.yaml").write_text(packs)
-    data = folder / "data"
-    data.mkdir()
-    write_rows(data / "train.jsonl", 48, seed=1)
-    write_rows(data / "validation.jsonl", 17, seed=2)
-    for name, share in (("rows", 0.0), ("dropping", 0.1)):
-        torch.manual_seed(0)
-        settings = CONFIGS["bert"]()
-        settings.hidden_dropout_prob = settings.attention_probs_dropout_prob = share
-        settings.initializer_range, settings.num_labels = 0.3, 2
-        base = folder / f"{name}-base"
-        AutoModelForSequenceClassification.from_config(settings).base_model.save_pretrained(base)
-        tiny_tokenizer().save_pretrained(base)
-        (folder / f"{name}.yaml").write_text(
-            f"model: {{path: {base}}}\ndata: {{path: {data}, task: sst2, max_length: 16}}\n"
-            # the gradient of a key's bias is nothing but rounding, so no one chooses among it
-            "selection: {policy: sift, density: 0.1, exclude: [attention.self.key]}\n"
-            "train: {max_steps: 6, batch_size: 8, learning_rate: 1.0e-2, seed: 3}\n"
-            "eval: {every: 3, batch_size: 4}\nlog: {report: false}\n"
-        )
-    return folder
-
-
 def recipe_of(folder: Path, case: str) -> tuple[Path, list[str], bool]:
     name, changes, exact = CASES[case]
     name = "dropping" if name == "rows" and exact else name
     return folder / f"{name}.yaml", changes, exact
 
 
-def work(ranks: Ranks, folder: Path) -> dict[str, Any]:
+def whole_run(folder: Path, name: str) -> Recipe:
+    """The recipe of one of WHOLE."""
+    recipe, changes = WHOLE[name]
+    return load_recipe(folder / f"{recipe}.yaml", [one.format(folder=folder) for one in changes])
+
+
+def work(rank: int, folder: Path) -> dict[str, Any]:
     """All that one group of processes does."""
-    found: dict[str, Any] = {}
+    ranks, found = Ranks(rank, dist.get_world_size(), rank), dict[str, Any]()
     for case in cases_of(ranks.world):
         recipe, changes, exact = recipe_of(folder, case)
         found[case] = stepped(recipe, changes, replace(ranks, exact=exact))
     found["split"] = stepped(folder / "chat.yaml", EIGHT, ranks)
+    with exact_steps():
+        train(load_recipe(folder / "chat.yaml", BF16), folder / f"bf16-{ranks.world}", ranks=ranks)
     if ranks.world == 2:
+        for name in WHOLE:
+            train(whole_run(folder, name), folder / f"{name}-2", ranks=ranks)
         found |= interrupted(ranks, folder)
         found |= poisoned(ranks, folder)
-        for method in BASELINES:
-            train_adapted(load_recipe(folder / "dropping.yaml"), method, folder / f"{method}-2")
     return found
 
 
@@ -157,7 +134,7 @@ def groups(folder: Path) -> dict[int, list[dict[str, Any]]]:
 
     class Groups(dict[int, list[dict[str, Any]]]):
         def __missing__(self, world: int) -> list[dict[str, Any]]:
-            self[world] = together(world, work, folder)
+            self[world] = on_ranks(world, folder, work, folder)
             return self[world]
 
     return Groups()
@@ -168,6 +145,14 @@ def one(folder: Path) -> dict[str, Any]:
     """What one process finds, with no process group."""
     found = {case: stepped(*recipe_of(folder, case)[:2]) for case in CASES}
     return found | {"split": stepped(folder / "chat.yaml", FOUR_TWO)}
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """The run of a model of bf16 on one process."""
+    with exact_steps():
+        train(load_recipe(folder / "chat.yaml", BF16), folder / "bf16-1")
+    return folder / "bf16-1"
 
 
 def same(one: Any, other: Any) -> None:
@@ -274,18 +259,37 @@ def test_what_is_not_finite_on_one_is_so_on_all(
     assert [json.loads(line)["step"] for line in lines if '"metrics"' in line] == [3, 6]
 
 
-@pytest.mark.parametrize("method", BASELINES)
-def test_baselines_share_their_steps_too(
-    groups: dict[int, list[dict[str, Any]]], folder: Path, method: str
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_file_is_that_of_one_process(
+    groups: dict[int, list[dict[str, Any]]], alone: Path, world: int
 ) -> None:
-    train_adapted(load_recipe(folder / "dropping.yaml"), method, folder / f"{method}-1")
+    assert groups[world]
+    assert delta(alone.with_name(f"bf16-{world}")) == delta(alone)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_runs_end_as_that_of_one_process(
+    groups: dict[int, list[dict[str, Any]]], folder: Path, name: str
+) -> None:
+    one = train(whole_run(folder, name), folder / f"{name}-1")
     assert groups[2]
-    one, two = (load_file(folder / f"{method}-{n}" / TRAINED_FILE) for n in (1, 2))
-    assert one.keys() == two.keys()
-    for name, weight in one.items():
-        if "key.bias" in name:  # its gradient is nothing but rounding, and Adam's step its sign
-            continue
-        torch.testing.assert_close(weight, two[name], rtol=0, atol=1e-5)
+    two = Summary.read(folder / f"{name}-2")
+    assert two is not None
+    for key in ("steps", "kept_step", "learning_rate", "learning_rate_from"):
+        assert getattr(one, key) == getattr(two, key)
+    assert one.metrics == pytest.approx(two.metrics, rel=1e-5)
+    models = [load_tuned(str(folder / f"{name}-{world}"), None)[0].model for world in (1, 2)]
+    own, others = (dict(model.named_parameters()) for model in models)
+    for key, weight in own.items():
+        torch.testing.assert_close(weight, others[key], rtol=0, atol=1e-5)
+    if name == "patience":
+        assert 1 < one.kept_step < one.steps < 12
+    else:
+        texts = [(folder / f"{name}-{world}" / RATES_FILE).read_text() for world in (1, 2)]
+        found = [json.loads(text) for text in texts]
+        losses = [[one["loss"] for one in rates.pop("tried")] for rates in found]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert found[0] == found[1]
 
 
 def test_rows_are_dealt_by_tokens() -> None:
@@ -293,55 +297,3 @@ def test_rows_are_dealt_by_tokens() -> None:
     assert sorted(hands[0] + hands[1]) == list(range(6))
     assert sorted(sum([9, 1, 5, 4, 8, 3][at] for at in hand) for hand in hands) == [14, 16]
     assert deal([7], 3) == [[0], [], []]
-
-
-# Commands that start several processes.
-
-
-def test_the_command_starts_them_and_one_of_them_prints(folder: Path, tmp_path: Path) -> None:
-    done = process(
-        "train", folder / "rows.yaml", "--out", tmp_path / "two", "--devices", 2, "--json"
-    )
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)
-    assert summary["steps"] == 6
-    assert done.stderr.count("step 6: accuracy") == 1
-    wrong = process(
-        "train",
-        folder / "rows.yaml",
-        "--out",
-        tmp_path / "x",
-        "--devices",
-        2,
-        "--set",
-        "selection.target=[nothing]",
-    )
-    assert wrong.returncode == 2
-    assert wrong.stderr.count("nothing") == 1
-    assert "Traceback" not in wrong.stderr
-    assert not (tmp_path / "x").exists()
-
-
-def test_where_one_dies_all_end_and_the_last_checkpoint_goes_on(
-    folder: Path, tmp_path: Path
-) -> None:
-    command = "import sys; from sift_cli.system.launch import launch; sys.exit(launch(2, "
-    arguments = [str(folder / "rows.yaml"), str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, "-c", f"{command}'tests.support.dying', {arguments}))"],
-        capture_output=True, text=True, env=ENV, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.count("ended by signal 9") == 1
-    assert done.stderr.count("another process of the run is gone") == 1
-    assert "Traceback" not in done.stderr
-    assert max(names(tmp_path / "run")).startswith("step-00000002-")
-    recipe = load_recipe(folder / "rows.yaml", ["checkpoint.every=2"])
-    assert train(recipe, tmp_path / "run", resume=True).resumed_at == [2]
-
-
-@pytest.mark.parametrize("devices", ["0", "two"])
-def test_a_number_of_devices_that_is_none_is_refused(folder: Path, devices: str) -> None:
-    done = sift("train", folder / "rows.yaml", "--devices", devices)
-    assert done.returncode == 2
-    assert "--devices" in done.stderr

@@ -2,13 +2,10 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from signal import SIGKILL, SIGTERM
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +36,8 @@ from sift_cli.training.rates import (
     usual_rate_for,
     with_rate,
 )
-from tests.support.command import ENV, sift, until
+from tests.support.command import sift
+from tests.support.forks import forked
 from tests.support.rows import write_rows
 
 
@@ -409,23 +407,21 @@ def test_plan_counts_the_trials_and_no_command_needs_a_number(auto: Path, tmp_pa
 
 
 def test_a_search_that_is_killed_goes_on(auto: Path, tmp_path: Path) -> None:
-    longer = ["--set", "train.epochs=400", "--set", "train.max_steps=500"]
-    longer += ["--set", "checkpoint.every=20"]
-    train(load_recipe(auto, longer[1::2]), tmp_path / "whole")
+    """Amid its second trial, of ten steps, and when it has gone on amid its third."""
+    changes = ["train.epochs=3", "train.max_steps=40", "checkpoint.every=4"]
+    train(load_recipe(auto, changes), tmp_path / "whole")
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "sift_cli", "train", str(auto), "--out", str(out), *longer]
-    process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
-    until(lambda: len(list(out.glob("rates/*/checkpoint/*.safetensors"))) > 1)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    words = ["train", auto, "--out", out, *(one for change in changes for one in ("--set", change))]
+    killed = forked("tests.support.dying", 16, int(SIGKILL), *words)
+    assert killed.returncode == -SIGKILL
+    assert len(list(out.glob("rates/*/checkpoint/*.safetensors"))) > 1
+    assert len(list(out.glob("rates/*/summary.json"))) == 1
     assert not (out / RATES_FILE).exists()
-    process = subprocess.Popen([*command, "--resume"], env=ENV, stderr=subprocess.PIPE, text=True)
-    until(lambda: len(list(out.glob("rates/*/summary.json"))) > 1)
-    os.kill(process.pid, signal.SIGTERM)
-    _, said = process.communicate()
-    if process.returncode == 130:  # heard amid a trial, not between two
-        assert "--resume" in said.splitlines()[-1]
-    done = sift("train", auto, "--out", out, *longer, "--resume", "--quiet")
+    asked = forked("tests.support.dying", 12, int(SIGTERM), *words, "--resume")
+    assert asked.returncode == 130
+    assert "--resume" in asked.stderr.splitlines()[-1]
+    assert len(list(out.glob("rates/*/summary.json"))) == 2
+    done = sift(*words, "--resume", "--quiet")
     assert done.returncode == 0, done.stderr
     digests = [Summary.read(where).delta_sha256 for where in (tmp_path / "whole", out)]
     assert digests[0] == digests[1]

@@ -18,8 +18,10 @@ from sift_cli.recipe import load_recipe
 from sift_cli.runs.folder import DELTA_FILE, METRICS_FILE, WEIGHTS_FILE
 from sift_cli.training import train
 from tests.support.causal import chats_recipe
-from tests.support.interruptions import at_call, signalled
-from tests.support.sharded import FULL, on_ranks, runs_of_rank
+from tests.support.forks import on_ranks
+from tests.support.interruptions import at_call, delta, signalled
+from tests.support.ranks import BF16
+from tests.support.sharded import FULL, exact_run_of_rank, runs_of_rank
 
 RANKS = 2
 # sift once more in two whole copies, so that only gradients travel
@@ -120,6 +122,15 @@ def test_a_run_goes_on_where_the_other_kind_left_it(runs: str, folder: Path) -> 
     require_same_run(folder / "one" / "sift", folder / runs / "resumed")
     steps = [line["step"] for line in losses(folder / runs / "resumed") if "loss" in line]
     assert steps == sorted(set(steps))
+
+
+def test_the_file_is_that_of_one_process(tmp_path: Path) -> None:
+    recipe = chats_recipe(tmp_path, "llama-tied")
+    # Gradients of bf16, which others choose by, are rounded before they are summed.
+    changes = [FULL, *BF16, "selection.policy=magnitude"]
+    exact_run_of_rank(0, recipe, changes, tmp_path / "one")
+    on_ranks(RANKS, tmp_path, exact_run_of_rank, recipe, changes, tmp_path / "several")
+    assert delta(tmp_path / "one") == delta(tmp_path / "several")
 
 
 @pytest.mark.parametrize(
