@@ -45,6 +45,7 @@ from sift_cli.system.launch import launched
 from sift_cli.tasks.metrics import shown
 
 if TYPE_CHECKING:
+    from sift_cli.runs.session import Session
     from sift_cli.runs.summary import Summary
 
 SHOWN_METRICS = 4  # metrics in the summary of a training
@@ -203,6 +204,11 @@ def evaluate(
         device=device,
         allow_code=allow_code,
     )
+    _tell_scores(session, count_rows=data is not None, as_json=as_json)
+
+
+def _tell_scores(session: "Session", *, count_rows: bool, as_json: bool) -> None:
+    """Scores a session's rows and prints the metrics and those of each class."""
     outputs = session.predict()
     metrics = session.score(outputs)
     classes = {
@@ -213,7 +219,7 @@ def evaluate(
     rows = sum(map(len, session.evaluation.values()))
     if as_json:
         told = {"classes" + key: [asdict(one) for one in some] for key, some in classes.items()}
-        print_json({"metrics": metrics} | ({} if data is None else {"rows": rows}) | told)
+        print_json({"metrics": metrics} | ({"rows": rows} if count_rows else {}) | told)
         return
     table = Table("metric", "value", title=f"{session.task.name}, {rows:,} rows")
     for name, value in metrics.items():
