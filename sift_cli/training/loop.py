@@ -168,7 +168,9 @@ def begin(
     facts, ranks = Facts.of(settings_of(recipe), method.name, session), session.ranks
     ranks.require_same("base or rows", lambda: json.dumps([facts.base, facts.data]))
     saved = ranks.on_main(partial(checkpoints.newest, facts)) if resume else None
-    metrics_before = saved.metrics_before if saved else session.evaluate()
+    metrics_before: dict[str, float | None] = {}
+    if recipe.eval.before:
+        metrics_before = saved.metrics_before if saved else session.evaluate()
     tell_undefined(metrics_before, console)
     undo = prepare_model(session.model, session.device, settings.gradient_checkpointing)
     optimizer = method.restore(saved) if saved else method.begin()
@@ -205,8 +207,10 @@ def take_steps(run: Run, log: Sinks, asked: Asked) -> None:
     It ends early where `eval.patience` says so.
     """
     session, state, batches = run.session, run.state, run.batches
-    if not run.done and (answers := asked.unless_stopped(run.answers)) and run.main:
-        write_samples(run.checkpoints.out, 0, answers)
+    if run.evaluation.before and not run.done:
+        answers = asked.unless_stopped(run.answers)
+        if answers and run.main:
+            write_samples(run.checkpoints.out, 0, answers)
     settle(run, run.done, log, asked)
     for step, rows in enumerate(batches.since(run.done + 1), start=run.done + 1):
         if state.kept.stale == run.evaluation.patience:

@@ -32,7 +32,8 @@ SHARE = 0.1  # of the steps, and of the training rows, which are held out
 FEWEST_STEPS, FEWEST_ROWS = 10, 50
 FEW_HELD_OUT = 200  # rows; the loss on fewer cannot tell neighbouring rates apart
 WIDTH = 384  # of MiniLM, on which the usual rates were measured
-ONE_LOSS = {"keep": "last", "metric": None, "patience": None, "samples": 0}  # of `eval`
+# of `eval`
+ONE_LOSS = {"before": False, "keep": "last", "metric": None, "patience": None, "samples": 0}
 
 Trial = Callable[[Recipe, Path], Summary]  # a whole training into a folder; goes on where it can
 
