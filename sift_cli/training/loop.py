@@ -207,10 +207,8 @@ def take_steps(run: Run, log: Sinks, asked: Asked) -> None:
     It ends early where `eval.patience` says so.
     """
     session, state, batches = run.session, run.state, run.batches
-    if run.evaluation.before and not run.done:
-        answers = asked.unless_stopped(run.answers)
-        if answers and run.main:
-            write_samples(run.checkpoints.out, 0, answers)
+    if not run.done and (answers := asked.unless_stopped(run.answers)) and run.main:
+        write_samples(run.checkpoints.out, 0, answers)
     settle(run, run.done, log, asked)
     for step, rows in enumerate(batches.since(run.done + 1), start=run.done + 1):
         if state.kept.stale == run.evaluation.patience:

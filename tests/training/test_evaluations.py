@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from torch.nn.functional import cross_entropy
 
+from sift_cli.analysis.report import report
 from sift_cli.delta import load_delta
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe, parse_recipe
@@ -78,8 +79,7 @@ def test_a_run_without_an_evaluation_before_it_is_the_same(
         in (tmp_path / "run" / "README.md").read_text()
     )
     for name, told in (("usual", True), ("run", False)):
-        page = (tmp_path / name / "report.html").read_text()
-        assert ("before training" in page) is told
+        assert ("before training" in report(tmp_path / name).read_text()) is told
 
 
 def test_early_stopping_ends_with_the_best_evaluation_of_the_whole_run(
