@@ -82,17 +82,33 @@ def shards_on(mesh: DeviceMesh) -> Shards:
         dist.all_reduce(summed, group=rows)
         return summed
 
-    def joined(own: Tensor) -> Tensor:
+    def sizes_of(own: Tensor) -> list[int]:
         sizes = [torch.zeros((), dtype=torch.int64, device=own.device) for _ in range(count)]
         dist.all_gather(sizes, torch.tensor(len(own), device=own.device), group=rows)
-        longest = max(int(size) for size in sizes)
-        padded = own.new_zeros(longest)
-        padded[: len(own)] = own
-        every = [torch.empty_like(padded) for _ in range(count)]
-        dist.all_gather(every, padded, group=rows)
-        return torch.cat([one[: int(size)] for one, size in zip(every, sizes, strict=True)])
+        return [int(size) for size in sizes]
 
-    return Shards(count, mesh[ROWS].get_local_rank(), reduce, total, joined)
+    def padded(own: Tensor, longest: int) -> Tensor:
+        filled = own.new_zeros(longest)
+        filled[: len(own)] = own
+        return filled
+
+    def joined(own: Tensor) -> Tensor:
+        sizes = sizes_of(own)
+        every = [own.new_empty(max(sizes)) for _ in sizes]
+        dist.all_gather(every, padded(own, max(sizes)), group=rows)
+        return torch.cat([one[:size] for one, size in zip(every, sizes, strict=True)])
+
+    def gathered(own: Tensor) -> Tensor:
+        if mesh[REPLICAS].get_local_rank():
+            return own[:0]  # another copy has the same
+        sizes = sizes_of(own)
+        every = [own.new_empty(max(sizes)) for _ in sizes] if dist.get_rank() == 0 else None
+        dist.gather(padded(own, max(sizes)), every, dst=0, group=rows)
+        if every is None:
+            return own[:0]
+        return torch.cat([one[:size].cpu() for one, size in zip(every, sizes, strict=True)])
+
+    return Shards(count, mesh[ROWS].get_local_rank(), reduce, total, joined, gathered)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -62,8 +62,9 @@ class Shards:
     """How the weights lie on `count` ranks, of which this is number `rank`, and how these talk.
 
     `reduce` takes a row for each rank ([count, n]) and gives this rank's, summed over all who
-    computed a gradient ([n]); `total` sums a number over the ranks ([]); `joined` gives what all
-    ranks hold one after the other ([n of each] -> [sum of n]), on every rank.
+    computed a gradient ([n]); `total` sums a number over the ranks ([]). What all ranks hold one
+    after the other ([n of each] -> [sum of n]) `joined` gives to every rank, and `gathered` to the
+    main one alone, on the host, and nothing ([0]) to the others.
     """
 
     count: int
@@ -71,6 +72,7 @@ class Shards:
     reduce: Callable[[Tensor], Tensor]
     total: Callable[[Tensor], Tensor]
     joined: Callable[[Tensor], Tensor]
+    gathered: Callable[[Tensor], Tensor]
 
     def rows(self, shape: Sequence[int], rank: int | None = None) -> range:
         """The rows of a weight of that shape that this rank has, or `rank`."""
@@ -99,13 +101,18 @@ class Shards:
         return torch.cat([values[run] for run in _runs(self, whole, self.rank)])
 
     def whole(self, values: Tensor, whole: Sequence[Segment]) -> Tensor:
-        """The values of all entries of the segments, [K], of which each rank has its own, [k]."""
-        joined, at = self.joined(values), 0
-        every = joined.new_empty(whole[-1].stop)
+        """The values of all entries of the segments, [K], of which each rank has its own, [k].
+
+        On the main rank, and on the host; on the others none ([0]).
+        """
+        gathered, at = self.gathered(values), 0
+        if not len(gathered):
+            return gathered
+        every = torch.empty_like(gathered)
         for rank in range(self.count):
             for run in _runs(self, whole, rank):
                 size = run.stop - run.start
-                every[run], at = joined[at : at + size], at + size
+                every[run], at = gathered[at : at + size], at + size
         return every
 
     def own_entries(self, entries: Weights) -> dict[str, tuple[Support, Tensor]]:
@@ -123,16 +130,17 @@ class Shards:
     ) -> Iterator[tuple[str, Support, Tensor]]:
         """All of some entries, of which each rank has its own; one weight at a time, in order.
 
-        `shapes` are those of the whole weights. Every rank must go through all of them.
+        On the main rank, and on the host; on the others the weights come without entries. `shapes`
+        are those of the whole weights. Every rank must go through all of them.
         """
         for name, (support, values) in entries.items():
             shape = tuple(shapes[name])
             if support.positions is None:
-                yield name, Support(shape), self.joined(values)
+                yield name, Support(shape), self.gathered(values)
                 continue
             own = support.positions.long().to(values.device) + self.before(shape)
-            positions = self.joined(own)
-            yield name, Support.of(shape, positions), self.joined(values)
+            positions = self.gathered(own)
+            yield name, Support.of(shape, positions), self.gathered(values)
 
 
 def _runs(shards: Shards, whole: Sequence[Segment], rank: int) -> Iterator[slice]:

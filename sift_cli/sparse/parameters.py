@@ -118,7 +118,7 @@ class SparseParameters:
         return norm if self.shards is None else self.shards.total(norm.square()).sqrt()
 
     def all_of(self, values: Tensor) -> Tensor:
-        """Of every entry, on every rank, what each rank has of its own ([K] in the dtype there)."""
+        """Of every entry what each rank has of its own, [K]: on the main rank; on others [0]."""
         return values if self.shards is None else self.shards.whole(values, self.whole)
 
     def own_of(self, values: Tensor) -> Tensor:
@@ -130,7 +130,10 @@ class SparseParameters:
         return entries if self.shards is None else self.shards.own_entries(entries)
 
     def all_entries(self, entries: Weights) -> Iterator[tuple[str, Support, Tensor]]:
-        """The entries of whole weights, of which each rank has its own; every rank must ask."""
+        """The entries of whole weights, of which each rank has its own: on the main rank.
+
+        Every rank must ask; the others are told of no entry.
+        """
         if self.shards is None:
             return ((name, support, values) for name, (support, values) in entries.items())
         shapes = {name: one.shape for name, one in self.model.named_parameters()}
@@ -191,7 +194,7 @@ class SparseParameters:
         return {segment.name: segment.support for segment in self.whole}
 
     def changes(self) -> Iterator[Changed]:
-        """All that ever trained, with what it was and is; every rank must go through it."""
+        """All that ever trained, with what it was and is: on the main rank, as `all_entries`."""
         before = {name: (support, values) for name, support, values in self.touched}
         both = self.all_entries(before), self.all_entries(self.state())
         for (name, support, base), (_, _, now) in zip(*both, strict=True):

@@ -254,10 +254,14 @@ class Chooser:
 
         return self._looked(look)
 
-    def pack(self, optimizer: SparseAdamW) -> Packed:
-        """Masters, supports and scales; of what has left the support, the values in the weights."""
+    def pack(self, optimizer: SparseAdamW, own: bool = False) -> Packed:
+        """Masters, supports and scales; of what has left the support, the values in the weights.
+
+        Where weights lie on several ranks, the main one has the values of all, or each its `own`.
+        """
         parameters = optimizer.parameters
-        masters = parameters.all_of(parameters.flat.detach())
+        masters = parameters.flat.detach()
+        masters = masters if own else parameters.all_of(masters)
         packed = Packed({"masters": masters}, {"support": {}, "touched": {}})
         for name, scale in parameters.coordinates.scales.items():
             packed.tensors[f"{SCALE}{name}"] = scale.values
@@ -269,7 +273,8 @@ class Chooser:
             for name, (support, values) in parameters.state().items()
             if name not in trained or len(trained[name]) < len(support)
         }
-        for name, support, values in parameters.all_entries(left):
+        mine = ((name, support, values) for name, (support, values) in left.items())
+        for name, support, values in mine if own else parameters.all_entries(left):
             packed.put("touched", name, support, values)
         return packed
 

@@ -183,7 +183,7 @@ class Dense:
     def change(self, step: int, optimizer: DenseAdamW) -> None:
         """Nothing changes."""
 
-    def pack(self, optimizer: DenseAdamW) -> Packed:
+    def pack(self, optimizer: DenseAdamW, own: bool = False) -> Packed:
         """Every weight that trains, whole."""
         packed = Packed()
         for name, weight in optimizer.parameters.named.items():

@@ -131,6 +131,7 @@ def told(parameters: SparseParameters, seen: dict[str, list[Tensor]]) -> dict[st
     return {
         **seen,
         "masters": parameters.all_of(parameters.flat.detach()),
+        "changes": {one.name: (one.base, one.now) for one in parameters.changes()},
         "weights": {name: one.detach().clone() for name, one in whole.items()},
         "owned": parameters.flat.numel(),
     }
