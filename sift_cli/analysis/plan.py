@@ -157,7 +157,7 @@ class Outline:
             self.model.config,
             device.type,
             packs=settings.packs,
-            chunk_loss="off" if self.in_rows else settings.chunk_loss,
+            chunk_loss=settings.chunk_loss,
         )
 
     def sent(self, device: torch.device, devices: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sift_cli.models.fingerprints import fingerprint, state_tensors
 from sift_cli.models.loading import LoadedModel, load_tokenizer, on_meta, settle_padding
 from sift_cli.models.names import all_names
+from sift_cli.models.readout import WITHIN
 from sift_cli.models.stored import Stored
 from sift_cli.models.whole import Lack, left_out, require_whole
 from sift_cli.sparse.local import Shards
@@ -126,6 +127,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    setattr(model, WITHIN, lambda work: work())
+    register_fsdp_forward_method(model, WITHIN)
 
 
 def load_sharded(

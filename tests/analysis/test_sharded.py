@@ -79,7 +79,7 @@ def test_a_rank_holds_the_larger_of_pass_and_exchange() -> None:
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_a_tiny_llama_in_rows(copies: int, tmp_path: Path) -> None:
-    changes = [TIED, "train.chunk_loss=off"]  # in rows logits are whole
+    changes = [TIED]
     recipe = chats_recipe(tmp_path, "llama-tied")
     in_rows = [*changes, FULL, f"distributed.replicas={copies}"]
     alone = plan(load_recipe(recipe, changes), device="cpu")
