@@ -199,6 +199,8 @@ def select(
     if shards is None:
         chosen = chooser.chosen()
     else:
+        if norms:
+            norms |= shards.norms(norms)
         among = _chooser(rule, weights, units)
         chosen = pooled(chooser, among, shards.joined, before.__getitem__)
     return {

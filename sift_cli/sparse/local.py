@@ -62,7 +62,7 @@ class Shards:
     """How the weights lie on `count` ranks, of which this is number `rank`, and how these talk.
 
     `reduce` takes a row for each rank ([count, n]) and gives this rank's, summed over all who
-    computed a gradient ([n]); `total` sums a number over the ranks ([]). What all ranks hold one
+    computed a gradient ([n]); `total` sums numbers over the ranks. What all ranks hold one
     after the other ([n of each] -> [sum of n]) `joined` gives to every rank, and `gathered` to the
     main one alone, on the host, and nothing ([0]) to the others.
     """
@@ -73,6 +73,14 @@ class Shards:
     total: Callable[[Tensor], Tensor]
     joined: Callable[[Tensor], Tensor]
     gathered: Callable[[Tensor], Tensor]
+
+    def norms(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The 2-norms ([]) of what lies in rows, by name, from those of each rank's `own` rows."""
+        if not own:
+            return {}
+        squares = torch.stack([*own.values()]).double().square()
+        whole = self.total(squares).sqrt()
+        return dict(zip(own, whole, strict=True))
 
     def rows(self, shape: Sequence[int], rank: int | None = None) -> range:
         """The rows of a weight of that shape that this rank has, or `rank`."""

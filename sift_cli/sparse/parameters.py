@@ -146,6 +146,11 @@ class SparseParameters:
         """
         return ((segment.name, target) for segment, target in self._slots)
 
+    def norms(self) -> dict[str, Tensor]:
+        """The 2-norm of the gradient of each weight's entries, [], by name; after `accept`."""
+        own = {one.name: torch.linalg.vector_norm(self.grad[one.span]) for one in self}
+        return own if self.shards is None else self.shards.norms(own)
+
     def message(self) -> Tensor:
         """The gradient buffer and the ROOM behind it, [K + ROOM]: no copy.
 

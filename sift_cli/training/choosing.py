@@ -157,8 +157,7 @@ class Chooser:
                 self.console,
                 touched,
             )
-        whole = self.session.shards is None
-        norms = self.norms if self.selection.batches == 1 and whole else None
+        norms = self.norms if self.selection.batches == 1 else None
         supports = self.supports(1, change=change, norms=norms)
         looks = next(iter(choices_of(self.selection, self.rule, self.batches.steps)), 0)
         if looks > 1:

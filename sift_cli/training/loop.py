@@ -245,9 +245,10 @@ def take_steps(run: Run, log: Sinks, asked: Asked) -> None:
 
 def note_gradient(run: Run) -> None:
     """Keeps in the run folder how much of the first step's gradient the trained entries hold."""
-    if run.method.norms and run.main:
-        gathered = dict(run.state.parameters.gradients())
-        write_gradient(run.checkpoints.out, gathered, run.method.norms)
+    if run.method.norms:
+        kept = run.state.parameters.norms()
+        if run.main:
+            write_gradient(run.checkpoints.out, kept, run.method.norms)
 
 
 def settle(run: Run, step: int, log: Sinks, asked: Asked) -> None:

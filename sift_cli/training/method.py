@@ -31,6 +31,9 @@ class Trained(Protocol):
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """What the last backward passes gathered, by the weight's name."""
 
+    def norms(self) -> Mapping[str, Tensor]:
+        """The 2-norm of the gradient of what trains of each weight, []; every rank must ask."""
+
     def message(self) -> Tensor:
         """The gradients, flat, and ROOM for a few numbers behind them: what ranks exchange."""
 

@@ -15,23 +15,25 @@ from sift_cli.errors import SiftError
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.shards import places_in
 from sift_cli.recipe import load_recipe
-from sift_cli.runs.folder import DELTA_FILE, METRICS_FILE, WEIGHTS_FILE
+from sift_cli.runs.folder import DELTA_FILE, GRADIENT_FILE, METRICS_FILE, WEIGHTS_FILE
 from sift_cli.training import train
 from tests.support.causal import chats_recipe
 from tests.support.interruptions import at_call, signalled
 from tests.support.sharded import FULL, on_ranks, runs_of_rank
 
 RANKS = 2
-# sift once more in two whole copies, so that only gradients travel
-POLICIES = {"sift": 1, "sign-descent": 1, "copies": RANKS}
+SIFT = ["selection.policy=sift"]
+ONE = [*SIFT, "selection.batches=1"]
+# by name, with the number of copies of the model
+RUNS: dict[str, tuple[list[str], int]] = {
+    "sift": (SIFT, 1),
+    "sign-descent": (["selection.policy=sign-descent", "train.chunk_loss=16"], 1),
+    "one-batch": (ONE, 1),
+    "copies": (ONE, RANKS),  # whole ones, so that only gradients travel
+}
+ONE_BATCH = [name for name, (changes, _) in RUNS.items() if "selection.batches=1" in changes]
 STOPPED_IN = 3  # the step in which a run is asked to stop, and which it still takes
-NORMS = "selection.dense=[norm, layernorm, embed_tokens]"
-
-
-def changes_of(policy: str) -> list[str]:
-    """Of a recipe: norms and the tied embedding train whole."""
-    policy = "sift" if policy == "copies" else policy
-    return [f"selection.policy={policy}", "selection.density=0.05", NORMS]
+NORMS = "selection.dense=[norm, layernorm, embed_tokens]"  # norms and a tied embedding train whole
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +41,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process, runs of several, and runs that each of them left to the other."""
     folder = tmp_path_factory.mktemp("runs")
     recipe = chats_recipe(folder, "llama-tied")
-    settings = {policy: changes_of(policy) for policy in POLICIES}
-    for policy, changes in settings.items():
-        if policy == "copies":
-            shutil.copytree(folder / "one" / "sift", folder / "one" / policy)
-            continue
-        train(load_recipe(recipe, changes), folder / "one" / policy, device="cpu")
+    settings = {name: [*changes, NORMS] for name, (changes, _) in RUNS.items()}
+    for name, changes in settings.items():
+        train(load_recipe(recipe, changes), folder / "one" / name, device="cpu")
     sift, stopped = load_recipe(recipe, settings["sift"]), folder / "one" / "stopped"
     with at_call(STOPPED_IN, signalled(SIGTERM)), pytest.raises(SiftError):
         train(sift, stopped, device="cpu")
     shutil.copytree(stopped, folder / "several" / "resumed")
     in_rows = {
-        policy: [*changes, FULL, f"distributed.replicas={POLICIES[policy]}"]
-        for policy, changes in settings.items()
+        name: [*changes, FULL, f"distributed.replicas={RUNS[name][1]}"]
+        for name, changes in settings.items()
     }
     on_ranks(RANKS, folder, runs_of_rank, recipe, in_rows, STOPPED_IN)
     shutil.copytree(folder / "several" / "stopped", folder / "one" / "resumed")
@@ -81,6 +80,11 @@ def losses(run: Path) -> list[Mapping[str, Any]]:
     ]
 
 
+def by_name(file: Path) -> dict[str, Mapping[str, Any]]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return {row["name"]: row for row in rows}
+
+
 def require_same_run(there: Path, here: Path) -> None:
     wanted, found = tuned(there), tuned(here)
     assert found.keys() == wanted.keys()
@@ -88,11 +92,11 @@ def require_same_run(there: Path, here: Path) -> None:
         torch.testing.assert_close(weight, wanted[name], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_it_is_the_run_of_one_process(policy: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_it_is_the_run_of_one_process(name: str, folder: Path) -> None:
     from sift_cli.delta.file import load_delta
 
-    one, several = folder / "one" / policy, folder / "several" / policy
+    one, several = folder / "one" / name, folder / "several" / name
     wanted, found = load_delta(one / DELTA_FILE), load_delta(several / DELTA_FILE)
     assert found.rest == wanted.rest
     for name, weight in wanted.weights.items():
@@ -105,14 +109,24 @@ def test_it_is_the_run_of_one_process(policy: str, folder: Path) -> None:
         assert here.keys() == there.keys()
         for key, value in there.items():
             assert here[key] == pytest.approx(value, rel=1e-4)
-    assert sorted(path.name for path in several.iterdir() if path.name != "gradient.jsonl") == [
-        path.name for path in sorted(one.iterdir()) if path.name != "gradient.jsonl"
+    assert sorted(path.name for path in several.iterdir()) == [
+        path.name for path in sorted(one.iterdir())
     ]
-    counts = []
-    for file in (several / WEIGHTS_FILE, one / WEIGHTS_FILE):
-        rows = map(json.loads, file.read_text().splitlines())
-        counts.append([(row["name"], row["entries"], row["whole"]) for row in rows])
-    assert counts[0] == counts[1]
+    here, there = (by_name(run / WEIGHTS_FILE) for run in (several, one))
+    assert [*here] == [*there]
+    for name, row in here.items():
+        assert all(row[key] == there[name][key] for key in ("entries", "touched", "whole"))
+
+
+@pytest.mark.parametrize("name", ONE_BATCH)
+def test_what_its_mask_keeps_of_the_gradient_is_told(name: str, folder: Path) -> None:
+    one, several = (by_name(folder / run / name / GRADIENT_FILE) for run in ("one", "several"))
+    assert one
+    assert several.keys() == one.keys()
+    for weight, line in several.items():
+        assert 0 < line["kept"] < line["norm"]
+        for key in ("norm", "kept"):
+            assert line[key] == pytest.approx(one[weight][key], rel=1e-4)
 
 
 @pytest.mark.parametrize("runs", ["one", "several"])
