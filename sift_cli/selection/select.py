@@ -26,7 +26,7 @@ from sift_cli.selection.evidence import (
     observed_tokens,
 )
 from sift_cli.selection.scores import Score, by_rows, score_entries
-from sift_cli.selection.structures import Units
+from sift_cli.selection.structures import BY_ROWS, Units
 from sift_cli.selection.targets import LinearLayer, density_of, linear_layers
 from sift_cli.sparse import Support
 from sift_cli.sparse.local import Shards, local_of
@@ -164,7 +164,7 @@ def select(
             if norms is not None and gradient is not None and not score.folds:
                 norms[name] = _norm(gradient)
             weight, moved = rows[name], None if change is None else change[name]
-            own = units[name] if shards is None else Units(tuple(weight.shape))
+            own = units[name] if shards is None else units[name].of_rows(len(weight))
             loudness, seen_tokens = squares.get(name), tokens.get(name)
             evidence = evidence_of(
                 weight,
@@ -202,7 +202,8 @@ def select(
         if norms:
             norms |= shards.norms(norms)
         among = _chooser(rule, weights, units)
-        chosen = pooled(chooser, among, shards.joined, before.__getitem__)
+        sizes = {name: own.size for name, own in units.items()}
+        chosen = pooled(chooser, among, sizes, shards.joined, before)
     return {
         name: Support.of(tuple(weights[name].shape), units[name].positions(chosen[name]))
         for name in names
@@ -218,8 +219,8 @@ def require_by_rows(rule: Rule, transposed: Sequence[str] = ()) -> None:
     wrong = None
     if not by_rows(rule.score):
         wrong = "selection.score: it looks at more than the rows that a rank holds"
-    elif rule.structure != "entry" or rule.scope == "neuron":
-        wrong = f"selection: {rule.structure} units by {rule.scope} are not chosen there"
+    elif rule.structure not in BY_ROWS:
+        wrong = f"selection.structure: a {rule.structure} lies on several ranks"
     elif transposed:
         wrong = f"{transposed[0]} is stored as [inputs, outputs]"
     if wrong:
@@ -288,7 +289,8 @@ def _chooser(
         assert rule.density is not None
         densities = density_of(rule.density, weights)
         counts = {name: share(densities[name], own.count) for name, own in units.items()}
-    return PerWeight(counts, per_neuron=rule.scope == "neuron", partial=partial)
+    neurons = {name: own.grid[0] for name, own in units.items()}
+    return PerWeight(counts, neurons if rule.scope == "neuron" else None, partial)
 
 
 def _norm(gradient: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ RUNS: dict[str, tuple[list[str], int]] = {
     "sign-descent": (["selection.policy=sign-descent", "train.chunk_loss=16"], 1),
     "one-batch": (ONE, 1),
     "copies": (ONE, RANKS),  # whole ones, so that only gradients travel
+    "neurons": (["selection.policy=neuron-gradient"], 1),
+    "rows": (["selection.policy=rows"], 1),
+    "best rows": (["selection.policy=rows", "selection.score=snip", "selection.scope=global"], 1),
 }
 ONE_BATCH = [name for name, (changes, _) in RUNS.items() if "selection.batches=1" in changes]
 STOPPED_IN = 3  # the step in which a run is asked to stop, and which it still takes
@@ -140,10 +143,9 @@ def test_a_run_goes_on_where_the_other_kind_left_it(runs: str, folder: Path) -> 
     ("changes", "told"),
     [
         (["selection.policy=drop-grow"], "selection.schedule: first-batch, and it is every-n-st"),
-        (["selection.policy=blocks"], "selection.structure: entry, and it is block"),
+        (["selection.policy=blocks"], "selection.structure: entry or row, and it is b"),
         (["train.step_scale=input"], "train.step_scale: none, and it is input"),
         (["selection.policy=low-rank", "selection.schedule=first-batch"], "more than the rows"),
-        (["selection.policy=neuron-gradient"], "by neuron"),
     ],
 )
 def test_what_no_rank_can_choose_of_its_rows_is_refused(
