@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sift_cli.models.fingerprints import fingerprint, state_tensors
-from sift_cli.models.loading import LoadedModel, load_tokenizer, on_meta, settle_padding
+from sift_cli.models.loading import LoadedModel, drawn, load_tokenizer, on_meta, settle_padding
 from sift_cli.models.names import all_names
 from sift_cli.models.readout import WITHIN
 from sift_cli.models.stored import Stored
@@ -138,16 +138,21 @@ def load_sharded(
     dtype: torch.dtype,
     mesh: DeviceMesh,
     device: torch.device,
+    *,
+    new_head: bool = False,
 ) -> tuple[LoadedModel, Sharded]:
     """What `load_model` gives, in rows over a mesh: each rank reads its own rows from the files.
 
-    Raises SiftError for what the files do not fill: there is no random head here.
+    With `new_head`, each draws the head that the files do not hold whole, and keeps its rows.
+    Raises SiftError for what else the files do not fill.
     """
     tokenizer = load_tokenizer(folder)
     settle_padding(config, tokenizer)
     model = on_meta(folder, auto, config, dtype)
     stored = Stored(folder, model)
-    require_whole(model, Lack.of_files(model, stored), stored, folder, new_head=False)
+    new = require_whole(model, Lack.of_files(model, stored), stored, folder, new_head)
+    if new:
+        stored.hold(drawn(on_meta(folder, auto, config, dtype), new))
     shard(model, mesh)
     shards, first = shards_on(mesh), state_tensors(model)
     state = {name: _read(stored, name, one, shards, device) for name, one in first.items()}
@@ -156,9 +161,8 @@ def load_sharded(
     _fill_buffers(model, device)
     model.eval()
     kinds = {name: one.dtype for name, one in state.items()}
-    return LoadedModel(model, tokenizer, (), left_out(model, stored)), Sharded(
-        shards, stored, kinds
-    )
+    loaded = LoadedModel(model, tokenizer, new, left_out(model, stored))
+    return loaded, Sharded(shards, stored, kinds)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -229,7 +229,9 @@ def open_session(
             from sift_cli.models.sharding import load_sharded, mesh_of  # slow to import
 
             mesh = mesh_of(where, recipe.distributed.replicas)
-            tuned, sharded = load_sharded(folder, task.auto, config, dtype, mesh, where)
+            tuned, sharded = load_sharded(
+                folder, task.auto, config, dtype, mesh, where, new_head=new_head
+            )
         else:
             tuned = load_model(folder, task.auto, config, dtype, new_head=new_head)
         head = task.told_head(before, bool(tuned.new))

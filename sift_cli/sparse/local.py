@@ -52,6 +52,12 @@ def local_of(weight: Tensor) -> Tensor:
     return weight if to_local is None else to_local().detach()
 
 
+def whole_of(weight: Tensor) -> Tensor:
+    """All of a weight, where several ranks hold some rows each; every rank must ask."""
+    full = getattr(weight, "full_tensor", None)
+    return weight.detach() if full is None else full().detach()
+
+
 def _across(support: Support) -> int:
     """Entries in each row; of a vector each entry is one."""
     return prod(support.shape[1:])
@@ -93,6 +99,11 @@ class Shards:
     def local(self, support: Support) -> Support:
         """This rank's entries of a support, as entries of its own rows."""
         return local(support, self.rows(support.shape))
+
+    def local_rows(self, whole: Tensor) -> Tensor:
+        """This rank's rows of a tensor that is whole."""
+        rows = self.rows(whole.shape)
+        return whole[rows.start : rows.stop]
 
     def segments(self, whole: Sequence[Segment]) -> list[Segment]:
         """What this rank owns of each of the segments, one after the other."""

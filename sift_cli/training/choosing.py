@@ -328,7 +328,7 @@ class Chooser:
     def _head(self) -> Touched | None:
         """Starts a new head, alike on every rank; the random numbers that it held before."""
         session = self.session
-        if session.shards is not None:  # whose base has a head
+        if session.shards is not None:  # each has drawn the same, and has its rows of it
             return start_head(self.train, session, self.console)
         named = dict(session.model.named_parameters())
 

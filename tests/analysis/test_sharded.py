@@ -13,6 +13,7 @@ from sift_cli.recipe import load_recipe
 from sift_cli.training import train
 from tests.support.causal import chats_recipe
 from tests.support.command import sift
+from tests.support.rows import rows_recipe
 from tests.support.sharded import FULL
 
 LLAMAS = {"7B": (6_738_415_616, 64_760_054), "70B": (68_976_648_192, 684_510_413)}
@@ -139,6 +140,13 @@ def test_a_plan_refuses_what_training_does(
         with pytest.raises(SiftError) as trained:
             train(recipe, tmp_path / "run", device="cpu")
         assert str(trained.value) == str(caught.value)
+
+
+def test_a_plan_in_rows_has_the_head_that_training_draws(tmp_path: Path) -> None:
+    recipe = load_recipe(rows_recipe(tmp_path, "labels", 0.0), [FULL])
+    alone, several = Outline.of(recipe), Outline.of(recipe, devices=2)
+    assert several.in_rows is not None
+    assert several.dense == alone.dense == ["classifier.weight", "classifier.bias"]
 
 
 def test_one_process_holds_all(tmp_path: Path) -> None:

@@ -244,16 +244,16 @@ FULL = "distributed.shard=full"
 
 
 def runs_of_rank(
-    rank: int, recipe: Path, settings: Mapping[str, Sequence[str]], stopped_in: int
+    rank: int, folder: Path, settings: Mapping[str, tuple[Path, Sequence[str]]], stopped_in: int
 ) -> None:
-    """A run of each settings; one that is stopped, and one that goes on from what is there."""
+    """A run of each recipe and its changes; one that is stopped, and one that goes on."""
     from sift_cli.recipe import load_recipe
     from sift_cli.training import train
 
-    out = recipe.parent / "several"
-    for name, changes in settings.items():
+    out = folder / "several"
+    for name, (recipe, changes) in settings.items():
         train(load_recipe(recipe, changes), out / name, device="cpu")
-    sift = load_recipe(recipe, settings["sift"])
+    sift = load_recipe(*settings["sift"])
     train(sift, out / "resumed", device="cpu", resume=True)
     asked = at_call(stopped_in, signalled(SIGTERM)) if rank else nullcontext()
     try:

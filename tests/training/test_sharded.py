@@ -19,22 +19,35 @@ from sift_cli.runs.folder import DELTA_FILE, GRADIENT_FILE, METRICS_FILE, WEIGHT
 from sift_cli.training import train
 from tests.support.causal import chats_recipe
 from tests.support.interruptions import at_call, signalled
+from tests.support.rows import rows_recipe
 from tests.support.sharded import FULL, on_ranks, runs_of_rank
 
 RANKS = 2
 SIFT = ["selection.policy=sift"]
 ONE = [*SIFT, "selection.batches=1"]
-# by name, with the number of copies of the model
-RUNS: dict[str, tuple[list[str], int]] = {
-    "sift": (SIFT, 1),
-    "sign-descent": (["selection.policy=sign-descent", "train.chunk_loss=16"], 1),
-    "one-batch": (ONE, 1),
-    "copies": (ONE, RANKS),  # whole ones, so that only gradients travel
-    "neurons": (["selection.policy=neuron-gradient"], 1),
-    "rows": (["selection.policy=rows"], 1),
-    "best rows": (["selection.policy=rows", "selection.score=snip", "selection.scope=global"], 1),
+DESCENT = ["selection.policy=sign-descent"]
+BEST_ROWS = ["selection.policy=rows", "selection.score=snip", "selection.scope=global"]
+SCORES = ["data.task=custom", "data.text=[sentence]", "data.label=score"]
+# what is changed in the recipe of each run: of a language model with a tied head
+TALKING = {
+    "sift": ONE,
+    "sign-descent": [*DESCENT, "train.chunk_loss=16"],
+    "packed": SIFT,
+    "copies": [*ONE, f"distributed.replicas={RANKS}"],  # whole ones: only gradients travel
+    "neurons": ["selection.policy=neuron-gradient"],
+    "rows": ["selection.policy=rows"],
+    "best rows": BEST_ROWS,
 }
-ONE_BATCH = [name for name, (changes, _) in RUNS.items() if "selection.batches=1" in changes]
+# and of a classifier with dropout whose base has no head
+JUDGING = {
+    "random head": SIFT,
+    "prior": [*SIFT, "train.head_start=prior"],
+    "probe": [*DESCENT, "selection.batches=4"],
+    # one output: a rank has no row of the head
+    "number": [*DESCENT, "selection.batches=4", *SCORES],
+}
+RUNS = [*TALKING, *JUDGING]
+ONE_BATCH = [name for name, changes in TALKING.items() if "selection.batches=1" in changes]
 STOPPED_IN = 3  # the step in which a run is asked to stop, and which it still takes
 NORMS = "selection.dense=[norm, layernorm, embed_tokens]"  # norms and a tied embedding train whole
 
@@ -43,19 +56,22 @@ NORMS = "selection.dense=[norm, layernorm, embed_tokens]"  # norms and a tied em
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process, runs of several, and runs that each of them left to the other."""
     folder = tmp_path_factory.mktemp("runs")
-    recipe = chats_recipe(folder, "llama-tied")
-    settings = {name: [*changes, NORMS] for name, (changes, _) in RUNS.items()}
-    for name, changes in settings.items():
-        train(load_recipe(recipe, changes), folder / "one" / name, device="cpu")
-    sift, stopped = load_recipe(recipe, settings["sift"]), folder / "one" / "stopped"
+    recipe, labels = chats_recipe(folder, "llama-tied"), rows_recipe(folder, "labels", 0.1)
+    packs = folder / "packs.yaml"
+    packed = '"tokens": 256, "max_tokens": 128'
+    packs.write_text(recipe.read_text().replace('"batch_size": 8', packed))
+    settings = {
+        **{name: (recipe, [*changes, NORMS, FULL]) for name, changes in TALKING.items()},
+        **{name: (labels, [*changes, FULL]) for name, changes in JUDGING.items()},
+    }
+    settings["packed"] = packs, settings["packed"][1]
+    for name, (path, changes) in settings.items():
+        train(load_recipe(path, changes), folder / "one" / name, device="cpu")
+    sift, stopped = load_recipe(recipe, [*ONE, NORMS]), folder / "one" / "stopped"
     with at_call(STOPPED_IN, signalled(SIGTERM)), pytest.raises(SiftError):
         train(sift, stopped, device="cpu")
     shutil.copytree(stopped, folder / "several" / "resumed")
-    in_rows = {
-        name: [*changes, FULL, f"distributed.replicas={RUNS[name][1]}"]
-        for name, changes in settings.items()
-    }
-    on_ranks(RANKS, folder, runs_of_rank, recipe, in_rows, STOPPED_IN)
+    on_ranks(RANKS, folder, runs_of_rank, folder, settings, STOPPED_IN)
     shutil.copytree(folder / "several" / "stopped", folder / "one" / "resumed")
     train(sift, folder / "one" / "resumed", device="cpu", resume=True)
     return folder
@@ -65,10 +81,12 @@ def tuned(run: Path) -> dict[str, Tensor]:
     """The weights that a run's delta makes of the base; checked against what it says of them."""
     from sift_cli.delta.file import load_delta
 
-    delta, places = load_delta(run / DELTA_FILE), places_in(run.parents[1] / "base")
-    found = {}
+    base = "labels-base" if run.name in JUDGING else "base"
+    delta, places = load_delta(run / DELTA_FILE), places_in(run.parents[1] / base)
+    found = dict(delta.dense)
+    assert bool(found) == (run.name in JUDGING)
     for name, one in delta.weights.items():
-        found[name] = places[name].read()
+        found[name] = places[name.removeprefix("bert.")].read()
         assert fingerprint(found[name]) == one.base
         one.toggle_(found[name])
         assert fingerprint(found[name]) == one.trained
