@@ -89,22 +89,24 @@ def shards_on(mesh: DeviceMesh) -> Shards:
         return [int(size) for size in sizes]
 
     def padded(own: Tensor, longest: int) -> Tensor:
-        filled = own.new_zeros(longest)
+        filled = own.new_zeros(longest, *own.shape[1:])
         filled[: len(own)] = own
         return filled
 
     def joined(own: Tensor) -> Tensor:
         sizes = sizes_of(own)
-        every = [own.new_empty(max(sizes)) for _ in sizes]
-        dist.all_gather(every, padded(own, max(sizes)), group=rows)
+        mine = padded(own, max(sizes))
+        every = [torch.empty_like(mine) for _ in sizes]
+        dist.all_gather(every, mine, group=rows)
         return torch.cat([one[:size] for one, size in zip(every, sizes, strict=True)])
 
     def gathered(own: Tensor) -> Tensor:
         if mesh[REPLICAS].get_local_rank():
             return own[:0]  # another copy has the same
         sizes = sizes_of(own)
-        every = [own.new_empty(max(sizes)) for _ in sizes] if dist.get_rank() == 0 else None
-        dist.gather(padded(own, max(sizes)), every, dst=0, group=rows)
+        mine = padded(own, max(sizes))
+        every = [torch.empty_like(mine) for _ in sizes] if dist.get_rank() == 0 else None
+        dist.gather(mine, every, dst=0, group=rows)
         if every is None:
             return own[:0]
         return torch.cat([one[:size].cpu() for one, size in zip(every, sizes, strict=True)])

@@ -326,7 +326,6 @@ class Recipe(Section):
         if self.distributed.shard == "none":
             return self
         for section, key, able in (
-            ("selection", "schedule", ("first-batch",)),
             ("selection", "structure", ("entry", "row")),
             ("train", "step_scale", ("none",)),
         ):

@@ -146,7 +146,15 @@ def select(
     if shards is not None:
         require_by_rows(rule, [name for name in names if units[name].transposed])
     rows = {name: local_of(weight.detach()) for name, weight in weights.items()}
-    before = {n: 0 if shards is None else shards.before(one.shape) for n, one in weights.items()}
+    before = dict.fromkeys(names, 0)
+    if shards is not None:
+        before = {name: shards.before(one.shape) for name, one in weights.items()}
+    here = {n: one if shards is None else one.of_rows(len(rows[n])) for n, one in units.items()}
+    staying = {
+        name: _staying(here[name], one, before[name], alone if shards is None else shards.joined)
+        for name, one in retained.items()
+        if name in here
+    }
     if score.needs_data and not backward:
         raise SiftError("selection.score: it looks at batches, and there are none to look at")
     chooser = _chooser(rule, weights, units, partial=shards is not None)
@@ -164,8 +172,7 @@ def select(
             if norms is not None and gradient is not None and not score.folds:
                 norms[name] = _norm(gradient)
             weight, moved = rows[name], None if change is None else change[name]
-            own = units[name] if shards is None else units[name].of_rows(len(weight))
-            loudness, seen_tokens = squares.get(name), tokens.get(name)
+            own, loudness, seen_tokens = here[name], squares.get(name), tokens.get(name)
             evidence = evidence_of(
                 weight,
                 own,
@@ -178,8 +185,10 @@ def select(
             )
             evidence |= {"rank": rule.rank, "balance": rule.balance}
             scores = own.mean(score_entries(score, name, evidence, seed, before[name]))
-            if name in retained:
-                scores = _retain(scores, own, retained[name])
+            if name in staying:
+                scores = scores.reshape(-1).clone()
+                scores[staying[name].to(scores.device)] = float("inf")
+                scores = scores.view(own.grid)
             chooser.add(name, scores, own.size)
 
         if score.descends:
@@ -300,17 +309,23 @@ def _norm(gradient: Tensor) -> Tensor:
     return norm
 
 
-def _retain(scores: Tensor, units: Units, retained: Retained) -> Tensor:
-    """Scores under which all but the least changed of the retained units win before any other."""
+def _staying(
+    units: Units, retained: Retained, before: int, joined: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The numbers of those of the retained units that win before any other: not the least changed.
+
+    Of a weight in rows on several ranks these are of all its units, those of this rank behind
+    `before` entries, and `joined` gives what all ranks hold, one after the other.
+    """
     device, positions = retained.change.device, retained.support.positions
     if positions is None:
         positions = torch.arange(retained.support.size, device=device)
     unit, place = units.holding(positions.long().to(device)).unique(return_inverse=True)
     moved = torch.zeros(len(unit), device=device).index_add_(0, place, retained.change.float())
-    stay = len(unit) - share(retained.drop, len(unit))
-    flat = scores.reshape(-1).clone()
-    flat[unit[largest(moved, stay)].to(flat.device)] = float("inf")
-    return flat.view(scores.shape)
+    every, moved = joined(unit + before // units.size), joined(moved)
+    stay = every[largest(moved, len(every) - share(retained.drop, len(every)))]
+    stay = stay - before // units.size
+    return stay[(stay >= 0) & (stay < units.count)]
 
 
 def _run_batches(

@@ -153,11 +153,14 @@ class Shards:
         are those of the whole weights. Every rank must go through all of them.
         """
         for name, (support, values) in entries.items():
-            shape = tuple(shapes[name])
-            if support.positions is None:
+            shape, mine = tuple(shapes[name]), support.positions
+            count = self.total(torch.tensor(len(support), device=values.device))
+            if int(count) == prod(shape):
                 yield name, Support(shape), self.gathered(values)
                 continue
-            own = support.positions.long().to(values.device) + self.before(shape)
+            if mine is None:  # of these rows, not of all
+                mine = torch.arange(len(support))
+            own = mine.long().to(values.device) + self.before(shape)
             positions = self.gathered(own)
             yield name, Support.of(shape, positions), self.gathered(values)
 

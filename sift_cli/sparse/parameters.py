@@ -180,6 +180,14 @@ class SparseParameters:
             for name, support, _ in self.touched
         }
 
+    def left(self) -> dict[str, tuple[Support, Tensor]]:
+        """What `state` has of each weight of which entries trained that train no more."""
+        state, trained = self.state(), {one.name: len(one.support) for one in self.segments}
+        more = [len(support) - trained.get(name, 0) for name, (support, _) in state.items()]
+        if self.shards is not None:
+            more = self.shards.total(torch.tensor(more, device=self.flat.device)).tolist()
+        return {name: one for (name, one), count in zip(state.items(), more, strict=True) if count}
+
     @torch.no_grad()
     def load_state(self, state: Mapping[str, tuple[Support, Tensor]]) -> None:
         """Brings the weights back to where `state` was taken, and the masters with them."""

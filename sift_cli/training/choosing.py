@@ -150,7 +150,7 @@ class Chooser:
         if self.selection.schedule == "after-warmup":
             touched, change = warm_up(
                 WarmUp.of(self.selection, self.train),
-                self.looking,
+                self.looking if self.session.shards is None else self.session,
                 self.batches,
                 [*self.sparse, *self.vectors],
                 self.dense,
@@ -266,12 +266,7 @@ class Chooser:
             packed.tensors[f"{SCALE}{name}"] = scale.values
         for name, support in parameters.supports.items():
             packed.put("support", name, support)
-        trained = {segment.name: segment.support for segment in parameters}
-        left = {
-            name: (support, values)
-            for name, (support, values) in parameters.state().items()
-            if name not in trained or len(trained[name]) < len(support)
-        }
+        left = parameters.left()
         mine = ((name, support, values) for name, (support, values) in left.items())
         for name, support, values in mine if own else parameters.all_entries(left):
             packed.put("touched", name, support, values)

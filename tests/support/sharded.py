@@ -253,12 +253,12 @@ def runs_of_rank(
     out = folder / "several"
     for name, (recipe, changes) in settings.items():
         train(load_recipe(recipe, changes), out / name, device="cpu")
-    sift = load_recipe(*settings["sift"])
-    train(sift, out / "resumed", device="cpu", resume=True)
+    changing = load_recipe(*settings["drop-grow"])
+    train(changing, out / "resumed", device="cpu", resume=True)
     asked = at_call(stopped_in, signalled(SIGTERM)) if rank else nullcontext()
     try:
         with asked:
-            train(sift, out / "stopped", device="cpu")
+            train(changing, out / "stopped", device="cpu")
     except (SiftError, SystemExit) as error:
         code = error.code
     assert code == ExitCode.INTERRUPTED

@@ -26,6 +26,8 @@ RANKS = 2
 SIFT = ["selection.policy=sift"]
 ONE = [*SIFT, "selection.batches=1"]
 DESCENT = ["selection.policy=sign-descent"]
+SOON = ["selection.schedule=every-n-steps", "selection.every=2"]
+PARKING = [*SOON, "selection.policy=drop-grow", "selection.drop=0.4", "selection.history=park"]
 BEST_ROWS = ["selection.policy=rows", "selection.score=snip", "selection.scope=global"]
 SCORES = ["data.task=custom", "data.text=[sentence]", "data.label=score"]
 # what is changed in the recipe of each run: of a language model with a tied head
@@ -36,13 +38,17 @@ TALKING = {
     "copies": [*ONE, f"distributed.replicas={RANKS}"],  # whole ones: only gradients travel
     "neurons": ["selection.policy=neuron-gradient"],
     "rows": ["selection.policy=rows"],
-    "best rows": BEST_ROWS,
+    "drop-grow": PARKING,
+    "copies anew": [*PARKING, f"distributed.replicas={RANKS}"],
+    "rows anew": [*BEST_ROWS, *SOON, "selection.drop=0.5"],
+    "lottery": ["selection.policy=lottery", "selection.warmup_steps=2"],
 }
 # and of a classifier with dropout whose base has no head
 JUDGING = {
     "random head": SIFT,
     "prior": [*SIFT, "train.head_start=prior"],
     "probe": [*DESCENT, "selection.batches=4"],
+    "warm head": [*SIFT, "selection.schedule=after-warmup", "selection.warmup_steps=2"],
     # one output: a rank has no row of the head
     "number": [*DESCENT, "selection.batches=4", *SCORES],
 }
@@ -67,13 +73,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings["packed"] = packs, settings["packed"][1]
     for name, (path, changes) in settings.items():
         train(load_recipe(path, changes), folder / "one" / name, device="cpu")
-    sift, stopped = load_recipe(recipe, [*ONE, NORMS]), folder / "one" / "stopped"
+    changing, stopped = load_recipe(recipe, [*PARKING, NORMS]), folder / "one" / "stopped"
     with at_call(STOPPED_IN, signalled(SIGTERM)), pytest.raises(SiftError):
-        train(sift, stopped, device="cpu")
+        train(changing, stopped, device="cpu")
     shutil.copytree(stopped, folder / "several" / "resumed")
     on_ranks(RANKS, folder, runs_of_rank, folder, settings, STOPPED_IN)
     shutil.copytree(folder / "several" / "stopped", folder / "one" / "resumed")
-    train(sift, folder / "one" / "resumed", device="cpu", resume=True)
+    train(changing, folder / "one" / "resumed", device="cpu", resume=True)
     return folder
 
 
@@ -152,7 +158,7 @@ def test_what_its_mask_keeps_of_the_gradient_is_told(name: str, folder: Path) ->
 
 @pytest.mark.parametrize("runs", ["one", "several"])
 def test_a_run_goes_on_where_the_other_kind_left_it(runs: str, folder: Path) -> None:
-    require_same_run(folder / "one" / "sift", folder / runs / "resumed")
+    require_same_run(folder / "one" / "drop-grow", folder / runs / "resumed")
     steps = [line["step"] for line in losses(folder / runs / "resumed") if "loss" in line]
     assert steps == sorted(set(steps))
 
@@ -160,7 +166,6 @@ def test_a_run_goes_on_where_the_other_kind_left_it(runs: str, folder: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (["selection.policy=drop-grow"], "selection.schedule: first-batch, and it is every-n-st"),
         (["selection.policy=blocks"], "selection.structure: entry or row, and it is b"),
         (["train.step_scale=input"], "train.step_scale: none, and it is input"),
         (["selection.policy=low-rank", "selection.schedule=first-batch"], "more than the rows"),
