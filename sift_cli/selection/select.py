@@ -12,7 +12,6 @@ from sift_cli.selection.budget import (
     PerWeight,
     allot,
     entries,
-    largest,
     pooled,
     require_fits,
     share,
@@ -25,11 +24,15 @@ from sift_cli.selection.evidence import (
     observed_inputs,
     observed_tokens,
 )
+from sift_cli.selection.parts import Part, Retained
 from sift_cli.selection.scores import Score, by_rows, score_entries
 from sift_cli.selection.structures import BY_ROWS, Units
 from sift_cli.selection.targets import LinearLayer, density_of, linear_layers
 from sift_cli.sparse import Support
-from sift_cli.sparse.local import Shards, local_of
+from sift_cli.sparse.local import Shards
+
+Whole = Callable[[Tensor], Tensor]  # sums a part of what batches show with that of others
+Compete = Callable[..., None]  # scores the weight of that name by what is known of it
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,6 @@ class Rule:
     block: int = 1
     rank: int = 32
     balance: float = 1.0
-
-
-@dataclass(frozen=True, eq=False)
-class Retained:
-    """A support to retain but for the share `drop` of its units: those that changed least.
-
-    `change` is how far each entry is from the base, [K].
-    """
-
-    support: Support
-    change: Tensor
-    drop: float
 
 
 def alone(part: Tensor) -> Tensor:
@@ -124,7 +115,7 @@ def select(
     retained: Mapping[str, Retained] | None = None,
     norms: dict[str, Tensor] | None = None,
     descent_rate: float = 0.0,
-    whole: Callable[[Tensor], Tensor] = alone,
+    whole: Whole = alone,
     shards: Shards | None = None,
 ) -> dict[str, Support]:
     """The entries to train of the model's parameters called `names`; supports on the host.
@@ -142,64 +133,45 @@ def select(
     batches and there are none, or a rule is not one by rows.
     """
     weights, layers, units = _look_up(model, names, rule)
-    score, retained = rule.score, retained or {}
+    score = rule.score
     if shards is not None:
         require_by_rows(rule, [name for name in names if units[name].transposed])
-    rows = {name: local_of(weight.detach()) for name, weight in weights.items()}
-    before = dict.fromkeys(names, 0)
-    if shards is not None:
-        before = {name: shards.before(one.shape) for name, one in weights.items()}
-    here = {n: one if shards is None else one.of_rows(len(rows[n])) for n, one in units.items()}
-    staying = {
-        name: _staying(here[name], one, before[name], alone if shards is None else shards.joined)
-        for name, one in retained.items()
-        if name in here
-    }
     if score.needs_data and not backward:
         raise SiftError("selection.score: it looks at batches, and there are none to look at")
+    parts = {name: Part.of(weight, units[name], shards) for name, weight in weights.items()}
+    joined = alone if shards is None else shards.joined
+    staying = {
+        name: parts[name].staying(one, joined)
+        for name, one in (retained or {}).items()
+        if name in parts
+    }
     chooser = _chooser(rule, weights, units, partial=shards is not None)
     loud = _observed(score, {"input_norm"}, weights, layers)
     seen = _observed(score, OF_TOKENS, weights, layers)
     with observed_inputs(loud) as squares, observed_tokens(seen) as tokens:
 
-        def compete(
-            name: str,
-            gradient: Tensor | None = None,
-            gradient_squares: Tensor | None = None,
-            votes: Tensor | None = None,
-        ) -> None:
-            """Scores one weight's units and hands them to the chooser."""
+        def compete(name: str, **found: Tensor | None) -> None:
+            """Scores one weight's units by what the batches showed; hands them to the chooser."""
+            part, gradient = parts[name], found.get("gradient")
             if norms is not None and gradient is not None and not score.folds:
                 norms[name] = _norm(gradient)
-            weight, moved = rows[name], None if change is None else change[name]
-            own, loudness, seen_tokens = here[name], squares.get(name), tokens.get(name)
             evidence = evidence_of(
-                weight,
-                own,
-                gradient,
-                None if loudness is None else whole(loudness),
-                moved,
-                gradient_squares,
-                None if seen_tokens is None else seen_tokens.over(whole),
-                votes,
+                part.rows,
+                part.units,
+                input_squares=whole(squares[name]) if name in squares else None,
+                tokens=tokens[name].over(whole) if name in tokens else None,
+                change=None if change is None else change[name],
+                **found,
             )
             evidence |= {"rank": rule.rank, "balance": rule.balance}
-            scores = own.mean(score_entries(score, name, evidence, seed, before[name]))
+            scores = part.units.mean(score_entries(score, name, evidence, seed, part.before))
             if name in staying:
-                scores = scores.reshape(-1).clone()
-                scores[staying[name].to(scores.device)] = float("inf")
-                scores = scores.view(own.grid)
-            chooser.add(name, scores, own.size)
+                scores = scores.clone()
+                scores.view(-1)[staying[name].to(scores.device)] = float("inf")
+            chooser.add(name, scores, part.units.size)
 
         if score.descends:
-            with (
-                sign_descent(rows, descent_rate) as (take, votes),
-                observed_gradients(weights, lambda name, part: take(name, whole(part))),
-            ):
-                for run in backward:
-                    run()
-            for name in list(votes):
-                compete(name, votes=votes.pop(name).to(weights[name].device))
+            _descend(weights, parts, descent_rate, backward, compete, whole)
         elif score.needs_data:
             _run_batches(weights, score, backward, compete, whole)
         else:
@@ -210,9 +182,9 @@ def select(
     else:
         if norms:
             norms |= shards.norms(norms)
-        among = _chooser(rule, weights, units)
         sizes = {name: own.size for name, own in units.items()}
-        chosen = pooled(chooser, among, sizes, shards.joined, before)
+        before = {name: part.before for name, part in parts.items()}
+        chosen = pooled(chooser, _chooser(rule, weights, units), sizes, shards.joined, before)
     return {
         name: Support.of(tuple(weights[name].shape), units[name].positions(chosen[name]))
         for name in names
@@ -309,31 +281,31 @@ def _norm(gradient: Tensor) -> Tensor:
     return norm
 
 
-def _staying(
-    units: Units, retained: Retained, before: int, joined: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The numbers of those of the retained units that win before any other: not the least changed.
-
-    Of a weight in rows on several ranks these are of all its units, those of this rank behind
-    `before` entries, and `joined` gives what all ranks hold, one after the other.
-    """
-    device, positions = retained.change.device, retained.support.positions
-    if positions is None:
-        positions = torch.arange(retained.support.size, device=device)
-    unit, place = units.holding(positions.long().to(device)).unique(return_inverse=True)
-    moved = torch.zeros(len(unit), device=device).index_add_(0, place, retained.change.float())
-    every, moved = joined(unit + before // units.size), joined(moved)
-    stay = every[largest(moved, len(every) - share(retained.drop, len(every)))]
-    stay = stay - before // units.size
-    return stay[(stay >= 0) & (stay < units.count)]
+def _descend(
+    weights: Mapping[str, nn.Parameter],
+    parts: Mapping[str, Part],
+    rate: float,
+    backward: Sequence[Callable[[], object]],
+    compete: Compete,
+    whole: Whole,
+) -> None:
+    """Runs the batches, each from where signSGD has come, and hands the votes to `compete`."""
+    with (
+        sign_descent({name: part.rows for name, part in parts.items()}, rate) as (take, votes),
+        observed_gradients(weights, lambda name, part: take(name, whole(part))),
+    ):
+        for run in backward:
+            run()
+    for name in list(votes):
+        compete(name, votes=votes.pop(name).to(weights[name].device))
 
 
 def _run_batches(
     weights: Mapping[str, nn.Parameter],
     score: Score,
     backward: Sequence[Callable[[], object]],
-    compete: Callable[[str, Tensor | None, Tensor | None], None],
-    whole: Callable[[Tensor], Tensor],
+    compete: Compete,
+    whole: Whole,
 ) -> None:
     """Runs the batches and hands each weight's folded gradient to `compete`.
 
@@ -349,7 +321,7 @@ def _run_batches(
             squares[name] = squares[name].addcmul_(wide, wide) if name in squares else wide.square()
         folded = score.fold(gradient)
         if len(backward) == 1:
-            compete(name, folded, squares.pop(name, None))
+            compete(name, gradient=folded, gradient_squares=squares.pop(name, None))
         elif name in sums:
             sums[name] += folded.to("cpu", sums[name].dtype)
         else:
@@ -360,4 +332,5 @@ def _run_batches(
             run()
     for name in list(sums):
         device, squared = weights[name].device, squares.pop(name, None)
-        compete(name, sums.pop(name).to(device), None if squared is None else squared.to(device))
+        squared = None if squared is None else squared.to(device)
+        compete(name, gradient=sums.pop(name).to(device), gradient_squares=squared)

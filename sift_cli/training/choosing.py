@@ -22,8 +22,9 @@ from sift_cli.runs.folder import CARD_FILE, DELTA_FILE
 from sift_cli.runs.record import write_weights
 from sift_cli.runs.session import Session
 from sift_cli.runs.summary import EntryCounts, Summary, Written
+from sift_cli.selection.parts import Retained
 from sift_cli.selection.scale import input_scales
-from sift_cli.selection.select import Retained, Rule, alone, select
+from sift_cli.selection.select import Rule, alone, select
 from sift_cli.selection.targets import left_out, linear_layers, tell_left_out
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
 from sift_cli.sparse.coordinates import Coordinates, InputScale
