@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sift_cli.analysis.adapted import train_adapted
 from sift_cli.errors import SiftError
@@ -24,9 +24,8 @@ from sift_cli.training.shares import deal
 from tests.support.chats import save_chat_recipe
 from tests.support.command import ENV, process, sift
 from tests.support.interruptions import at_call, delta, names, signalled
-from tests.support.models import CONFIGS, tiny_tokenizer
 from tests.support.ranks import stepped, together
-from tests.support.rows import write_rows
+from tests.support.rows import rows_recipe
 
 PADDED = ["train.packing=false", "selection.target=all", "train.batch_size=4", "train.accumulate=2"]
 # name -> recipe, changes, whether calibration batches are looked at in full by every rank
@@ -66,25 +65,8 @@ def recipes(folder: Path) -> Path:
     text = (folder / "chat.yaml").read_text()
     packs = text.replace("batch_size: 4", "tokens: 160, max_tokens: 80")
     (folder / "packs.yaml").write_text(packs)
-    data = folder / "data"
-    data.mkdir()
-    write_rows(data / "train.jsonl", 48, seed=1)
-    write_rows(data / "validation.jsonl", 17, seed=2)
     for name, share in (("rows", 0.0), ("dropping", 0.1)):
-        torch.manual_seed(0)
-        settings = CONFIGS["bert"]()
-        settings.hidden_dropout_prob = settings.attention_probs_dropout_prob = share
-        settings.initializer_range, settings.num_labels = 0.3, 2
-        base = folder / f"{name}-base"
-        AutoModelForSequenceClassification.from_config(settings).base_model.save_pretrained(base)
-        tiny_tokenizer().save_pretrained(base)
-        (folder / f"{name}.yaml").write_text(
-            f"model: {{path: {base}}}\ndata: {{path: {data}, task: sst2, max_length: 16}}\n"
-            # the gradient of a key's bias is nothing but rounding, so no one chooses among it
-            "selection: {policy: sift, density: 0.1, exclude: [attention.self.key]}\n"
-            "train: {max_steps: 6, batch_size: 8, learning_rate: 1.0e-2, seed: 3}\n"
-            "eval: {every: 3, batch_size: 4}\nlog: {report: false}\n"
-        )
+        rows_recipe(folder, name, share)
     return folder
 
 
@@ -231,6 +213,26 @@ def test_one_micro_batch_of_eight_is_four_of_two(
 ) -> None:
     for found in groups[world]:
         same(found["split"], one["split"])
+
+
+@pytest.mark.parametrize(
+    ("digests", "parts", "told"),
+    [
+        (["a", "b"], 1, "rank 1 has other rows than rank 0"),
+        (["a", "b", "a", "c"], 2, "rank 3 has other rows than rank 1"),
+        (["a", "b", "a", "b"], 2, None),
+    ],
+)
+def test_ranks_that_hold_the_same_part_are_compared(
+    digests: list[str], parts: int, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ranks, "gather", lambda ranks, own: digests)
+    ranks = Ranks(world=len(digests))
+    if told is None:
+        ranks.require_same("rows", str, parts)
+        return
+    with pytest.raises(SiftError, match=told):
+        ranks.require_same("rows", str, parts)
 
 
 def test_one_process_sends_nothing(one: dict[str, Any]) -> None:
