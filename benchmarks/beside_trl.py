@@ -11,7 +11,7 @@ otherwise, and the same with activations kept as sift keeps them; steps of 8 row
 steps  Processes take turns, a step each per round, as in benchmarks/steps.py: median times, and
        the most memory of a step above the loaded model, trainer and rows.
 whole  Processes from start to end, in turn, as in benchmarks/whole.py: same rows, epochs and
-       evaluation after each; `sift train` makes one more before training.
+       evaluation after each, and none before training.
 
 Writes OUT/STAGE.json and prints a table as Markdown.
 """
@@ -87,7 +87,7 @@ def recipe_of(given: argparse.Namespace) -> Path:
         f"data: {{path: {given.data}, task: instruct{rows}}}\n"
         f"selection: {{policy: sift, density: {DENSITY}}}\n"
         f"train: {{epochs: {given.epochs:g}, learning_rate: 1.0e-3}}\n"
-        "eval: {keep: last}\n"
+        "eval: {keep: last, before: false}\n"
     )
     return path
 

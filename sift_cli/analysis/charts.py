@@ -1,49 +1,38 @@
 """Charts of a run, each as a PNG file and as an SVG that takes the colours of the page it is in."""
 
-import io
 import re
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from sift_cli.analysis.figures import (
+    BLUE,
+    INK,
+    ORANGE,
+    SHADES,
+    WIDTH,
+    Cell,
+    Cells,
+    axes_of,
+    colour,
+    draw_heat,
+    heat_height,
+    style,
+    svg_of,
+)
 from sift_cli.tasks.metrics import LOSS, Metrics
 
 Line = Mapping[str, Any]  # of metrics.jsonl, weights.jsonl, gradient.jsonl or predictions.jsonl
-Cell = Mapping[str, Any]  # the weights of one layer and module, added up
-Cells = Mapping[tuple[str, str], Cell]  # by layer and module
-
-INK = "#010203"  # text and lines; in a page they take the page's colour
-BLUE, ORANGE = "#3b82f6", "#e07b39"
-SHADES = LinearSegmentedColormap.from_list("shades", [(0.23, 0.51, 0.96, a) for a in (0.04, 1)])
-WIDTH = 4.8  # inches: on a phone, letters come out as large as they are set
 LABELS = 24  # letters of a label
 NAMED = 25  # classes, at most, whose names and counts fit a confusion matrix
 POINTS = 2000  # of a scatter plot
-STYLE = {
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 9.5,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # labels are the user's
-}
 
 
 def charts(
@@ -90,7 +79,7 @@ def charts(
         for name, draw in drawn.items():
             figure = draw()
             figure.savefig(out / f"{_file(name)}.png", dpi=130)
-            pictures[name] = _svg(figure, name)
+            pictures[name] = svg_of(figure, name)
     return pictures
 
 
@@ -147,12 +136,12 @@ def _progress(steps: Sequence[Line], scores: Sequence[Line], before: Metrics) ->
     for at, name in enumerate((name for name in names if name not in others), start=1):
         told = name.replace(LOSS, "held out", 1)
         points = _defined(name, scores, before)
-        axes[0].plot(*points, marker=".", label=told, color=_colour(at))
+        axes[0].plot(*points, marker=".", label=told, color=colour(at))
     if len(others) < len(names):
         axes[0].legend(fontsize=8.5)
     for at, name in enumerate(others):
         points = _defined(name, scores, before)
-        axes[1].plot(*points, marker=".", label=name, color=_colour(at))
+        axes[1].plot(*points, marker=".", label=name, color=colour(at))
     if scores:
         _mark_best(axes[-1], scores)
         axes[-1].legend(fontsize=8.5)
@@ -207,7 +196,7 @@ def _count_steps(axes: Any) -> None:
 
 
 def _rate(steps: Sequence[Line]) -> Figure:
-    figure, axis = _axes(1.9)
+    figure, axis = axes_of(1.9)
     axis.plot(*_series(steps, "learning_rate"), color=ORANGE, marker=_marker(steps))
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axis.set(xlabel="step", ylabel="learning rate")
@@ -243,58 +232,16 @@ def _heat(
     title: str,
     form: Callable[[float], str],
 ) -> Figure:
-    figure, axis = _axes(heat_height(cells))
+    figure, axis = axes_of(heat_height(cells))
     draw_heat(axis, cells, key, text, title, form)
     return figure
 
 
-def heat_height(cells: Cells) -> float:
-    """The inches that such a chart needs."""
-    names = _apart(list(dict.fromkeys(module for _, module in cells)))
-    return 1.5 + 0.24 * len({layer for layer, _ in cells}) + 0.055 * max(map(len, names))
-
-
-def draw_heat(
-    axis: Axes,
-    cells: Cells,
-    key: str,
-    text: Callable[[Cell], str],
-    title: str,
-    form: Callable[[float], str],
-) -> None:
-    """Layers down, modules across; colour is `key`, `text` stands in each cell.
-
-    `form` writes the ends of the scale in the title.
-    """
-    rows = list(dict.fromkeys(layer for layer, _ in cells))
-    columns = list(dict.fromkeys(module for _, module in cells))
-    names = _apart(columns)
-    values = [cell[key] for cell in cells.values()]
-    low, high = min(values), max(values)
-    logs = low > 0 and high > 10 * low
-    norm = LogNorm(low, high) if logs else Normalize(0, high or 1)
-    for (layer, module), cell in cells.items():
-        x, y = columns.index(module), rows.index(layer)
-        shade = SHADES(norm(cell[key]))
-        axis.add_patch(Rectangle((x, y), 0.96, 0.96, color=shade, lw=0))
-        if len(columns) <= 8:
-            ink = "white" if norm(cell[key]) > 0.6 else INK
-            at = x + 0.48, y + 0.48
-            axis.text(*at, text(cell), ha="center", va="center", size=7.5, color=ink)
-    axis.set(xlim=(0, len(columns)), ylim=(len(rows), 0), ylabel="layer")
-    axis.set_xticks([x + 0.48 for x in range(len(columns))], names, rotation=35, ha="right")
-    axis.set_yticks([y + 0.48 for y in range(len(rows))], rows)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    ends = dict.fromkeys([form(low), form(high)])
-    axis.set_title(f"{title}: {' to '.join(ends)}")
-
-
 def _kept(probe: Mapping[str, Any]) -> Figure:
-    figure, axis = _axes(3)
+    figure, axis = axes_of(3)
     for at, (name, kept) in enumerate(probe["kept_norm_share"].items()):
         steps = range(1, len(kept["steps"]) + 1)
-        axis.plot(steps, kept["steps"], label=name, marker=".", color=_colour(at))
+        axis.plot(steps, kept["steps"], label=name, marker=".", color=colour(at))
     axis.set(ylim=(0, 1.02), xlabel="training step", ylabel="share of the gradient's norm")
     axis.grid(alpha=0.2)
     axis.legend(fontsize=8.5)
@@ -305,7 +252,7 @@ def _confusion(rows: Sequence[Line], labels: Sequence[str]) -> Figure:
     counts = Counter((row["label"], row["predicted"]) for row in rows)
     truths = Counter(row["label"] for row in rows)
     size = min(4.6, 1.6 + 0.5 * len(labels))
-    figure, axis = _axes(size + 0.6)
+    figure, axis = axes_of(size + 0.6)
     named = len(labels) <= NAMED
     for y, truth in enumerate(labels):
         for x, predicted in enumerate(labels):
@@ -331,7 +278,7 @@ def _confusion(rows: Sequence[Line], labels: Sequence[str]) -> Figure:
 
 def _scatter(rows: Sequence[Line]) -> Figure:
     shown = rows[:: 1 + len(rows) // POINTS]
-    figure, axis = _axes(4.4)
+    figure, axis = axes_of(4.4)
     x, y = [row["label"] for row in shown], [row["predicted"] for row in shown]
     axis.scatter(x, y, s=7, alpha=0.45, color=BLUE, lw=0)
     ends = min(*x, *y), max(*x, *y)
@@ -339,40 +286,6 @@ def _scatter(rows: Sequence[Line]) -> Figure:
     axis.set(xlabel="label", ylabel="predicted")
     axis.grid(alpha=0.2)
     return figure
-
-
-def _axes(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """In this context figures look like those of the report."""
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a letter that no font has is no reason to stop
-        yield
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as SVG for a page: transparent, in the page's colour, with ids of its own."""
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    text = file.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    used = {*re.findall(r"url\(#([^)]+)\)", text), *re.findall(r'href="#([^"]+)"', text)}
-    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    size = re.search(r'viewBox="[^"]+"', text)
-    assert size
-    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {size[0]}>'
-    return re.sub(r"<svg[^>]*>", head, text, count=1)
-
-
-def _file(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def _series(lines: Sequence[Line], key: str) -> tuple[list[float], list[float]]:
@@ -383,21 +296,12 @@ def _marker(lines: Sequence[Line]) -> str:
     return "." if len(lines) < 30 else ""
 
 
-def _colour(at: int) -> str:
-    return (BLUE, ORANGE, "#10a37f", "#a855f7", "#dc2f6b", "#8a8f98")[at % 6]
+def _file(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def _short(label: str) -> str:
     return label if len(label) <= LABELS else label[: LABELS - 1] + "…"
-
-
-def _apart(modules: Sequence[str]) -> list[str]:
-    """The shortest endings of the modules' names that differ from one another."""
-    for parts in range(1, 1 + max(module.count(".") + 1 for module in modules)):
-        names = [".".join(module.split(".")[-parts:]) for module in modules]
-        if len(set(names)) == len(names):
-            return names
-    return list(modules)
 
 
 def _thousands(count: int) -> str:

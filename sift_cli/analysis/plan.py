@@ -119,7 +119,7 @@ class Outline:
         build = partial(on_meta, folder, task.auto, config, DTYPES[recipe.model.dtype])
         model = build()
         rows = PlannedRows.of(recipe, task, missing, folder, model)
-        new = _new_head(task.new_head and not ranks.even, model, folder)
+        new = _new_head(task.new_head, model, folder)
         start = start_of(recipe.train, task, model)
         parts = Parts.of(recipe.selection, model, new, rule)
         _require_beginning(recipe, rows, parts)
@@ -157,7 +157,7 @@ class Outline:
             self.model.config,
             device.type,
             packs=settings.packs,
-            chunk_loss="off" if self.in_rows else settings.chunk_loss,
+            chunk_loss=settings.chunk_loss,
         )
 
     def sent(self, device: torch.device, devices: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sift_cli.analysis.charts import WIDTH, draw_heat, heat_height, style
+from sift_cli.analysis.figures import WIDTH, draw_heat, heat_height, style
 from sift_cli.analysis.table import Comparison, TableRow
 
 MARKERS = "osD^vP*X"

@@ -45,6 +45,7 @@ from sift_cli.system.launch import launched
 from sift_cli.tasks.metrics import shown
 
 if TYPE_CHECKING:
+    from sift_cli.runs.session import Session
     from sift_cli.runs.summary import Summary
 
 SHOWN_METRICS = 4  # metrics in the summary of a training
@@ -102,10 +103,12 @@ def train(
 
 
 def _show_metrics(summary: "Summary") -> None:
-    """The table of the first metrics, before and after training."""
-    table = Table(f"metric ({summary.task})", "before", "after", box=None, pad_edge=False)
+    """The table of the first metrics after training, and before it where that was evaluated."""
+    columns = {"before": summary.metrics_before} if summary.metrics_before else {}
+    columns["after"] = summary.metrics
+    table = Table(f"metric ({summary.task})", *columns, box=None, pad_edge=False)
     for name in list(summary.metrics)[:SHOWN_METRICS]:
-        table.add_row(name, shown(summary.metrics_before[name]), shown(summary.metrics[name]))
+        table.add_row(name, *(shown(found[name]) for found in columns.values()))
     print_table(table)
 
 
@@ -203,6 +206,11 @@ def evaluate(
         device=device,
         allow_code=allow_code,
     )
+    _tell_scores(session, count_rows=data is not None, as_json=as_json)
+
+
+def _tell_scores(session: "Session", *, count_rows: bool, as_json: bool) -> None:
+    """Scores a session's rows and prints the metrics and those of each class."""
     outputs = session.predict()
     metrics = session.score(outputs)
     classes = {
@@ -213,7 +221,7 @@ def evaluate(
     rows = sum(map(len, session.evaluation.values()))
     if as_json:
         told = {"classes" + key: [asdict(one) for one in some] for key, some in classes.items()}
-        print_json({"metrics": metrics} | ({} if data is None else {"rows": rows}) | told)
+        print_json({"metrics": metrics} | ({"rows": rows} if count_rows else {}) | told)
         return
     table = Table("metric", "value", title=f"{session.task.name}, {rows:,} rows")
     for name, value in metrics.items():

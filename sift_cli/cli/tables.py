@@ -94,12 +94,30 @@ def _show_memory(plan: Mapping[str, Any]) -> None:
 
 def sentences(plan: Mapping[str, Any]) -> list[str]:
     """A plan in sentences: what trains, the rows, the passes, and whether it fits the device."""
+    passes = ", ".join(
+        f"{name} {size(parts['peak'])}" for name, parts in plan["memory_of_passes"].items()
+    )
+    lines = [*_entries_sentences(plan), *_data_sentences(plan)]
+    lines.append(f"Other passes at their peak: {passes}.")
+    if "sent_by_part" in plan:
+        lines += _rows_sentences(plan)
+    elif "sent_bytes" in plan:
+        sent = {name: size(nbytes) for name, nbytes in plan["sent_bytes"].items()}
+        lines.append(
+            f"On {plan['devices']:,} devices, of which memory is that of each, every one sends "
+            f"{sent['sift']} a step; LoRA of equal size would send {sent['lora']}, full "
+            f"fine-tuning {sent['full']}."
+        )
+    return lines + _device_sentences(plan)
+
+
+def _entries_sentences(plan: Mapping[str, Any]) -> list[str]:
+    """What trains, what of the model cannot be chosen, and where a new head starts."""
     trained, total = plan["trained_entries"], plan["total_entries"]
     vectors = plan["vector_entries"]
     among = f", {vectors:,} of them biases and norms that train whole," if vectors else ","
-    data = plan["data"]
     head = f" and a head of {plan['dense_entries']:,}"
-    if "format" in data and not plan["dense_entries"]:
+    if "format" in plan["data"] and not plan["dense_entries"]:
         among, head = among.rstrip(","), ""
     lines = [
         f"{trained:,} of {total:,} entries train ({trained / total:.2%}){among}{head}; the delta "
@@ -118,37 +136,32 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
             f"all-linear leaves out {entries:,} entries of no linear layer, which can be named in "
             f"selection.target: {', '.join(plan['left_out'])}."
         )
-    head = plan["head_start"]
-    if head["kind"] != "random":
-        rows = f" of {head['rows']:,} rows" if head["rows"] else ""
-        lines.append(f"A new head starts from a {head['kind']}{rows}.")
+    start = plan["head_start"]
+    if start["kind"] != "random":
+        rows = f" of {start['rows']:,} rows" if start["rows"] else ""
+        lines.append(f"A new head starts from a {start['kind']}{rows}.")
+    return lines
+
+
+def _data_sentences(plan: Mapping[str, Any]) -> list[str]:
+    """The rows, the steps that they make, and what runs beside these."""
+    data = plan["data"]
     if "missing" in data:
-        lines.append(f"Rows were not counted: {data['missing']}")
+        return [f"Rows were not counted: {data['missing']}"]
+    steps = f"{data['steps']:,} steps, {data['steps_per_epoch']:,} to an epoch"
+    if "format" in data:
+        lines = _language_sentences(data)
+        lines.append(f"{steps}; a step has about {data['tokens_per_step']:,.0f} tokens.")
     else:
-        steps = f"{data['steps']:,} steps, {data['steps_per_epoch']:,} to an epoch"
-        if "format" in data:
-            lines += _language_sentences(data)
-            lines.append(f"{steps}; a step has about {data['tokens_per_step']:,.0f} tokens.")
-        else:
-            rows = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())
-            cut = sum(data["truncated"].values())
-            most = data["max_length"]
-            lines.append(f"{rows} rows, {cut:,} of them cut to {most} tokens; {steps}.")
-        lines += _passes_sentences(plan)
-    passes = ", ".join(
-        f"{name} {size(parts['peak'])}" for name, parts in plan["memory_of_passes"].items()
-    )
-    lines.append(f"Other passes at their peak: {passes}.")
-    if "sent_by_part" in plan:
-        lines += _rows_sentences(plan)
-    elif "sent_bytes" in plan:
-        sent = {name: size(nbytes) for name, nbytes in plan["sent_bytes"].items()}
-        lines.append(
-            f"On {plan['devices']:,} devices, of which memory is that of each, every one sends "
-            f"{sent['sift']} a step; LoRA of equal size would send {sent['lora']}, full "
-            f"fine-tuning {sent['full']}."
-        )
-    device = plan["device"]
+        rows = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())
+        cut, most = sum(data["truncated"].values()), data["max_length"]
+        lines = [f"{rows} rows, {cut:,} of them cut to {most} tokens; {steps}."]
+    return lines + _passes_sentences(plan)
+
+
+def _device_sentences(plan: Mapping[str, Any]) -> list[str]:
+    """Whether it fits the device and what to try if not; how long steps take, if measured."""
+    lines, device = [], plan["device"]
     if device["fits"] is not None:
         verdict = "fits" if device["fits"] else "does not fit"
         lines.append(

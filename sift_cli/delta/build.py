@@ -37,13 +37,13 @@ def build_delta(
     for name, weight in parameters.model.named_parameters():
         if name not in touched:
             continue
-        if name in new:
-            dense[name] = weight.detach().cpu().clone()
-            continue
         one, tuned = touched[name], weight.detach()
         if base_of is not None:
             tuned = base_of(name)
             one.support.scatter_(tuned, one.now)
+        if name in new:
+            dense[name] = tuned.cpu().clone()
+            continue
         stored = _to_store(supports.get(name), one.support, one.base, one.now)
         if len(stored[0]):
             weights[name] = weight_delta(*stored, marks[name], tuned)

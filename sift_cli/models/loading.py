@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -314,6 +314,23 @@ def on_meta(folder: Path, auto: Any, config: PretrainedConfig, dtype: torch.dtyp
             return auto.from_config(config, dtype=dtype)
     except UNLOADABLE as error:
         raise SiftError(f"{folder}: {str(error).splitlines()[0]}") from error
+
+
+@torch.no_grad()
+def drawn(model: Any, names: Collection[str]) -> dict[str, Tensor]:
+    """The parameters called `names` at random, on the host, as `load_model` draws a new head.
+
+    `model` has no weights (`on_meta`); it gets these.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in names:
+            owner, _, own = name.rpartition(".")
+            empty = nn.Parameter(torch.empty_like(tensor, device="cpu"))
+            setattr(model.get_submodule(owner), own, empty)
+        else:
+            tensor._is_hf_initialized = True
+    model.initialize_weights()
+    return {name: model.get_parameter(name).detach() for name in names}
 
 
 @contextlib.contextmanager

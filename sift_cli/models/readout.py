@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from sift_cli.models.fingerprints import probe_inputs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Made = TypeVar("Made")
+WITHIN = "within_forward"  # the method of a model in rows that is called in place of its forward
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 WIDEST = 80.0  # made-up logits reach from minus this to this: no cap is left unseen
 
@@ -73,8 +76,24 @@ def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     return {key: batch[key] for key in INPUTS if key in batch} | {"use_cache": False}
 
 
+def within_forward(model: nn.Module, work: Callable[[], Made]) -> Made:
+    """What `work` makes of a model's parts, as a forward pass of the model.
+
+    One that lies in rows on several ranks then gathers the weights of its embeddings and its head,
+    and does so again for the backward pass from the tensors that were made. No such pass may be a
+    part of another.
+    """
+    run = getattr(model, WITHIN, None)
+    return work() if run is None else run(work)
+
+
 def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """The last hidden states of a batch, [B, T, d]: what the head sees."""
+    return within_forward(model, partial(states_of, model, batch))
+
+
+def states_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The same as a part of a forward pass (`within_forward`), that may go on to the head."""
     hidden: Tensor = model.base_model(**inputs_of(batch)).last_hidden_state
     return hidden
 

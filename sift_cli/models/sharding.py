@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sift_cli.models.fingerprints import fingerprint, state_tensors
-from sift_cli.models.loading import LoadedModel, load_tokenizer, on_meta, settle_padding
+from sift_cli.models.loading import LoadedModel, drawn, load_tokenizer, on_meta, settle_padding
 from sift_cli.models.names import all_names
+from sift_cli.models.readout import WITHIN
 from sift_cli.models.stored import Stored
 from sift_cli.models.whole import Lack, left_out, require_whole
 from sift_cli.sparse.local import Shards
@@ -82,17 +83,35 @@ def shards_on(mesh: DeviceMesh) -> Shards:
         dist.all_reduce(summed, group=rows)
         return summed
 
-    def joined(own: Tensor) -> Tensor:
+    def sizes_of(own: Tensor) -> list[int]:
         sizes = [torch.zeros((), dtype=torch.int64, device=own.device) for _ in range(count)]
         dist.all_gather(sizes, torch.tensor(len(own), device=own.device), group=rows)
-        longest = max(int(size) for size in sizes)
-        padded = own.new_zeros(longest)
-        padded[: len(own)] = own
-        every = [torch.empty_like(padded) for _ in range(count)]
-        dist.all_gather(every, padded, group=rows)
-        return torch.cat([one[: int(size)] for one, size in zip(every, sizes, strict=True)])
+        return [int(size) for size in sizes]
 
-    return Shards(count, mesh[ROWS].get_local_rank(), reduce, total, joined)
+    def padded(own: Tensor, longest: int) -> Tensor:
+        filled = own.new_zeros(longest, *own.shape[1:])
+        filled[: len(own)] = own
+        return filled
+
+    def joined(own: Tensor) -> Tensor:
+        sizes = sizes_of(own)
+        mine = padded(own, max(sizes))
+        every = [torch.empty_like(mine) for _ in sizes]
+        dist.all_gather(every, mine, group=rows)
+        return torch.cat([one[:size] for one, size in zip(every, sizes, strict=True)])
+
+    def gathered(own: Tensor) -> Tensor:
+        if mesh[REPLICAS].get_local_rank():
+            return own[:0]  # another copy has the same
+        sizes = sizes_of(own)
+        mine = padded(own, max(sizes))
+        every = [torch.empty_like(mine) for _ in sizes] if dist.get_rank() == 0 else None
+        dist.gather(mine, every, dst=0, group=rows)
+        if every is None:
+            return own[:0]
+        return torch.cat([one[:size].cpu() for one, size in zip(every, sizes, strict=True)])
+
+    return Shards(count, mesh[ROWS].get_local_rank(), reduce, total, joined, gathered)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -110,6 +129,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    setattr(model, WITHIN, lambda work: work())
+    register_fsdp_forward_method(model, WITHIN)
 
 
 def load_sharded(
@@ -119,16 +140,21 @@ def load_sharded(
     dtype: torch.dtype,
     mesh: DeviceMesh,
     device: torch.device,
+    *,
+    new_head: bool = False,
 ) -> tuple[LoadedModel, Sharded]:
     """What `load_model` gives, in rows over a mesh: each rank reads its own rows from the files.
 
-    Raises SiftError for what the files do not fill: there is no random head here.
+    With `new_head`, each draws the head that the files do not hold whole, and keeps its rows.
+    Raises SiftError for what else the files do not fill.
     """
     tokenizer = load_tokenizer(folder)
     settle_padding(config, tokenizer)
     model = on_meta(folder, auto, config, dtype)
     stored = Stored(folder, model)
-    require_whole(model, Lack.of_files(model, stored), stored, folder, new_head=False)
+    new = require_whole(model, Lack.of_files(model, stored), stored, folder, new_head)
+    if new:
+        stored.hold(drawn(on_meta(folder, auto, config, dtype), new))
     shard(model, mesh)
     shards, first = shards_on(mesh), state_tensors(model)
     state = {name: _read(stored, name, one, shards, device) for name, one in first.items()}
@@ -137,9 +163,8 @@ def load_sharded(
     _fill_buffers(model, device)
     model.eval()
     kinds = {name: one.dtype for name, one in state.items()}
-    return LoadedModel(model, tokenizer, (), left_out(model, stored)), Sharded(
-        shards, stored, kinds
-    )
+    loaded = LoadedModel(model, tokenizer, new, left_out(model, stored))
+    return loaded, Sharded(shards, stored, kinds)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """A model folder's tensors, one at a time, by the names that the loaded model gives them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +63,31 @@ class Parts:
         return self.read()[first:last].clone()
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A tensor that no file has and memory does, such as of a new head."""
+
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its own."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its own."""
+        return tuple(self.tensor.shape)
+
+    def read(self) -> Tensor:
+        """A copy."""
+        return self.tensor.clone()
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """A copy of its rows [first, last) alone."""
+        return self.tensor[first:last].clone()
+
+
 class Stored:
     """The safetensors files of `folder`, read tensor by tensor, for `model`.
 
@@ -79,6 +105,10 @@ class Stored:
         self.joined = [*{id(one): one for one in matched.joined.values()}.values()]
         for joined in self.joined:
             self.places |= {name: Parts(name, joined, places) for name in joined.names}
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes these as if they lay in the files, by the model's names."""
+        self.places |= {name: Held(tensor) for name, tensor in tensors.items()}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as stored, on the host."""

@@ -38,6 +38,7 @@ class EvalSection(Section):
     every: Annotated[Literal["epoch"] | PositiveInt, in_short("epoch or a number of steps")] = (
         Field("epoch", description="epoch, or steps")
     )
+    before: bool = Field(True, description="evaluate before training as well")
     split: str = "validation"
     keep: Literal["best", "last"] = "best"
     metric: MetricName | None = Field(

@@ -326,15 +326,14 @@ class Recipe(Section):
         if self.distributed.shard == "none":
             return self
         for section, key, able in (
-            ("selection", "schedule", "first-batch"),
-            ("selection", "structure", "entry"),
-            ("train", "step_scale", "none"),
+            ("selection", "structure", ("entry", "row")),
+            ("train", "step_scale", ("none",)),
         ):
             given = getattr(getattr(self, section), key)
-            if given not in (None, able):
+            if given not in (None, *able):
                 raise ValueError(
-                    f"distributed.shard: full goes with {section}.{key}: {able}, and it is {given};"
-                    " give that, another selection.policy, or shard: none"
+                    f"distributed.shard: full goes with {section}.{key}: {' or '.join(able)}, and "
+                    f"it is {given}; give that, another selection.policy, or shard: none"
                 )
         return self
 

@@ -28,8 +28,11 @@ base back, bit for bit.
 def delta_card(recipe: Recipe, summary: Summary) -> str:
     """The card of a run folder, from its recipe and summary."""
     settings = recipe.model_dump(mode="json")
-    metrics, before = summary.metrics, summary.metrics_before
-    rows = "\n".join(f"| {key} | {shown(before[key])} | {shown(metrics[key])} |" for key in metrics)
+    columns = {"before": summary.metrics_before} if summary.metrics_before else {}
+    columns["after"] = metrics = summary.metrics
+    heading = [f"metric ({settings['eval']['split']})", *columns]
+    rows = [[key, *(shown(found[key]) for found in columns.values())] for key in metrics]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *rows])
     trained, total = summary.trained_entries, summary.total_entries
     task = task_of(summary)
     return f"""{_front(settings, metrics, "adapter", task.published)}
@@ -40,9 +43,7 @@ A sparse delta: {trained:,} entries of the {total:,} of `{_base(settings)}` trai
 `{DELTA_FILE}` ({summary.delta_bytes:,} bytes) turns the base into the trained model bit for
 bit, and back.
 
-| metric ({settings["eval"]["split"]}) | before | after |
-| --- | --- | --- |
-{rows}
+{table}
 
 {summary.steps:,} steps of {summary.step_time_ms:.0f} ms (median); the weights are those of
 step {summary.kept_step:,}. `{REPORT_FILE}` shows the run.

@@ -152,16 +152,19 @@ class Ranks:
         parts = self.gather(own)
         return [parts[at % self.world][at // self.world] for at in range(len(batches))]
 
-    def require_same(self, what: str, digest: Callable[[], str]) -> None:
-        """Raises SiftError where ranks differ in `what`, of which `digest` makes a digest."""
+    def require_same(self, what: str, digest: Callable[[], str], parts: int = 1) -> None:
+        """Raises SiftError where ranks differ in `what`, of which `digest` makes a digest.
+
+        The first `parts` ranks each have another part of it, and those that follow the same again.
+        """
         if self.alone:
             return
         found = self.gather(digest())
-        wrong = [rank for rank, one in enumerate(found) if one != found[0]]
+        wrong = [rank for rank, one in enumerate(found) if one != found[rank % parts]]
         if wrong:
             raise SiftError(
-                f"rank {wrong[0]} has other {what} than rank 0; see that all nodes hold the same "
-                "files, versions and devices"
+                f"rank {wrong[0]} has other {what} than rank {wrong[0] % parts}; see that all "
+                "nodes hold the same files, versions and devices"
             )
 
     @contextmanager

@@ -6,7 +6,6 @@ from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sift_cli.runs.folder import GRADIENT_FILE, PREDICTIONS_FILE, WEIGHTS_FILE
@@ -35,19 +34,19 @@ def write_predictions(
     )
 
 
-def write_gradient(out: Path, gathered: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+def write_gradient(out: Path, kept: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
     """Writes gradient.jsonl: a line for each weight in `norms`, of the first batch's gradient.
 
-    `norm` is that 2-norm, `kept` the one of what the weight's trained entries have `gathered`.
+    `norm` is that 2-norm ([]), `kept` the one of the weight's trained entries alone, 0 for none.
     Weights whose norm is too large for fp32 are left out.
     """
-    pairs = ((name, float(norm), _norm(gathered.get(name))) for name, norm in norms.items())
+    pairs = ((name, float(norm), float(kept.get(name, 0.0))) for name, norm in norms.items())
     _write_lines(
         out / GRADIENT_FILE,
         (
-            {"name": name, "norm": short(norm), "kept": short(kept)}
-            for name, norm, kept in pairs
-            if isfinite(norm) and isfinite(kept)
+            {"name": name, "norm": short(norm), "kept": short(own)}
+            for name, norm, own in pairs
+            if isfinite(norm) and isfinite(own)
         ),
     )
 
@@ -92,10 +91,6 @@ def write_weights(
         return found
 
     _write_lines(out / WEIGHTS_FILE, map(line, changes))
-
-
-def _norm(values: Tensor | None) -> float:
-    return 0.0 if values is None else float(torch.linalg.vector_norm(values))
 
 
 def _rms(values: Tensor) -> float:

@@ -229,7 +229,9 @@ def open_session(
             from sift_cli.models.sharding import load_sharded, mesh_of  # slow to import
 
             mesh = mesh_of(where, recipe.distributed.replicas)
-            tuned, sharded = load_sharded(folder, task.auto, config, dtype, mesh, where)
+            tuned, sharded = load_sharded(
+                folder, task.auto, config, dtype, mesh, where, new_head=new_head
+            )
         else:
             tuned = load_model(folder, task.auto, config, dtype, new_head=new_head)
         head = task.told_head(before, bool(tuned.new))
@@ -238,15 +240,11 @@ def open_session(
     tuned.model.to(where)  # type: ignore[arg-type]
     check_length(data.max_length, tuned.model, tuned.tokenizer)
     settings = recipe.train
-    # The head's weights are there for a pass through the whole model alone.
-    chunks = "off" if sharded else settings.chunk_loss
-    task, said = task.ready(tuned, packs=settings.packs, chunk_loss=chunks)
+    task, said = task.ready(tuned, packs=settings.packs, chunk_loss=settings.chunk_loss)
     with ranks.first_here():
         rows, evaluation = encoded(
             task, tuned.tokenizer, tuned.model.config, data.max_length, split or recipe.eval.split
         )
-    if chunks != settings.chunk_loss and rows is not None and rows.targets:
-        said.append("train.chunk_loss: off where the model lies in rows on several processes")
     return Session(
         task=task,
         model=tuned.model,

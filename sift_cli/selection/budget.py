@@ -88,7 +88,7 @@ def largest_per_neuron(scores: Tensor, count: int) -> Tensor:
     more, so it is met exactly. Among equals the first win.
     """
     neurons, across = scores.shape
-    each, more = divmod(count, neurons)
+    each, more = divmod(count, neurons or 1)
     values, order = scores.sort(dim=1, descending=True, stable=True)
     start = torch.arange(neurons, device=scores.device)[:, None] * across
     chosen = (start + order[:, :each]).reshape(-1)
@@ -99,28 +99,33 @@ def largest_per_neuron(scores: Tensor, count: int) -> Tensor:
 
 
 class PerWeight:
-    """Units compete within their own weight, or within their output neuron with `per_neuron`.
+    """Units compete within their own weight, or within their output neuron.
 
-    The choice within a weight is final when its scores arrive. These are kept of what is chosen
-    where the choice is one of several (`partial`).
+    That is where `neurons` says how many each weight has. The choice within a weight is final when
+    its scores arrive. Where it is one of several (`partial`), of some of the weight's neurons, it
+    holds all that may be among the chosen of the whole weight, and their scores are kept.
     """
 
     def __init__(
-        self, counts: Mapping[str, int], per_neuron: bool = False, partial: bool = False
+        self,
+        counts: Mapping[str, int],
+        neurons: Mapping[str, int] | None = None,
+        partial: bool = False,
     ) -> None:
-        self.counts = counts
-        self.per_neuron, self.partial = per_neuron, partial
+        self.counts, self.neurons, self.partial = counts, neurons, partial
         self._chosen: dict[str, Tensor] = {}
         self._scores: dict[str, Tensor] = {}
 
     def add(self, name: str, scores: Tensor, size: int = 1) -> None:
-        """Takes the scores of one weight's units, [down, across]."""
+        """Takes the scores of one weight's units, [down, across]; of a whole one, flat as well."""
         count = self.counts[name]
-        chosen = (
-            largest_per_neuron(scores, count)
-            if self.per_neuron
-            else largest(scores.reshape(-1), count)
-        )
+        if self.neurons is None:
+            chosen = largest(scores.reshape(-1), count)
+        elif self.partial:
+            each = min(-(-count // self.neurons[name]), scores.shape[1])
+            chosen = largest_per_neuron(scores, each * len(scores))
+        else:
+            chosen = largest_per_neuron(scores.reshape(self.neurons[name], -1), count)
         self._chosen[name] = chosen.cpu()
         if self.partial:
             wide = torch.promote_types(scores.dtype, torch.float32)
@@ -166,8 +171,8 @@ class Global:
             self._prune(spare=1)
 
     def best(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Scores and numbers of the units that are left, of every weight that was added."""
-        self._prune()
+        """Scores and numbers of all that may win among others, of every weight that was added."""
+        self._prune(spare=1)
         names = list(self._owners)
         return {names[owner]: self._parts[owner] for owner in sorted(self._parts)}
 
@@ -209,17 +214,19 @@ class Global:
 def pooled(
     here: PerWeight | Global,
     among: PerWeight | Global,
+    sizes: Mapping[str, int],
     joined: Callable[[Tensor], Tensor],
-    first: Callable[[str], int],
+    before: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """The choice over the entries of several ranks, of which each has its best `here`.
+    """The choice over the units of several ranks, of which each has its best `here`.
 
-    `joined` gives what all ranks hold, one after the other; `first` is the number, in the whole
-    weight, of this rank's first entry. `among` chooses as if all had been added to it; among equals
-    the first win, as ever, since rows are dealt to the ranks in order.
+    `sizes` are the entries of each unit, by weight, and `before` those that lie before this rank's
+    in the whole weight; `joined` gives what all ranks hold, one after the other. `among` chooses as
+    if all had been added to it; among equals the first win, as ever, since rows are dealt to the
+    ranks in order.
     """
     every = {}
     for name, (scores, units) in sorted(here.best().items()):
-        every[name] = joined(units + first(name))
-        among.add(name, joined(scores))
+        every[name] = joined(units + before[name] // sizes[name])
+        among.add(name, joined(scores), sizes[name])
     return {name: every[name][places] for name, places in among.chosen().items()}

@@ -195,18 +195,19 @@ NEED_DATA = {"gradient", "gradient_squares", "input_norm", "votes", *OF_TOKENS}
 def evidence_of(
     weight: Tensor,
     units: Units,
-    gradient: Tensor | None,
-    squares: Tensor | None,
-    change: Tensor | None,
+    *,
+    gradient: Tensor | None = None,
     gradient_squares: Tensor | None = None,
-    tokens: Tokens | None = None,
     votes: Tensor | None = None,
+    change: Tensor | None = None,
+    input_squares: Tensor | None = None,
+    tokens: Tokens | None = None,
 ) -> dict[str, object]:
     """What is known of one weight, by the names in EVIDENCE.
 
     `weight`, `gradient`, `gradient_squares`, `change` and `votes` have the shape in which the
-    weight is stored; `squares` ([inputs]) are its inputs' sums of squares, `tokens` those of its
-    layer.
+    weight is stored; `input_squares` ([inputs]) are its inputs' sums of squares, `tokens` those of
+    its layer.
     """
     return {
         "weight": units.turned(weight),
@@ -214,7 +215,7 @@ def evidence_of(
         "gradient_squares": None if gradient_squares is None else units.turned(gradient_squares),
         "votes": None if votes is None else units.turned(votes),
         **_of_tokens(weight, units, tokens),
-        "input_norm": _input_norm(weight, units, squares),
+        "input_norm": _input_norm(weight, units, input_squares),
         "change": None if change is None else units.turned(change),
     }
 

@@ -14,7 +14,7 @@ from sift_cli.selection.evidence import EVIDENCE, NEED_DATA
 from sift_cli.system.code import function_in
 
 # The evidence of which a rank's rows are all that counts for its rows.
-OF_ENTRIES = {"weight", "gradient", "gradient_squares", "votes", "generator"}
+OF_ENTRIES = {"weight", "gradient", "gradient_squares", "votes", "change", "generator"}
 DRAWN = 1 << 24  # random numbers at once, of those that come before
 
 

@@ -12,7 +12,6 @@ from sift_cli.selection.budget import (
     PerWeight,
     allot,
     entries,
-    largest,
     pooled,
     require_fits,
     share,
@@ -25,11 +24,15 @@ from sift_cli.selection.evidence import (
     observed_inputs,
     observed_tokens,
 )
+from sift_cli.selection.parts import Part, Retained
 from sift_cli.selection.scores import Score, by_rows, score_entries
-from sift_cli.selection.structures import Units
+from sift_cli.selection.structures import BY_ROWS, Units
 from sift_cli.selection.targets import LinearLayer, density_of, linear_layers
 from sift_cli.sparse import Support
-from sift_cli.sparse.local import Shards, local_of
+from sift_cli.sparse.local import Shards
+
+Whole = Callable[[Tensor], Tensor]  # sums a part of what batches show with that of others
+Compete = Callable[..., None]  # scores the weight of that name by what is known of it
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,6 @@ class Rule:
     block: int = 1
     rank: int = 32
     balance: float = 1.0
-
-
-@dataclass(frozen=True, eq=False)
-class Retained:
-    """A support to retain but for the share `drop` of its units: those that changed least.
-
-    `change` is how far each entry is from the base, [K].
-    """
-
-    support: Support
-    change: Tensor
-    drop: float
 
 
 def alone(part: Tensor) -> Tensor:
@@ -124,7 +115,7 @@ def select(
     retained: Mapping[str, Retained] | None = None,
     norms: dict[str, Tensor] | None = None,
     descent_rate: float = 0.0,
-    whole: Callable[[Tensor], Tensor] = alone,
+    whole: Whole = alone,
     shards: Shards | None = None,
 ) -> dict[str, Support]:
     """The entries to train of the model's parameters called `names`; supports on the host.
@@ -142,55 +133,45 @@ def select(
     batches and there are none, or a rule is not one by rows.
     """
     weights, layers, units = _look_up(model, names, rule)
-    score, retained = rule.score, retained or {}
+    score = rule.score
     if shards is not None:
         require_by_rows(rule, [name for name in names if units[name].transposed])
-    rows = {name: local_of(weight.detach()) for name, weight in weights.items()}
-    before = {n: 0 if shards is None else shards.before(one.shape) for n, one in weights.items()}
     if score.needs_data and not backward:
         raise SiftError("selection.score: it looks at batches, and there are none to look at")
+    parts = {name: Part.of(weight, units[name], shards) for name, weight in weights.items()}
+    joined = alone if shards is None else shards.joined
+    staying = {
+        name: parts[name].staying(one, joined)
+        for name, one in (retained or {}).items()
+        if name in parts
+    }
     chooser = _chooser(rule, weights, units, partial=shards is not None)
     loud = _observed(score, {"input_norm"}, weights, layers)
     seen = _observed(score, OF_TOKENS, weights, layers)
     with observed_inputs(loud) as squares, observed_tokens(seen) as tokens:
 
-        def compete(
-            name: str,
-            gradient: Tensor | None = None,
-            gradient_squares: Tensor | None = None,
-            votes: Tensor | None = None,
-        ) -> None:
-            """Scores one weight's units and hands them to the chooser."""
+        def compete(name: str, **found: Tensor | None) -> None:
+            """Scores one weight's units by what the batches showed; hands them to the chooser."""
+            part, gradient = parts[name], found.get("gradient")
             if norms is not None and gradient is not None and not score.folds:
                 norms[name] = _norm(gradient)
-            weight, moved = rows[name], None if change is None else change[name]
-            own = units[name] if shards is None else Units(tuple(weight.shape))
-            loudness, seen_tokens = squares.get(name), tokens.get(name)
             evidence = evidence_of(
-                weight,
-                own,
-                gradient,
-                None if loudness is None else whole(loudness),
-                moved,
-                gradient_squares,
-                None if seen_tokens is None else seen_tokens.over(whole),
-                votes,
+                part.rows,
+                part.units,
+                input_squares=whole(squares[name]) if name in squares else None,
+                tokens=tokens[name].over(whole) if name in tokens else None,
+                change=None if change is None else change[name],
+                **found,
             )
             evidence |= {"rank": rule.rank, "balance": rule.balance}
-            scores = own.mean(score_entries(score, name, evidence, seed, before[name]))
-            if name in retained:
-                scores = _retain(scores, own, retained[name])
-            chooser.add(name, scores, own.size)
+            scores = part.units.mean(score_entries(score, name, evidence, seed, part.before))
+            if name in staying:
+                scores = scores.clone()
+                scores.view(-1)[staying[name].to(scores.device)] = float("inf")
+            chooser.add(name, scores, part.units.size)
 
         if score.descends:
-            with (
-                sign_descent(rows, descent_rate) as (take, votes),
-                observed_gradients(weights, lambda name, part: take(name, whole(part))),
-            ):
-                for run in backward:
-                    run()
-            for name in list(votes):
-                compete(name, votes=votes.pop(name).to(weights[name].device))
+            _descend(weights, parts, descent_rate, backward, compete, whole)
         elif score.needs_data:
             _run_batches(weights, score, backward, compete, whole)
         else:
@@ -199,8 +180,11 @@ def select(
     if shards is None:
         chosen = chooser.chosen()
     else:
-        among = _chooser(rule, weights, units)
-        chosen = pooled(chooser, among, shards.joined, before.__getitem__)
+        if norms:
+            norms |= shards.norms(norms)
+        sizes = {name: own.size for name, own in units.items()}
+        before = {name: part.before for name, part in parts.items()}
+        chosen = pooled(chooser, _chooser(rule, weights, units), sizes, shards.joined, before)
     return {
         name: Support.of(tuple(weights[name].shape), units[name].positions(chosen[name]))
         for name in names
@@ -216,8 +200,8 @@ def require_by_rows(rule: Rule, transposed: Sequence[str] = ()) -> None:
     wrong = None
     if not by_rows(rule.score):
         wrong = "selection.score: it looks at more than the rows that a rank holds"
-    elif rule.structure != "entry" or rule.scope == "neuron":
-        wrong = f"selection: {rule.structure} units by {rule.scope} are not chosen there"
+    elif rule.structure not in BY_ROWS:
+        wrong = f"selection.structure: a {rule.structure} lies on several ranks"
     elif transposed:
         wrong = f"{transposed[0]} is stored as [inputs, outputs]"
     if wrong:
@@ -286,7 +270,8 @@ def _chooser(
         assert rule.density is not None
         densities = density_of(rule.density, weights)
         counts = {name: share(densities[name], own.count) for name, own in units.items()}
-    return PerWeight(counts, per_neuron=rule.scope == "neuron", partial=partial)
+    neurons = {name: own.grid[0] for name, own in units.items()}
+    return PerWeight(counts, neurons if rule.scope == "neuron" else None, partial)
 
 
 def _norm(gradient: Tensor) -> Tensor:
@@ -296,25 +281,31 @@ def _norm(gradient: Tensor) -> Tensor:
     return norm
 
 
-def _retain(scores: Tensor, units: Units, retained: Retained) -> Tensor:
-    """Scores under which all but the least changed of the retained units win before any other."""
-    device, positions = retained.change.device, retained.support.positions
-    if positions is None:
-        positions = torch.arange(retained.support.size, device=device)
-    unit, place = units.holding(positions.long().to(device)).unique(return_inverse=True)
-    moved = torch.zeros(len(unit), device=device).index_add_(0, place, retained.change.float())
-    stay = len(unit) - share(retained.drop, len(unit))
-    flat = scores.reshape(-1).clone()
-    flat[unit[largest(moved, stay)].to(flat.device)] = float("inf")
-    return flat.view(scores.shape)
+def _descend(
+    weights: Mapping[str, nn.Parameter],
+    parts: Mapping[str, Part],
+    rate: float,
+    backward: Sequence[Callable[[], object]],
+    compete: Compete,
+    whole: Whole,
+) -> None:
+    """Runs the batches, each from where signSGD has come, and hands the votes to `compete`."""
+    with (
+        sign_descent({name: part.rows for name, part in parts.items()}, rate) as (take, votes),
+        observed_gradients(weights, lambda name, part: take(name, whole(part))),
+    ):
+        for run in backward:
+            run()
+    for name in list(votes):
+        compete(name, votes=votes.pop(name).to(weights[name].device))
 
 
 def _run_batches(
     weights: Mapping[str, nn.Parameter],
     score: Score,
     backward: Sequence[Callable[[], object]],
-    compete: Callable[[str, Tensor | None, Tensor | None], None],
-    whole: Callable[[Tensor], Tensor],
+    compete: Compete,
+    whole: Whole,
 ) -> None:
     """Runs the batches and hands each weight's folded gradient to `compete`.
 
@@ -330,7 +321,7 @@ def _run_batches(
             squares[name] = squares[name].addcmul_(wide, wide) if name in squares else wide.square()
         folded = score.fold(gradient)
         if len(backward) == 1:
-            compete(name, folded, squares.pop(name, None))
+            compete(name, gradient=folded, gradient_squares=squares.pop(name, None))
         elif name in sums:
             sums[name] += folded.to("cpu", sums[name].dtype)
         else:
@@ -341,4 +332,5 @@ def _run_batches(
             run()
     for name in list(sums):
         device, squared = weights[name].device, squares.pop(name, None)
-        compete(name, sums.pop(name).to(device), None if squared is None else squared.to(device))
+        squared = None if squared is None else squared.to(device)
+        compete(name, gradient=sums.pop(name).to(device), gradient_squares=squared)

@@ -1,12 +1,14 @@
 """The units that are chosen as one: single entries, blocks, rows or columns of a weight."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
 from sift_cli.errors import SiftError
+
+BY_ROWS = ("entry", "row")  # those of which a unit lies in one row of a weight
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Units:
                 f"{shape[0]} x {shape[1]}; take at most {min(shape)}, or selection.exclude it"
             )
         return cls(shape[::-1] if transposed else shape, structure, block, transposed)
+
+    def of_rows(self, count: int) -> "Units":
+        """The units of so many of its rows, as stored, of which each holds whole units."""
+        return replace(self, shape=(count, *self.shape[1:]))
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sift_cli.sparse.local import local_of
 from sift_cli.sparse.parameters import Move, SparseParameters
 from sift_cli.sparse.segments import Segment, find, merged, positions_of
+from sift_cli.sparse.support import Support
 
 # What entries begin with: one number, or a function that gives those of a segment's entries: [n] or
 # [], on any device.
@@ -100,7 +102,10 @@ class Columns:
         """The columns that are there and what is parked, by the keys of a checkpoint; no copies."""
         every = self.parameters.all_of
         state = {name: every(self.named[name]) for name in self._present()}
-        for name, (positions, rows) in self._parked.items():
+        for name, support, columns in self.parameters.all_entries(self._entries(self._parked)):
+            positions, rows = support.positions, columns.T
+            if positions is None:
+                positions = torch.arange(support.size)
             state[f"parked/{name}/positions"], state[f"parked/{name}/columns"] = positions, rows
         return state
 
@@ -127,7 +132,23 @@ class Columns:
         for name in self._present():
             del self.named[name]
         self.named.update(loaded)
-        self._parked = parked
+        own = self.parameters.own_entries(self._entries(parked, whole=True))
+        self._parked = {
+            name: (support.positions, columns.T)
+            for name, (support, columns) in own.items()
+            if support.positions is not None
+        }
+
+    def _entries(
+        self, parked: Mapping[str, tuple[Tensor, Tensor]], whole: bool = False
+    ) -> dict[str, tuple[Support, Tensor]]:
+        """What is parked as entries of `whole` weights, or of the rows that lie here; [P, R]."""
+        named = dict(self.parameters.model.named_parameters())
+        shapes = {n: named[n].shape if whole else local_of(named[n]).shape for n in parked}
+        return {
+            name: (Support(tuple(shapes[name]), positions), rows.T)
+            for name, (positions, rows) in parked.items()
+        }
 
     def _present(self) -> list[str]:
         return [name for name in self.starts if name in self.named]

@@ -52,6 +52,12 @@ def local_of(weight: Tensor) -> Tensor:
     return weight if to_local is None else to_local().detach()
 
 
+def whole_of(weight: Tensor) -> Tensor:
+    """All of a weight, where several ranks hold some rows each; every rank must ask."""
+    full = getattr(weight, "full_tensor", None)
+    return weight.detach() if full is None else full().detach()
+
+
 def _across(support: Support) -> int:
     """Entries in each row; of a vector each entry is one."""
     return prod(support.shape[1:])
@@ -62,8 +68,9 @@ class Shards:
     """How the weights lie on `count` ranks, of which this is number `rank`, and how these talk.
 
     `reduce` takes a row for each rank ([count, n]) and gives this rank's, summed over all who
-    computed a gradient ([n]); `total` sums a number over the ranks ([]); `joined` gives what all
-    ranks hold one after the other ([n of each] -> [sum of n]), on every rank.
+    computed a gradient ([n]); `total` sums numbers over the ranks. What all ranks hold one
+    after the other ([n of each] -> [sum of n]) `joined` gives to every rank, and `gathered` to the
+    main one alone, on the host, and nothing ([0]) to the others.
     """
 
     count: int
@@ -71,6 +78,15 @@ class Shards:
     reduce: Callable[[Tensor], Tensor]
     total: Callable[[Tensor], Tensor]
     joined: Callable[[Tensor], Tensor]
+    gathered: Callable[[Tensor], Tensor]
+
+    def norms(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The 2-norms ([]) of what lies in rows, by name, from those of each rank's `own` rows."""
+        if not own:
+            return {}
+        squares = torch.stack([*own.values()]).double().square()
+        whole = self.total(squares).sqrt()
+        return dict(zip(own, whole, strict=True))
 
     def rows(self, shape: Sequence[int], rank: int | None = None) -> range:
         """The rows of a weight of that shape that this rank has, or `rank`."""
@@ -83,6 +99,11 @@ class Shards:
     def local(self, support: Support) -> Support:
         """This rank's entries of a support, as entries of its own rows."""
         return local(support, self.rows(support.shape))
+
+    def local_rows(self, whole: Tensor) -> Tensor:
+        """This rank's rows of a tensor that is whole."""
+        rows = self.rows(whole.shape)
+        return whole[rows.start : rows.stop]
 
     def segments(self, whole: Sequence[Segment]) -> list[Segment]:
         """What this rank owns of each of the segments, one after the other."""
@@ -99,13 +120,18 @@ class Shards:
         return torch.cat([values[run] for run in _runs(self, whole, self.rank)])
 
     def whole(self, values: Tensor, whole: Sequence[Segment]) -> Tensor:
-        """The values of all entries of the segments, [K], of which each rank has its own, [k]."""
-        joined, at = self.joined(values), 0
-        every = joined.new_empty(whole[-1].stop)
+        """The values of all entries of the segments, [K], of which each rank has its own, [k].
+
+        On the main rank, and on the host; on the others none ([0]).
+        """
+        gathered, at = self.gathered(values), 0
+        if not len(gathered):
+            return gathered
+        every = torch.empty_like(gathered)
         for rank in range(self.count):
             for run in _runs(self, whole, rank):
                 size = run.stop - run.start
-                every[run], at = joined[at : at + size], at + size
+                every[run], at = gathered[at : at + size], at + size
         return every
 
     def own_entries(self, entries: Weights) -> dict[str, tuple[Support, Tensor]]:
@@ -123,16 +149,20 @@ class Shards:
     ) -> Iterator[tuple[str, Support, Tensor]]:
         """All of some entries, of which each rank has its own; one weight at a time, in order.
 
-        `shapes` are those of the whole weights. Every rank must go through all of them.
+        On the main rank, and on the host; on the others the weights come without entries. `shapes`
+        are those of the whole weights. Every rank must go through all of them.
         """
         for name, (support, values) in entries.items():
-            shape = tuple(shapes[name])
-            if support.positions is None:
-                yield name, Support(shape), self.joined(values)
+            shape, mine = tuple(shapes[name]), support.positions
+            count = self.total(torch.tensor(len(support), device=values.device))
+            if int(count) == prod(shape):
+                yield name, Support(shape), self.gathered(values)
                 continue
-            own = support.positions.long().to(values.device) + self.before(shape)
-            positions = self.joined(own)
-            yield name, Support.of(shape, positions), self.joined(values)
+            if mine is None:  # of these rows, not of all
+                mine = torch.arange(len(support))
+            own = mine.long().to(values.device) + self.before(shape)
+            positions = self.gathered(own)
+            yield name, Support.of(shape, positions), self.gathered(values)
 
 
 def _runs(shards: Shards, whole: Sequence[Segment], rank: int) -> Iterator[slice]:

@@ -118,7 +118,7 @@ class SparseParameters:
         return norm if self.shards is None else self.shards.total(norm.square()).sqrt()
 
     def all_of(self, values: Tensor) -> Tensor:
-        """Of every entry, on every rank, what each rank has of its own ([K] in the dtype there)."""
+        """Of every entry what each rank has of its own, [K]: on the main rank; on others [0]."""
         return values if self.shards is None else self.shards.whole(values, self.whole)
 
     def own_of(self, values: Tensor) -> Tensor:
@@ -130,7 +130,10 @@ class SparseParameters:
         return entries if self.shards is None else self.shards.own_entries(entries)
 
     def all_entries(self, entries: Weights) -> Iterator[tuple[str, Support, Tensor]]:
-        """The entries of whole weights, of which each rank has its own; every rank must ask."""
+        """The entries of whole weights, of which each rank has its own: on the main rank.
+
+        Every rank must ask; the others are told of no entry.
+        """
         if self.shards is None:
             return ((name, support, values) for name, (support, values) in entries.items())
         shapes = {name: one.shape for name, one in self.model.named_parameters()}
@@ -142,6 +145,11 @@ class SparseParameters:
         Where weights lie on several ranks: before `accept`, those that this one computed.
         """
         return ((segment.name, target) for segment, target in self._slots)
+
+    def norms(self) -> dict[str, Tensor]:
+        """The 2-norm of the gradient of each weight's entries, [], by name; after `accept`."""
+        own = {one.name: torch.linalg.vector_norm(self.grad[one.span]) for one in self}
+        return own if self.shards is None else self.shards.norms(own)
 
     def message(self) -> Tensor:
         """The gradient buffer and the ROOM behind it, [K + ROOM]: no copy.
@@ -172,6 +180,14 @@ class SparseParameters:
             for name, support, _ in self.touched
         }
 
+    def left(self) -> dict[str, tuple[Support, Tensor]]:
+        """What `state` has of each weight of which entries trained that train no more."""
+        state, trained = self.state(), {one.name: len(one.support) for one in self.segments}
+        more = [len(support) - trained.get(name, 0) for name, (support, _) in state.items()]
+        if self.shards is not None:
+            more = self.shards.total(torch.tensor(more, device=self.flat.device)).tolist()
+        return {name: one for (name, one), count in zip(state.items(), more, strict=True) if count}
+
     @torch.no_grad()
     def load_state(self, state: Mapping[str, tuple[Support, Tensor]]) -> None:
         """Brings the weights back to where `state` was taken, and the masters with them."""
@@ -191,7 +207,7 @@ class SparseParameters:
         return {segment.name: segment.support for segment in self.whole}
 
     def changes(self) -> Iterator[Changed]:
-        """All that ever trained, with what it was and is; every rank must go through it."""
+        """All that ever trained, with what it was and is: on the main rank, as `all_entries`."""
         before = {name: (support, values) for name, support, values in self.touched}
         both = self.all_entries(before), self.all_entries(self.state())
         for (name, support, base), (_, _, now) in zip(*both, strict=True):

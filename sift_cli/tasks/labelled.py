@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sift_cli.errors import SiftError
 from sift_cli.tasks.classification import Classification
 from sift_cli.tasks.columns import NUMBER_COLUMN, column_values, refuse_rows, require_columns
-from sift_cli.tasks.label_kinds import ONE_LABEL, held_by, kind_of
+from sift_cli.tasks.label_kinds import ONE_LABEL, LabelKind, held_by, kind_of
 from sift_cli.tasks.labels import coded
 from sift_cli.tasks.metrics import KINDS, NUMBER, Metric, called, leading, only_for, require_fit
 from sift_cli.tasks.several import GATHERED, are_lists, gathered, held, names_in
@@ -81,12 +81,9 @@ def load_task(
         _refuse_one_label(rows, names, path)
     kind = kind_of(names, several)
     chosen = metrics or (spec.metrics if spec and not several else kind.metrics)
-    said = "there are" if column == GATHERED else f"{column!r} holds"
-    for key, some in (("data.metrics", chosen), ("eval.metric", [first] if first else [])):
-        require_fit(key, some, kind.holds, said, names or ())
-    if kind is not ONE_LABEL and (class_weights is not None or label_smoothing):
-        key = "label_smoothing" if class_weights is None else "class_weights"
-        raise SiftError(f"train.{key}: it is for one label a row, and {said} {KINDS[kind.holds]}")
+    asked_of = {"data.metrics": chosen, "eval.metric": [first] if first else []}
+    weighted = {"class_weights": class_weights is not None, "label_smoothing": label_smoothing > 0}
+    _require_kind(kind, column, names, asked_of, [key for key, given in weighted.items() if given])
     return Classification(
         task,
         names,
@@ -99,6 +96,23 @@ def load_task(
         label_smoothing=label_smoothing,
         several=several,
     )
+
+
+def _require_kind(
+    kind: LabelKind,
+    column: str,
+    names: Sequence[str] | None,
+    metrics: Mapping[str, Sequence[str]],
+    one_label: Sequence[str],
+) -> None:
+    """Refuses metrics (by the key that asks for them) and keys of `train` for other labels."""
+    said = "there are" if column == GATHERED else f"{column!r} holds"
+    for key, some in metrics.items():
+        require_fit(key, some, kind.holds, said, names or ())
+    if kind is not ONE_LABEL and one_label:
+        raise SiftError(
+            f"train.{one_label[0]}: it is for one label a row, and {said} {KINDS[kind.holds]}"
+        )
 
 
 def _read(source: Source, spec: TaskSpec | None, columns: Sequence[str]) -> DatasetDict:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sift_cli.models.names import architecture_of
-from sift_cli.models.readout import Readout, hidden_states, readout_of, whole_logits
+from sift_cli.models.readout import Readout, readout_of, states_of, whole_logits, within_forward
 from sift_cli.tasks.task import Loss
 
 if TYPE_CHECKING:
@@ -75,18 +75,22 @@ def token_loss(model: PreTrainedModel, batch: Mapping[str, Tensor], chunks: Chun
     if chunks is None:
         logits = _at(whole_logits(model, batch), predicts)
         return Loss(_losses(logits, targets).sum(dtype=_widest(logits)), len(predicts))
-    hidden = _at(hidden_states(model, batch), predicts)
+    return Loss(within_forward(model, partial(_by_chunks, model, batch, chunks)), len(predicts))
+
+
+def _by_chunks(model: PreTrainedModel, batch: Mapping[str, Tensor], chunks: Chunks) -> Tensor:
+    """The summed loss of a batch, [], so many positions at a time."""
     logits_of = partial(chunks.readout, model.get_output_embeddings())
 
     def summed(hidden: Tensor, targets: Tensor) -> Tensor:
         return _losses(logits_of(hidden), targets).sum(dtype=_widest(hidden))
 
-    parts = list(zip(hidden.split(chunks.positions), targets.split(chunks.positions), strict=True))
+    parts = _chunked(model, batch, chunks)
     recomputed = parts[:-1] if torch.is_grad_enabled() else []
     sums = [checkpoint(summed, *part, use_reentrant=False) for part in recomputed]
     # Backward begins with the last chunk, so its logits are held for no longer than there.
     sums += [summed(*part) for part in parts[len(recomputed) :]]
-    return Loss(torch.stack(sums).sum(), len(predicts))
+    return torch.stack(sums).sum()
 
 
 @torch.no_grad()
@@ -99,15 +103,29 @@ def token_outputs(
     """
     predicts, targets = batch["predicts"], _targets(batch)
     if chunks is None:
-        found = [_judged(_at(whole_logits(model, batch), predicts), targets)]
+        each = _judged(_at(whole_logits(model, batch), predicts), targets)
     else:
-        hidden = _at(hidden_states(model, batch), predicts)
-        logits_of = partial(chunks.readout, model.get_output_embeddings())
-        parts = zip(hidden.split(chunks.positions), targets.split(chunks.positions), strict=True)
-        found = [_judged(logits_of(some), wanted) for some, wanted in parts]
-    each = torch.cat(found)
+        each = within_forward(model, partial(_judged_by_chunks, model, batch, chunks))
     row, count = _rows(batch)
     return each.new_zeros(count, 3).index_add_(0, row[predicts], each)
+
+
+def _judged_by_chunks(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], chunks: Chunks
+) -> Tensor:
+    """What `_judged` gives of a batch, so many positions at a time."""
+    logits_of = partial(chunks.readout, model.get_output_embeddings())
+    parts = _chunked(model, batch, chunks)
+    return torch.cat([_judged(logits_of(some), wanted) for some, wanted in parts])
+
+
+def _chunked(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], chunks: Chunks
+) -> list[tuple[Tensor, Tensor]]:
+    """The last hidden states that meet the head and what they are to give, so many at a time."""
+    hidden = _at(states_of(model, batch), batch["predicts"])
+    size = chunks.positions
+    return list(zip(hidden.split(size), _targets(batch).split(size), strict=True))
 
 
 def _judged(logits: Tensor, targets: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from sift_cli.runs.folder import CARD_FILE, DELTA_FILE
 from sift_cli.runs.record import write_weights
 from sift_cli.runs.session import Session
 from sift_cli.runs.summary import EntryCounts, Summary, Written
+from sift_cli.selection.parts import Retained
 from sift_cli.selection.scale import input_scales
-from sift_cli.selection.select import Retained, Rule, alone, select
+from sift_cli.selection.select import Rule, alone, select
 from sift_cli.selection.targets import left_out, linear_layers, tell_left_out
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, Touched, attach
 from sift_cli.sparse.coordinates import Coordinates, InputScale
@@ -150,15 +151,14 @@ class Chooser:
         if self.selection.schedule == "after-warmup":
             touched, change = warm_up(
                 WarmUp.of(self.selection, self.train),
-                self.looking,
+                self.looking if self.session.shards is None else self.session,
                 self.batches,
                 [*self.sparse, *self.vectors],
                 self.dense,
                 self.console,
                 touched,
             )
-        whole = self.session.shards is None
-        norms = self.norms if self.selection.batches == 1 and whole else None
+        norms = self.norms if self.selection.batches == 1 else None
         supports = self.supports(1, change=change, norms=norms)
         looks = next(iter(choices_of(self.selection, self.rule, self.batches.steps)), 0)
         if looks > 1:
@@ -254,22 +254,22 @@ class Chooser:
 
         return self._looked(look)
 
-    def pack(self, optimizer: SparseAdamW) -> Packed:
-        """Masters, supports and scales; of what has left the support, the values in the weights."""
+    def pack(self, optimizer: SparseAdamW, own: bool = False) -> Packed:
+        """Masters, supports and scales; of what has left the support, the values in the weights.
+
+        Where weights lie on several ranks, the main one has the values of all, or each its `own`.
+        """
         parameters = optimizer.parameters
-        masters = parameters.all_of(parameters.flat.detach())
+        masters = parameters.flat.detach()
+        masters = masters if own else parameters.all_of(masters)
         packed = Packed({"masters": masters}, {"support": {}, "touched": {}})
         for name, scale in parameters.coordinates.scales.items():
             packed.tensors[f"{SCALE}{name}"] = scale.values
         for name, support in parameters.supports.items():
             packed.put("support", name, support)
-        trained = {segment.name: segment.support for segment in parameters}
-        left = {
-            name: (support, values)
-            for name, (support, values) in parameters.state().items()
-            if name not in trained or len(trained[name]) < len(support)
-        }
-        for name, support, values in parameters.all_entries(left):
+        left = parameters.left()
+        mine = ((name, support, values) for name, (support, values) in left.items())
+        for name, support, values in mine if own else parameters.all_entries(left):
             packed.put("touched", name, support, values)
         return packed
 
@@ -324,7 +324,7 @@ class Chooser:
     def _head(self) -> Touched | None:
         """Starts a new head, alike on every rank; the random numbers that it held before."""
         session = self.session
-        if session.shards is not None:  # whose base has a head
+        if session.shards is not None:  # each has drawn the same, and has its rows of it
             return start_head(self.train, session, self.console)
         named = dict(session.model.named_parameters())
 

@@ -46,6 +46,10 @@ class DenseParameters:
             if weight.grad is not None:
                 yield name, weight.grad
 
+    def norms(self) -> dict[str, Tensor]:
+        """The 2-norm of each weight's gradient, [], by name."""
+        return {name: torch.linalg.vector_norm(one) for name, one in self.gradients()}
+
     def message(self) -> Tensor:
         """The gradients of all weights that have one, end to end, and ROOM numbers behind them."""
         flat = [gradient.flatten() for _, gradient in self.gradients()]
@@ -183,7 +187,7 @@ class Dense:
     def change(self, step: int, optimizer: DenseAdamW) -> None:
         """Nothing changes."""
 
-    def pack(self, optimizer: DenseAdamW) -> Packed:
+    def pack(self, optimizer: DenseAdamW, own: bool = False) -> Packed:
         """Every weight that trains, whole."""
         packed = Packed()
         for name, weight in optimizer.parameters.named.items():

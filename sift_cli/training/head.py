@@ -17,6 +17,7 @@ from sift_cli.models.names import architecture_of, head_of
 from sift_cli.recipe import TrainSection
 from sift_cli.runs.session import Session
 from sift_cli.sparse import Support, Touched
+from sift_cli.sparse.local import local_of, whole_of
 from sift_cli.tasks.evaluation import collect
 from sift_cli.tasks.task import Task
 from sift_cli.tasks.tokens import Encoded
@@ -41,8 +42,8 @@ class Readout:
     @classmethod
     def of(cls, layer: nn.Linear) -> "Readout":
         """What a layer holds."""
-        bias = None if layer.bias is None else layer.bias.detach().double().cpu()
-        return cls(layer.weight.detach().double().cpu(), bias)
+        bias = None if layer.bias is None else whole_of(layer.bias).double().cpu()
+        return cls(whole_of(layer.weight).double().cpu(), bias)
 
     @classmethod
     def fit(
@@ -121,10 +122,11 @@ def _start(
         return None
     touched = Touched()
     for key, weight in own.items():
-        touched.add(key, Support(tuple(weight.shape)), weight)
+        whole, shards = Support(tuple(weight.shape)), session.shards
+        touched.add(key, whole if shards is None else shards.local(whole), local_of(weight))
     weights = session.task.row_weights(session.train)
     if start == "prior":
-        said = _prior(layer, targets, weights)
+        said = _prior(layer, targets, weights, session)
     else:
         said = _probe(layer, targets, weights, session, settings)
     console.print(f"head: {said}", highlight=False)
@@ -288,14 +290,14 @@ def features_of(layer: nn.Linear, session: Session, rows: Sequence[int]) -> Tens
 
 
 @torch.no_grad()
-def _prior(layer: nn.Linear, targets: Tensor, weights: Tensor | None) -> str:
+def _prior(layer: nn.Linear, targets: Tensor, weights: Tensor | None, session: Session) -> str:
     """Sets the bias; says what that alone gives."""
     best = prior(targets, layer.out_features, weights)
     before, after = (
         _mean(losses(bias.expand(len(targets), -1), targets), weights)
-        for bias in (layer.bias.double().cpu(), best)
+        for bias in (whole_of(layer.bias).double().cpu(), best)
     )
-    layer.bias.copy_(best)
+    _fill(layer.bias, best, session)
     return f"bias at the prior of {len(targets):,} rows; its loss alone {before:.4f} -> {after:.4f}"
 
 
@@ -317,17 +319,27 @@ def _probe(
     features, wanted = features_of(layer, session, rows), targets[rows]
     count = None if weights is None else weights[rows]
     width, bias = layer.out_features, layer.bias is not None
-    with threadpool_limits(1, "blas"):  # small products: threads would wait for each other
-        penalty = choose_penalty(features, wanted, width, bias, count)
-        found = Readout.fit(features, wanted, width, penalty, bias, count)
+
+    def fit() -> tuple[float, Readout]:
+        with threadpool_limits(1, "blas"):  # small products: threads would wait for each other
+            penalty = choose_penalty(features, wanted, width, bias, count)
+            return penalty, Readout.fit(features, wanted, width, penalty, bias, count)
+
+    penalty, found = session.ranks.as_one(fit)
     before, after = (_mean(one.loss(features, wanted), count) for one in (Readout.of(layer), found))
-    layer.weight.copy_(found.weight)
+    _fill(layer.weight, found.weight, session)
     if found.bias is not None:
-        layer.bias.copy_(found.bias)
+        _fill(layer.bias, found.bias, session)
     return (
         f"a probe of {len(rows):,} rows (penalty {penalty:g}); loss on them {before:.4f} -> "
         f"{after:.4f}"
     )
+
+
+def _fill(weight: Tensor, values: Tensor, session: Session) -> None:
+    """Writes a weight's values, of which there may be some rows here."""
+    shards = session.shards
+    local_of(weight).copy_(values if shards is None else shards.local_rows(values))
 
 
 def _log_odds(held: Tensor) -> Tensor:

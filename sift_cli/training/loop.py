@@ -30,7 +30,7 @@ from sift_cli.system.stopping import Stop
 from sift_cli.training.asked import Asked
 from sift_cli.training.batches import Steps, steps_of
 from sift_cli.training.choosing import selecting
-from sift_cli.training.method import Build, Method, digest_of
+from sift_cli.training.method import Build, Method, require_alike
 from sift_cli.training.randomness import packed_states, random_states
 from sift_cli.training.rates import rate_from, rated, remove_trials, told_rate
 from sift_cli.training.schedule import schedule_of
@@ -168,11 +168,13 @@ def begin(
     facts, ranks = Facts.of(settings_of(recipe), method.name, session), session.ranks
     ranks.require_same("base or rows", lambda: json.dumps([facts.base, facts.data]))
     saved = ranks.on_main(partial(checkpoints.newest, facts)) if resume else None
-    metrics_before = saved.metrics_before if saved else session.evaluate()
+    metrics_before: dict[str, float | None] = {}
+    if recipe.eval.before:
+        metrics_before = saved.metrics_before if saved else session.evaluate()
     tell_undefined(metrics_before, console)
     undo = prepare_model(session.model, session.device, settings.gradient_checkpointing)
     optimizer = method.restore(saved) if saved else method.begin()
-    ranks.require_same("entries to train", partial(digest_of, method, optimizer))
+    require_alike(session, method, optimizer)
     if not ranks.alone and not session.one_dropout:
         torch.manual_seed(settings.seed + ranks.rank)
     schedule = schedule_of(settings, optimizer.adamw, batches.steps)
@@ -219,8 +221,7 @@ def take_steps(run: Run, log: Sinks, asked: Asked) -> None:
         with state.timing.step(session.device):
             if run.method.due(step):
                 run.method.change(step, state.optimizer)
-                digest = partial(digest_of, run.method, state.optimizer)
-                session.ranks.require_same("entries to train", digest)
+                require_alike(session, run.method, state.optimizer)
             rate = float(state.schedule.get_last_lr()[0])
             take_step(
                 session,
@@ -246,9 +247,10 @@ def take_steps(run: Run, log: Sinks, asked: Asked) -> None:
 
 def note_gradient(run: Run) -> None:
     """Keeps in the run folder how much of the first step's gradient the trained entries hold."""
-    if run.method.norms and run.main:
-        gathered = dict(run.state.parameters.gradients())
-        write_gradient(run.checkpoints.out, gathered, run.method.norms)
+    if run.method.norms:
+        kept = run.state.parameters.norms()
+        if run.main:
+            write_gradient(run.checkpoints.out, kept, run.method.norms)
 
 
 def settle(run: Run, step: int, log: Sinks, asked: Asked) -> None:

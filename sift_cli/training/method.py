@@ -1,6 +1,7 @@
 """What a run trains, as the loop sees it: the recipe's selection, or whole parameters."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,9 @@ class Trained(Protocol):
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """What the last backward passes gathered, by the weight's name."""
 
+    def norms(self) -> Mapping[str, Tensor]:
+        """The 2-norm of the gradient of what trains of each weight, []; every rank must ask."""
+
     def message(self) -> Tensor:
         """The gradients, flat, and ROOM for a few numbers behind them: what ranks exchange."""
 
@@ -49,7 +53,10 @@ class Trained(Protocol):
         """Those of some entries of whole weights that this rank has."""
 
     def all_entries(self, entries: Weights) -> Iterator[tuple[str, Support, Tensor]]:
-        """The entries of whole weights, of which each rank has its own; every rank must ask."""
+        """The entries of whole weights, of which each rank has its own; every rank must ask.
+
+        The main one is told of all of them.
+        """
 
     def detach(self) -> None:
         """Gives the model its own forward passes back; values stay."""
@@ -102,8 +109,11 @@ class Method(Protocol):
     def change(self, step: int, optimizer: Any) -> None:
         """Changes it."""
 
-    def pack(self, optimizer: Any) -> Packed:
-        """What trains and its values, as a checkpoint holds them."""
+    def pack(self, optimizer: Any, own: bool = False) -> Packed:
+        """What trains and its values, as a checkpoint holds them; every rank must ask.
+
+        The main one has all values, or each rank its `own`.
+        """
 
     def write(
         self,
@@ -121,10 +131,25 @@ class Method(Protocol):
         """Writes the README.md of the run folder, where it has one."""
 
 
-def digest_of(method: Method, optimizer: Optimizer) -> str:
-    """A hash of what trains and its values, down to the bit."""
+def require_alike(session: Session, method: Method, optimizer: Optimizer) -> None:
+    """Raises SiftError where ranks differ in what trains or in its values, down to the bit.
+
+    Where each holds some rows, all have the same supports, and other copies the same values.
+    """
+    if session.ranks.alone:
+        return
+    tensors, parts = method.pack(optimizer, own=True).tensors, 1
+    if session.shards is not None:
+        supports = {key: one for key, one in tensors.items() if key.startswith("support/")}
+        session.ranks.require_same("entries to train", partial(digest_of, supports))
+        parts = session.shards.count
+    session.ranks.require_same("entries to train", partial(digest_of, tensors), parts)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of tensors and their names, down to the bit."""
     digest = sha256()
-    for name, tensor in sorted(method.pack(optimizer).tensors.items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + tensor_bytes(tensor.detach().cpu().contiguous()))
     return digest.hexdigest()
 

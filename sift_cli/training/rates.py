@@ -32,7 +32,8 @@ SHARE = 0.1  # of the steps, and of the training rows, which are held out
 FEWEST_STEPS, FEWEST_ROWS = 10, 50
 FEW_HELD_OUT = 200  # rows; the loss on fewer cannot tell neighbouring rates apart
 WIDTH = 384  # of MiniLM, on which the usual rates were measured
-ONE_LOSS = {"keep": "last", "metric": None, "patience": None, "samples": 0}  # of `eval`
+# of `eval`
+ONE_LOSS = {"before": False, "keep": "last", "metric": None, "patience": None, "samples": 0}
 
 Trial = Callable[[Recipe, Path], Summary]  # a whole training into a folder; goes on where it can
 
@@ -92,17 +93,18 @@ def at_best_rate(
             ExitCode.NOT_FINITE,
         )
     console.print(f"learning rate {best:g} taken, of {len(tried)}", highlight=False)
-    found = {
-        "taken": best,
-        "steps": steps,
-        "tried": [
-            {"learning_rate": rate, "loss": loss if isfinite(loss) else None}
-            for rate, loss in sorted(tried.items())
-        ],
-    }
-    text = json.dumps(found, indent=2) + "\n"
-    ranks.on_main(lambda: write_text(out / RATES_FILE, text))
+    ranks.on_main(lambda: _note(out / RATES_FILE, best, steps, tried))
     return at_rate(recipe, best)
+
+
+def _note(file: Path, best: float, steps: int, tried: Mapping[float, float]) -> None:
+    """Writes what was tried, with the loss of each; null where it was not finite."""
+    losses = [
+        {"learning_rate": rate, "loss": loss if isfinite(loss) else None}
+        for rate, loss in sorted(tried.items())
+    ]
+    found = {"taken": best, "steps": steps, "tried": losses}
+    write_text(file, json.dumps(found, indent=2) + "\n")
 
 
 def rated(

@@ -76,7 +76,9 @@ def warm_up(
     names = warmed(settings.everything, sparse, dense)
     supports = whole_supports(session.model, names)
     base = None if settings.everything else touched  # everything goes back to where it is now
-    parameters = attach(session.model, supports, touched=base, offload=settings.offload)
+    parameters = attach(
+        session.model, supports, touched=base, offload=settings.offload, shards=session.shards
+    )
     _train(settings, session, batches, parameters, console)
     parameters.detach()
     if not settings.everything:

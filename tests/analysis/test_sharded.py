@@ -13,10 +13,12 @@ from sift_cli.recipe import load_recipe
 from sift_cli.training import train
 from tests.support.causal import chats_recipe
 from tests.support.command import sift
+from tests.support.rows import rows_recipe
 from tests.support.sharded import FULL
 
 LLAMAS = {"7B": (6_738_415_616, 64_760_054), "70B": (68_976_648_192, 684_510_413)}
 PARTS = ("weights", "positions", "base_values", "masters", "gradients", "moments")
+LOW_RANK = ["selection.policy=low-rank", "selection.schedule=first-batch"]
 TIED = "selection.dense=[norm, embed_tokens]"
 
 
@@ -79,7 +81,7 @@ def test_a_rank_holds_the_larger_of_pass_and_exchange() -> None:
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_a_tiny_llama_in_rows(copies: int, tmp_path: Path) -> None:
-    changes = [TIED, "train.chunk_loss=off"]  # in rows logits are whole
+    changes = [TIED]
     recipe = chats_recipe(tmp_path, "llama-tied")
     in_rows = [*changes, FULL, f"distributed.replicas={copies}"]
     alone = plan(load_recipe(recipe, changes), device="cpu")
@@ -123,7 +125,7 @@ def test_each_rank_gathers_the_gradients_of_its_rows_alone(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("architecture", "changes", "told"),
     [
-        ("llama-tied", ["selection.policy=neuron-gradient"], "by neuron"),
+        ("llama-tied", LOW_RANK, "more than the rows"),
         ("gpt2", [], r"stored as \[inputs, outputs\]"),
         ("llama-tied", ["distributed.replicas=3"], "3 copies of the model do not fit on 4"),
     ],
@@ -134,10 +136,17 @@ def test_a_plan_refuses_what_training_does(
     recipe = load_recipe(chats_recipe(tmp_path, architecture), [FULL, *changes])
     with pytest.raises(SiftError, match=told) as caught:
         Outline.of(recipe, devices=4)
-    if "neuron" in told:
+    if "rows" in told:
         with pytest.raises(SiftError) as trained:
             train(recipe, tmp_path / "run", device="cpu")
         assert str(trained.value) == str(caught.value)
+
+
+def test_a_plan_in_rows_has_the_head_that_training_draws(tmp_path: Path) -> None:
+    recipe = load_recipe(rows_recipe(tmp_path, "labels", 0.0), [FULL])
+    alone, several = Outline.of(recipe), Outline.of(recipe, devices=2)
+    assert several.in_rows is not None
+    assert several.dense == alone.dense == ["classifier.weight", "classifier.bias"]
 
 
 def test_one_process_holds_all(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PretrainedConfig,
@@ -20,9 +21,11 @@ from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.devices import pick_device
 from sift_cli.models.loading import (
     check_length,
+    drawn,
     load_model,
     load_tokenizer,
     model_folder,
+    on_meta,
 )
 from sift_cli.models.shards import weight_files, write_index
 from sift_cli.tasks.classification import task_of_labels
@@ -138,6 +141,25 @@ def test_weight_files_come_in_order(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     write_index(tmp_path, {"a": (names[1], 1), "b": (names[0], 1), "c": (names[2], 1)})
     assert [file.name for file in weight_files(tmp_path)] == names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_head_is_drawn_alone_as_it_is_in_loading(
+    architecture: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", architecture)
+    config = AutoConfig.from_pretrained(base, num_labels=3)
+    torch.manual_seed(5)
+    loaded = load_model(base, AUTO, config, dtype, new_head=True)
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    alone = drawn(on_meta(base, AUTO, config, dtype), loaded.new)
+    assert tuple(alone) == loaded.new
+    for name, weight in alone.items():
+        assert torch.equal(weight, loaded.model.get_parameter(name))
+    assert any(bool(weight.any()) for weight in alone.values())
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 def test_shards_without_their_index_are_no_model(base: Path) -> None:

@@ -293,7 +293,7 @@ def test_per_neuron_gives_each_neuron_its_best_and_meets_the_count(
     row = st.lists(value, min_size=across, max_size=across)
     scores = data.draw(st.lists(row, min_size=neurons, max_size=neurons))
     count = data.draw(st.integers(1, neurons * across))
-    chooser = PerWeight({"w": count}, per_neuron=True)
+    chooser = PerWeight({"w": count}, {"w": neurons})
     chooser.add("w", torch.tensor(scores))
     each, more = divmod(count, neurons)
     ranked = [sorted(range(across), key=lambda at, one=one: (-one[at], at)) for one in scores]
@@ -307,27 +307,44 @@ def test_per_neuron_gives_each_neuron_its_best_and_meets_the_count(
 # pooled
 
 
-@given(st.lists(SCORES, min_size=1, max_size=4), st.integers(1, 4), st.booleans(), st.data())
+@st.composite
+def grids(draw: st.DrawFn) -> torch.Tensor:
+    """Scores of the units of a weight, [down, across]."""
+    across = draw(st.integers(1, 3))
+    row = st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=across, max_size=across)
+    return torch.tensor(draw(st.lists(row, min_size=1, max_size=6)))
+
+
+@given(
+    st.lists(grids(), min_size=1, max_size=4),
+    st.integers(1, 4),
+    st.sampled_from(["tensor", "neuron", "global"]),
+    st.data(),
+)
 def test_the_best_of_every_ranks_best_are_the_best(
-    weights: list[list[float]], ranks: int, together: bool, data: st.DataObject
+    weights: list[torch.Tensor], ranks: int, scope: str, data: st.DataObject
 ) -> None:
-    """One weight for each list, whose entries lie one after the other on the ranks."""
-    names = [f"w{at}" for at in range(len(weights))]
-    sizes = dict(zip(names, map(len, weights), strict=True))
-    total = sum(sizes.values())
+    """Each weight's rows lie one after the other on the ranks."""
+    named = {f"w{at}": scores for at, scores in enumerate(weights)}
+    names, sizes = [*named], {name: data.draw(st.integers(1, 3)) for name in named}
+    total = sum(scores.numel() * sizes[name] for name, scores in named.items())
     budget = data.draw(st.integers(1, total))
-    counts = {name: data.draw(st.integers(0, size)) for name, size in sizes.items()}
+    counts = {name: data.draw(st.integers(0, one.numel())) for name, one in named.items()}
+    neurons = {name: len(scores) for name, scores in named.items()} if scope == "neuron" else None
 
     def chooser(partial: bool) -> Global | PerWeight:
-        return Global(budget, names) if together else PerWeight(counts, partial=partial)
+        if scope == "global":
+            return Global(budget, names)
+        return PerWeight(counts, neurons, partial)
 
     here, alone = [chooser(partial=True) for _ in range(ranks)], chooser(partial=False)
-    firsts: list[dict[str, int]] = [{} for _ in range(ranks)]
-    for name, scores in reversed([*zip(names, weights, strict=True)]):
-        alone.add(name, torch.tensor(scores))
+    before: list[dict[str, int]] = [{} for _ in range(ranks)]
+    for name, scores in reversed(named.items()):
+        size, across = sizes[name], scores.shape[1]
+        alone.add(name, scores, size)
         for rank, rows in enumerate(rows_of(len(scores), ranks)):
-            here[rank].add(name, torch.tensor(scores)[rows.start : rows.stop])
-            firsts[rank][name] = rows.start
+            here[rank].add(name, scores[rows.start : rows.stop], size)
+            before[rank][name] = rows.start * across * size
     sent = [
         [part for name, (scores, units) in sorted(one.best().items()) for part in (units, scores)]
         for one in here
@@ -335,9 +352,9 @@ def test_the_best_of_every_ranks_best_are_the_best(
     # What each sends in its turn: the numbers of units in the whole weight, then their scores.
     for name, at in zip(sorted(names), range(0, 2 * len(names), 2), strict=True):
         for rank in range(ranks):
-            sent[rank][at] = sent[rank][at] + firsts[rank][name]
+            sent[rank][at] = sent[rank][at] + before[rank][name] // sizes[name]
     turns = iter([torch.cat(parts) for parts in zip(*sent, strict=True)])
-    found = pooled(here[0], chooser(False), lambda _: next(turns), firsts[0].__getitem__)
+    found = pooled(here[0], chooser(False), sizes, lambda _: next(turns), before[0])
     wanted = alone.chosen()
     assert {n: u.tolist() for n, u in found.items() if len(u)} == {
         n: u.tolist() for n, u in wanted.items() if len(u)

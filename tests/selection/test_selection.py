@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.selection.parts import Retained
 from sift_cli.selection.policies import POLICIES, SCOPES
 from sift_cli.selection.policies import SCORES as SCORE_NAMES
 from sift_cli.selection.scores import SCORES, find_score
-from sift_cli.selection.select import Retained, Rule, beside, planned, select
+from sift_cli.selection.select import Rule, beside, planned, select
 from sift_cli.selection.structures import Units
 from sift_cli.selection.targets import choose_vectors, choose_weights
 from sift_cli.sparse import Support

@@ -1,5 +1,6 @@
 """Supports in rows on several ranks, alone and in training, against one process."""
 
+from functools import cache
 from typing import Any
 
 import hypothesis.strategies as st
@@ -9,11 +10,19 @@ from hypothesis import given
 
 from sift_cli.sparse import Support
 from sift_cli.sparse.local import local, owned, rows_of
-from tests.support.causal import causal_model
 from tests.support.forks import on_ranks
-from tests.support.sharded import mixed_supports, told, trained, work_of_rank
+from tests.support.sharded import Case, told, trained, work_of_rank
 
-CASES = {2: [(1, False), (1, True)], 4: [(1, False), (2, True)]}  # by ranks: replicas, recompute
+CASES = {  # by ranks
+    2: [
+        Case(),
+        Case(recompute=True),
+        Case(chunk=3),
+        Case(chunk=3, recompute=True, frozen=True),
+        Case(chunk=3, kind="llama"),
+    ],
+    4: [Case(), Case(replicas=2, recompute=True, chunk=3)],
+}
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
@@ -49,47 +58,55 @@ def test_the_parts_of_a_support_are_the_support(
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, bool], list[Any]]:
-    """What each rank tells of each case, by ranks, replicas and recomputing."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Case], list[Any]]:
+    """What each rank tells of each case, by the number of ranks and the case."""
     folder, found = tmp_path_factory.mktemp("ranks"), {}
     for ranks, cases in CASES.items():
         by_rank = on_ranks(ranks, folder, work_of_rank, cases)
         for at, case in enumerate(cases):
-            found[(ranks, *case)] = [one[at] for one in by_rank]
+            found[ranks, case] = [one[at] for one in by_rank]
     return found
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
+@cache
+def alone_in(case: Case) -> dict[str, Any]:
     """The same in one process."""
-    return told(*trained(causal_model("llama-tied"), recompute=False))
+    return told(*trained(case.model(), case))
 
 
-@pytest.mark.parametrize("case", [(n, *case) for n, cases in CASES.items() for case in cases])
+@pytest.mark.parametrize(
+    ("ranks", "case"), [(ranks, case) for ranks, cases in CASES.items() for case in cases]
+)
 def test_rows_on_ranks_train_as_one_process(
-    case: tuple[int, int, bool], runs: dict[tuple[int, int, bool], list[Any]], alone: dict[str, Any]
+    ranks: int, case: Case, runs: dict[tuple[int, Case], list[Any]]
 ) -> None:
-    base = dict(causal_model("llama-tied").named_parameters())
-    supports = mixed_supports(causal_model("llama-tied"))
-    for one in runs[case]:
-        torch.testing.assert_close(one["masters"], alone["masters"], rtol=0, atol=1e-12)
-        for key in ("gradient", "norm"):
-            torch.testing.assert_close(one[key], alone[key], rtol=1e-12, atol=1e-12)
+    base, alone = dict(case.model().named_parameters()), alone_in(case.alone)
+    supports, by_rank = case.supports(case.model()), runs[ranks, case]
+    main = by_rank[0]
+    torch.testing.assert_close(main["masters"], alone["masters"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(main["gradient"], alone["gradient"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(main["changes"], alone["changes"], rtol=0, atol=1e-12)
+    for one in by_rank:
+        torch.testing.assert_close(one["norm"], alone["norm"], rtol=1e-12, atol=1e-12)
         assert one["left"] == []
         assert one["weights"].keys() == base.keys()
         for name, weight in one["weights"].items():
             torch.testing.assert_close(weight, alone["weights"][name], rtol=0, atol=1e-12)
             outside = torch.ones(weight.numel(), dtype=torch.bool)
-            positions = supports[name].positions
-            outside[slice(None) if positions is None else positions] = False
+            if name in supports:
+                positions = supports[name].positions
+                outside[slice(None) if positions is None else positions] = False
             assert torch.equal(weight.flatten()[outside], base[name].flatten()[outside])
-    moved = [(alone["weights"][n] - w).abs().max().item() for n, w in base.items()]
-    assert min(moved) > 1e-3  # every weight trains: matrices, norms and the tied embedding
+    moved = [(alone["weights"][name] - base[name]).abs().max().item() for name in supports]
+    assert min(moved) > 1e-3  # all of these train: matrices, norms and heads
 
 
-def test_each_rank_holds_its_own_masters_alone(
-    runs: dict[tuple[int, int, bool], list[Any]], alone: dict[str, Any]
-) -> None:
-    for (ranks, replicas, _), told_by in runs.items():
-        assert sum(one["owned"] for one in told_by) == alone["owned"] * replicas
-        assert max(one["owned"] for one in told_by) < 1.2 * alone["owned"] * replicas / ranks
+def test_each_rank_holds_its_own_masters_alone(runs: dict[tuple[int, Case], list[Any]]) -> None:
+    for (ranks, case), told_by in runs.items():
+        alone = alone_in(case.alone)
+        for other in told_by[1:]:  # what is put together is so on the main rank
+            whole = [other["masters"], *other["gradient"], *sum(other["changes"].values(), ())]
+            assert {one.numel() for one in whole} == {0}
+        owned = [one["owned"] for one in told_by]
+        assert sum(owned) == alone["owned"] * case.replicas
+        assert max(owned) < 1.2 * alone["owned"] * case.replicas / ranks

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed as dist
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import load_recipe
@@ -22,8 +22,7 @@ from sift_cli.training.step import take_step
 from sift_cli.training.watch import Watch
 from tests.support.causal import Exactly
 from tests.support.chats import save_chat_recipe
-from tests.support.models import CONFIGS, tiny_tokenizer
-from tests.support.rows import write_rows
+from tests.support.rows import rows_recipe, write_rows
 
 BF16 = ["model.dtype=bfloat16", "train.packing=false", "train.gradient_checkpointing=false"]
 
@@ -38,28 +37,11 @@ def recipes(folder: Path) -> Path:
     text = (folder / "chat.yaml").read_text()
     packs = text.replace("batch_size: 4", "tokens: 160, max_tokens: 80")
     (folder / "packs.yaml").write_text(packs)
-    data = folder / "data"
-    data.mkdir()
-    write_rows(data / "train.jsonl", 48, seed=1)
-    write_rows(data / "validation.jsonl", 17, seed=2)
+    for name, share in (("rows", 0.0), ("dropping", 0.1)):
+        rows_recipe(folder, name, share)
     (folder / "more").mkdir()
     write_rows(folder / "more/train.jsonl", 64, seed=3)
     write_rows(folder / "more/validation.jsonl", 17, seed=2)
-    for name, share in (("rows", 0.0), ("dropping", 0.1)):
-        torch.manual_seed(0)
-        settings = CONFIGS["bert"]()
-        settings.hidden_dropout_prob = settings.attention_probs_dropout_prob = share
-        settings.initializer_range, settings.num_labels = 0.3, 2
-        base = folder / f"{name}-base"
-        AutoModelForSequenceClassification.from_config(settings).base_model.save_pretrained(base)
-        tiny_tokenizer().save_pretrained(base)
-        (folder / f"{name}.yaml").write_text(
-            f"model: {{path: {base}}}\ndata: {{path: {data}, task: sst2, max_length: 16}}\n"
-            # the gradient of a key's bias is nothing but rounding, so no one chooses among it
-            "selection: {policy: sift, density: 0.1, exclude: [attention.self.key]}\n"
-            "train: {max_steps: 6, batch_size: 8, learning_rate: 1.0e-2, seed: 3}\n"
-            "eval: {every: 3, batch_size: 4}\nlog: {report: false}\n"
-        )
     return folder
 
 

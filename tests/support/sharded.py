@@ -5,21 +5,24 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from signal import SIGTERM
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from sift_cli.errors import ExitCode, SiftError
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.prepare import recompute_activations
+from sift_cli.models.readout import Readout
 from sift_cli.recipe import load_recipe
 from sift_cli.runs.ranks import Ranks
 from sift_cli.runs.session import open_session
 from sift_cli.sparse import SparseAdamW, SparseParameters, Support, attach
 from sift_cli.sparse.local import Shards
 from sift_cli.tasks.token_batches import padded
+from sift_cli.tasks.token_loss import Chunks, token_loss
 from sift_cli.training import train
 from sift_cli.training.batches import steps_of
 from sift_cli.training.choosing import selecting
@@ -30,6 +33,33 @@ from tests.support.interruptions import at_call, signalled
 from tests.support.ranks import exact_steps
 
 STEPS, ROWS = 5, 6  # of which each step takes all
+
+
+class Case(NamedTuple):
+    """How a tiny model of fp64 trains: in so many copies, so many tokens at a time at the head.
+
+    The head is that of `kind`; with `frozen`, it and the embedding stay as they are.
+    """
+
+    replicas: int = 1
+    recompute: bool = False
+    chunk: int | None = None
+    kind: str = "llama-tied"
+    frozen: bool = False
+
+    @property
+    def alone(self) -> "Case":
+        """The same in one process that takes no shortcuts."""
+        return self._replace(replicas=1, recompute=False, chunk=None)
+
+    def model(self) -> PreTrainedModel:
+        """The model before it trains."""
+        return causal_model(self.kind)
+
+    def supports(self, model: nn.Module) -> dict[str, Support]:
+        """What trains of it."""
+        supports = mixed_supports(model)
+        return {n: s for n, s in supports.items() if not (self.frozen and "embed" in n)}
 
 
 def mixed_supports(model: nn.Module, density: float = 0.1, seed: int = 0) -> dict[str, Support]:
@@ -46,11 +76,15 @@ def mixed_supports(model: nn.Module, density: float = 0.1, seed: int = 0) -> dic
     return supports
 
 
-def share_of_loss(model: nn.Module, step: int, rank: int = 0, ranks: int = 1) -> Tensor:
+def share_of_loss(
+    model: PreTrainedModel, step: int, chunk: int | None = None, rank: int = 0, ranks: int = 1
+) -> Tensor:
     """This rank's share of a step's mean loss over tokens; of every so manieth row."""
     rows = causal_rows(ROWS, seed=step)
     total = sum(sum(label >= 0 for label in row["labels"][1:]) for row in rows)
     batch = padded(rows[rank::ranks], EOS)
+    if chunk is not None:
+        return token_loss(model, batch, Chunks(chunk, Readout())).sum / total
     logits = model(**{k: one for k, one in batch.items() if k != "labels"}).logits
     return (
         nn.functional.cross_entropy(
@@ -61,22 +95,20 @@ def share_of_loss(model: nn.Module, step: int, rank: int = 0, ranks: int = 1) ->
 
 
 def trained(
-    model: nn.Module,
-    recompute: bool,
+    model: PreTrainedModel,
+    case: Case,
     shards: Shards | None = None,
     rank: int = 0,
     ranks: int = 1,
 ) -> tuple[SparseParameters, dict[str, list[Tensor]]]:
-    """The model after some steps over `mixed_supports`; norms and gradients of each."""
+    """The model after some steps as the case says; norms and gradients of each."""
     model.train()
-    if recompute:
-        recompute_activations(model)
-    supports = mixed_supports(model)
-    parameters = attach(model, supports, shards=shards)
+    recompute_activations(model, case.recompute)
+    parameters = attach(model, case.supports(model), shards=shards)
     optimizer = SparseAdamW(parameters, 3e-3, weight_decay=0.1)
     seen: dict[str, list[Tensor]] = {"norm": [], "gradient": []}
     for step in range(STEPS):
-        share_of_loss(model, step, rank, ranks).backward()
+        share_of_loss(model, step, case.chunk, rank, ranks).backward()
         parameters.accept(parameters.message())
         seen["gradient"].append(parameters.all_of(parameters.grad).clone())
         seen["norm"].append(optimizer.clip(0.5))
@@ -92,24 +124,25 @@ def told(parameters: SparseParameters, seen: dict[str, list[Tensor]]) -> dict[st
     return {
         **seen,
         "masters": parameters.all_of(parameters.flat.detach()),
+        "changes": {one.name: (one.base, one.now) for one in parameters.changes()},
         "weights": {name: one.detach().clone() for name, one in whole.items()},
         "owned": parameters.flat.numel(),
     }
 
 
-def work_of_rank(rank: int, cases: Sequence[tuple[int, bool]]) -> list[dict[str, Any]]:
-    """What `trained` comes to for each of (replicas, whether activations are computed again)."""
+def work_of_rank(rank: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """What `trained` comes to in each case."""
     import torch.distributed as dist
 
     from sift_cli.models.sharding import mesh_of, shard, shards_on
 
     found = []
-    for replicas, recompute in cases:
-        model = causal_model("llama-tied")
-        mesh = mesh_of(torch.device("cpu"), replicas)
+    for case in cases:
+        model = case.model()
+        mesh = mesh_of(torch.device("cpu"), case.replicas)
         shard(model, mesh)
         ranks = dist.get_world_size()
-        found.append(told(*trained(model, recompute, shards_on(mesh), rank, ranks)))
+        found.append(told(*trained(model, case, shards_on(mesh), rank, ranks)))
     return found
 
 
@@ -172,18 +205,18 @@ FULL = "distributed.shard=full"
 
 
 def runs_of_rank(
-    rank: int, recipe: Path, settings: Mapping[str, Sequence[str]], stopped_in: int
+    rank: int, folder: Path, settings: Mapping[str, tuple[Path, Sequence[str]]], stopped_in: int
 ) -> None:
-    """A run of each settings; one that is stopped, and one that goes on from what is there."""
-    out = recipe.parent / "several"
-    for name, changes in settings.items():
+    """A run of each recipe and its changes; one that is stopped, and one that goes on."""
+    out = folder / "several"
+    for name, (recipe, changes) in settings.items():
         train(load_recipe(recipe, changes), out / name, device="cpu")
-    sift = load_recipe(recipe, settings["sift"])
-    train(sift, out / "resumed", device="cpu", resume=True)
+    changing = load_recipe(*settings["drop-grow"])
+    train(changing, out / "resumed", device="cpu", resume=True)
     asked = at_call(stopped_in, signalled(SIGTERM)) if rank else nullcontext()
     try:
         with asked:
-            train(sift, out / "stopped", device="cpu")
+            train(changing, out / "stopped", device="cpu")
     except (SiftError, SystemExit) as error:
         code = error.code
     assert code == ExitCode.INTERRUPTED

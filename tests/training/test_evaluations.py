@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from torch.nn.functional import cross_entropy
 
+from sift_cli.analysis.report import report
 from sift_cli.delta import load_delta
 from sift_cli.errors import SiftError
 from sift_cli.recipe import load_recipe, parse_recipe
@@ -58,6 +59,27 @@ def test_each_evaluation_has_the_loss_of_the_held_out_rows(
         ).logits
     plain = float(cross_entropy(logits, batch["labels"]))
     assert summary.metrics["loss"] == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_run_without_an_evaluation_before_it_is_the_same(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    wanted = train(load_recipe(recipe_file), tmp_path / "usual")
+    done = sift("train", recipe_file, "--out", tmp_path / "run", "--set", "eval.before=false")
+    assert " before" not in done.stdout
+    assert "accuracy" in done.stdout
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert found["metrics_before"] == {}
+    assert found["metrics"] == wanted.metrics
+    deltas = (load_delta(tmp_path / name / "delta.safetensors") for name in ("usual", "run"))
+    marks = [{name: one.trained for name, one in own.weights.items()} for own in deltas]
+    assert marks[0] == marks[1] != {}
+    assert (
+        "| metric (validation) | after |\n| --- | --- |\n"
+        in (tmp_path / "run" / "README.md").read_text()
+    )
+    for name, told in (("usual", True), ("run", False)):
+        assert ("before training" in report(tmp_path / name).read_text()) is told
 
 
 def test_early_stopping_ends_with_the_best_evaluation_of_the_whole_run(

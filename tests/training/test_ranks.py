@@ -218,6 +218,26 @@ def test_one_micro_batch_of_eight_is_four_of_two(
         same(found["split"], one["split"])
 
 
+@pytest.mark.parametrize(
+    ("digests", "parts", "told"),
+    [
+        (["a", "b"], 1, "rank 1 has other rows than rank 0"),
+        (["a", "b", "a", "c"], 2, "rank 3 has other rows than rank 1"),
+        (["a", "b", "a", "b"], 2, None),
+    ],
+)
+def test_ranks_that_hold_the_same_part_are_compared(
+    digests: list[str], parts: int, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ranks, "gather", lambda ranks, own: digests)
+    ranks = Ranks(world=len(digests))
+    if told is None:
+        ranks.require_same("rows", str, parts)
+        return
+    with pytest.raises(SiftError, match=told):
+        ranks.require_same("rows", str, parts)
+
+
 def test_one_process_sends_nothing(one: dict[str, Any]) -> None:
     assert all(found["calls"] == [] for found in one.values())
 

@@ -15,49 +15,73 @@ from sift_cli.errors import SiftError
 from sift_cli.models.fingerprints import fingerprint
 from sift_cli.models.shards import places_in
 from sift_cli.recipe import load_recipe
-from sift_cli.runs.folder import DELTA_FILE, METRICS_FILE, WEIGHTS_FILE
+from sift_cli.runs.folder import DELTA_FILE, GRADIENT_FILE, METRICS_FILE, WEIGHTS_FILE
 from sift_cli.training import train
 from tests.support.causal import chats_recipe
 from tests.support.forks import on_ranks
 from tests.support.interruptions import at_call, delta, signalled
 from tests.support.ranks import BF16
+from tests.support.rows import rows_recipe
 from tests.support.sharded import FULL, exact_run_of_rank, runs_of_rank
 
 RANKS = 2
-# sift once more in two whole copies, so that only gradients travel
-POLICIES = {"sift": 1, "sign-descent": 1, "copies": RANKS}
+SIFT = ["selection.policy=sift"]
+ONE = [*SIFT, "selection.batches=1"]
+DESCENT = ["selection.policy=sign-descent"]
+SOON = ["selection.schedule=every-n-steps", "selection.every=2"]
+PARKING = [*SOON, "selection.policy=drop-grow", "selection.drop=0.4", "selection.history=park"]
+BEST_ROWS = ["selection.policy=rows", "selection.score=snip", "selection.scope=global"]
+SCORES = ["data.task=custom", "data.text=[sentence]", "data.label=score"]
+# what is changed in the recipe of each run: of a language model with a tied head
+TALKING = {
+    "sift": ONE,
+    "sign-descent": [*DESCENT, "train.chunk_loss=16"],
+    "packed": SIFT,
+    "copies": [*ONE, f"distributed.replicas={RANKS}"],  # whole ones: only gradients travel
+    "neurons": ["selection.policy=neuron-gradient"],
+    "rows": ["selection.policy=rows"],
+    "drop-grow": PARKING,
+    "copies anew": [*PARKING, f"distributed.replicas={RANKS}"],
+    "rows anew": [*BEST_ROWS, *SOON, "selection.drop=0.5"],
+    "lottery": ["selection.policy=lottery", "selection.warmup_steps=2"],
+}
+# and of a classifier with dropout whose base has no head
+JUDGING = {
+    "random head": SIFT,
+    "prior": [*SIFT, "train.head_start=prior"],
+    "probe": [*DESCENT, "selection.batches=4"],
+    "warm head": [*SIFT, "selection.schedule=after-warmup", "selection.warmup_steps=2"],
+    # one output: a rank has no row of the head
+    "number": [*DESCENT, "selection.batches=4", *SCORES],
+}
+RUNS = [*TALKING, *JUDGING]
+ONE_BATCH = [name for name, changes in TALKING.items() if "selection.batches=1" in changes]
 STOPPED_IN = 3  # the step in which a run is asked to stop, and which it still takes
-NORMS = "selection.dense=[norm, layernorm, embed_tokens]"
-
-
-def changes_of(policy: str) -> list[str]:
-    """Of a recipe: norms and the tied embedding train whole."""
-    policy = "sift" if policy == "copies" else policy
-    return [f"selection.policy={policy}", "selection.density=0.05", NORMS]
+NORMS = "selection.dense=[norm, layernorm, embed_tokens]"  # norms and a tied embedding train whole
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process, runs of several, and runs that each of them left to the other."""
     folder = tmp_path_factory.mktemp("runs")
-    recipe = chats_recipe(folder, "llama-tied")
-    settings = {policy: changes_of(policy) for policy in POLICIES}
-    for policy, changes in settings.items():
-        if policy == "copies":
-            shutil.copytree(folder / "one" / "sift", folder / "one" / policy)
-            continue
-        train(load_recipe(recipe, changes), folder / "one" / policy, device="cpu")
-    sift, stopped = load_recipe(recipe, settings["sift"]), folder / "one" / "stopped"
-    with at_call(STOPPED_IN, signalled(SIGTERM)), pytest.raises(SiftError):
-        train(sift, stopped, device="cpu")
-    shutil.copytree(stopped, folder / "several" / "resumed")
-    in_rows = {
-        policy: [*changes, FULL, f"distributed.replicas={POLICIES[policy]}"]
-        for policy, changes in settings.items()
+    recipe, labels = chats_recipe(folder, "llama-tied"), rows_recipe(folder, "labels", 0.1)
+    packs = folder / "packs.yaml"
+    packed = '"tokens": 256, "max_tokens": 128'
+    packs.write_text(recipe.read_text().replace('"batch_size": 8', packed))
+    settings = {
+        **{name: (recipe, [*changes, NORMS, FULL]) for name, changes in TALKING.items()},
+        **{name: (labels, [*changes, FULL]) for name, changes in JUDGING.items()},
     }
-    on_ranks(RANKS, folder, runs_of_rank, recipe, in_rows, STOPPED_IN)
+    settings["packed"] = packs, settings["packed"][1]
+    for name, (path, changes) in settings.items():
+        train(load_recipe(path, changes), folder / "one" / name, device="cpu")
+    changing, stopped = load_recipe(recipe, [*PARKING, NORMS]), folder / "one" / "stopped"
+    with at_call(STOPPED_IN, signalled(SIGTERM)), pytest.raises(SiftError):
+        train(changing, stopped, device="cpu")
+    shutil.copytree(stopped, folder / "several" / "resumed")
+    on_ranks(RANKS, folder, runs_of_rank, folder, settings, STOPPED_IN)
     shutil.copytree(folder / "several" / "stopped", folder / "one" / "resumed")
-    train(sift, folder / "one" / "resumed", device="cpu", resume=True)
+    train(changing, folder / "one" / "resumed", device="cpu", resume=True)
     return folder
 
 
@@ -65,10 +89,12 @@ def tuned(run: Path) -> dict[str, Tensor]:
     """The weights that a run's delta makes of the base; checked against what it says of them."""
     from sift_cli.delta.file import load_delta
 
-    delta, places = load_delta(run / DELTA_FILE), places_in(run.parents[1] / "base")
-    found = {}
+    base = "labels-base" if run.name in JUDGING else "base"
+    delta, places = load_delta(run / DELTA_FILE), places_in(run.parents[1] / base)
+    found = dict(delta.dense)
+    assert bool(found) == (run.name in JUDGING)
     for name, one in delta.weights.items():
-        found[name] = places[name].read()
+        found[name] = places[name.removeprefix("bert.")].read()
         assert fingerprint(found[name]) == one.base
         one.toggle_(found[name])
         assert fingerprint(found[name]) == one.trained
@@ -83,6 +109,11 @@ def losses(run: Path) -> list[Mapping[str, Any]]:
     ]
 
 
+def by_name(file: Path) -> dict[str, Mapping[str, Any]]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return {row["name"]: row for row in rows}
+
+
 def require_same_run(there: Path, here: Path) -> None:
     wanted, found = tuned(there), tuned(here)
     assert found.keys() == wanted.keys()
@@ -90,11 +121,11 @@ def require_same_run(there: Path, here: Path) -> None:
         torch.testing.assert_close(weight, wanted[name], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_it_is_the_run_of_one_process(policy: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_it_is_the_run_of_one_process(name: str, folder: Path) -> None:
     from sift_cli.delta.file import load_delta
 
-    one, several = folder / "one" / policy, folder / "several" / policy
+    one, several = folder / "one" / name, folder / "several" / name
     wanted, found = load_delta(one / DELTA_FILE), load_delta(several / DELTA_FILE)
     assert found.rest == wanted.rest
     for name, weight in wanted.weights.items():
@@ -107,19 +138,29 @@ def test_it_is_the_run_of_one_process(policy: str, folder: Path) -> None:
         assert here.keys() == there.keys()
         for key, value in there.items():
             assert here[key] == pytest.approx(value, rel=1e-4)
-    assert sorted(path.name for path in several.iterdir() if path.name != "gradient.jsonl") == [
-        path.name for path in sorted(one.iterdir()) if path.name != "gradient.jsonl"
+    assert sorted(path.name for path in several.iterdir()) == [
+        path.name for path in sorted(one.iterdir())
     ]
-    counts = []
-    for file in (several / WEIGHTS_FILE, one / WEIGHTS_FILE):
-        rows = map(json.loads, file.read_text().splitlines())
-        counts.append([(row["name"], row["entries"], row["whole"]) for row in rows])
-    assert counts[0] == counts[1]
+    here, there = (by_name(run / WEIGHTS_FILE) for run in (several, one))
+    assert [*here] == [*there]
+    for name, row in here.items():
+        assert all(row[key] == there[name][key] for key in ("entries", "touched", "whole"))
+
+
+@pytest.mark.parametrize("name", ONE_BATCH)
+def test_what_its_mask_keeps_of_the_gradient_is_told(name: str, folder: Path) -> None:
+    one, several = (by_name(folder / run / name / GRADIENT_FILE) for run in ("one", "several"))
+    assert one
+    assert several.keys() == one.keys()
+    for weight, line in several.items():
+        assert 0 < line["kept"] < line["norm"]
+        for key in ("norm", "kept"):
+            assert line[key] == pytest.approx(one[weight][key], rel=1e-4)
 
 
 @pytest.mark.parametrize("runs", ["one", "several"])
 def test_a_run_goes_on_where_the_other_kind_left_it(runs: str, folder: Path) -> None:
-    require_same_run(folder / "one" / "sift", folder / runs / "resumed")
+    require_same_run(folder / "one" / "drop-grow", folder / runs / "resumed")
     steps = [line["step"] for line in losses(folder / runs / "resumed") if "loss" in line]
     assert steps == sorted(set(steps))
 
@@ -136,11 +177,9 @@ def test_the_file_is_that_of_one_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (["selection.policy=drop-grow"], "selection.schedule: first-batch, and it is every-n-st"),
-        (["selection.policy=blocks"], "selection.structure: entry, and it is block"),
+        (["selection.policy=blocks"], "selection.structure: entry or row, and it is b"),
         (["train.step_scale=input"], "train.step_scale: none, and it is input"),
         (["selection.policy=low-rank", "selection.schedule=first-batch"], "more than the rows"),
-        (["selection.policy=neuron-gradient"], "by neuron"),
     ],
 )
 def test_what_no_rank_can_choose_of_its_rows_is_refused(
