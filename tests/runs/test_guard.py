@@ -1,7 +1,6 @@
 """Faults around a run: each told in one line, with the way out."""
 
 import errno
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -15,11 +14,12 @@ from sift_cli.runs import guard
 from sift_cli.runs.folder import LOCK_FILE
 from sift_cli.runs.guard import explained_faults, guarded, locked, require_space
 from sift_cli.training import train
+from tests.support.forks import server
 from tests.support.interruptions import hold
 
 
 def test_a_second_run_is_refused_and_a_dead_one_blocks_no_one(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = server()
     ready, done = context.Event(), context.Event()
     other = context.Process(target=hold, args=(tmp_path, ready, done))
     other.start()

@@ -60,7 +60,7 @@ def test_where_one_dies_all_end_and_the_last_checkpoint_goes_on(
     words = ["train", path, "--out", out, "--device", "cpu"]
     words += [word for change in changes for word in ("--set", change)]
     began = time.monotonic()
-    killed, other = forks.forked_together(2, "tests.support.dying", [3, int(SIGKILL), *words])
+    other, killed = forks.forked_together(2, "tests.support.dying", [3, int(SIGKILL), *words])
     assert time.monotonic() - began < 60
     assert (killed.returncode, other.returncode) == (-SIGKILL, ExitCode.BUG)
     assert killed.stderr == ""

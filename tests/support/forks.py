@@ -12,10 +12,12 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -23,13 +25,17 @@ from sift_cli.errors import ExitCode
 from sift_cli.system.launch import THREADS
 from tests.support.command import Done
 
+ROOT = Path(__file__).parents[2]
 PATIENCE = 240  # seconds; then a process that hangs ends, and says where it was
 
 
 def server() -> ForkServerContext:
-    """Where processes are forked."""
+    """Where processes are forked; it runs when this returns."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # where it finds that
+        ensure_running()
     return context
 
 
@@ -71,10 +77,10 @@ def _join(rank: int, count: int, here: Path, work: Callable[..., Any], args: Seq
     dist.destroy_process_group()
 
 
-def forked(module: str, *arguments: object, **environment: str) -> Done:
+def forked(module: str, *arguments: object) -> Done:
     """`python -m module arguments` in a process of its own."""
     with TemporaryDirectory() as folder:
-        one = _started(Path(folder), module, arguments, environment)
+        one = _started(Path(folder), module, arguments, {})
         one.join()
         return _ended(one, Path(folder))
 
@@ -82,18 +88,19 @@ def forked(module: str, *arguments: object, **environment: str) -> Done:
 def launch(count: int, module: str, arguments: Sequence[str]) -> int:
     """What `sift_cli.system.launch.launch` does, for a test that need not start Python for it.
 
-    What the processes print is printed here; none is ended because another failed.
+    What the processes print is printed here; none is ended because another failed. The exit code
+    is that of the first rank which has one.
     """
-    ended = forked_together(count, module, arguments)
-    for done in ended:
+    every = forked_together(count, module, arguments)
+    for done in every:
         print(done.stdout, end="")
         print(done.stderr, end="", file=sys.stderr)
-    code = next((done.returncode for done in ended if done.returncode), 0)
+    code = next((done.returncode for done in every if done.returncode), 0)
     return code if code >= 0 else int(ExitCode.BUG)
 
 
-def forked_together(count: int, module: str, arguments: Sequence[str]) -> list[Done]:
-    """`python -m module arguments` on ranks as launchers start them: how each ended, in order."""
+def forked_together(count: int, module: str, arguments: Sequence[object]) -> list[Done]:
+    """`python -m module arguments` on ranks as launchers start them: how each ended."""
     store = dist.TCPStore("localhost", 0, is_master=True)  # as a launcher's, it outlives its ranks
     every = {
         "WORLD_SIZE": str(count),
@@ -104,19 +111,15 @@ def forked_together(count: int, module: str, arguments: Sequence[str]) -> list[D
         THREADS: str(torch.get_num_threads()),
     }
     with TemporaryDirectory() as name:
-        left, ended = {}, list[Done]()
+        ranks = []
         for rank in range(count):
             folder = Path(name) / str(rank)
             folder.mkdir()
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **every}
-            one = _started(folder, module, arguments, own)
-            left[one.sentinel] = one, folder
-        while left:
-            for sentinel in wait(list(left)):
-                one, folder = left.pop(sentinel)  # type: ignore[call-overload]
-                one.join()
-                ended.append(_ended(one, folder))
-    return ended
+            ranks.append((_started(folder, module, arguments, own), folder))
+        for one, _ in ranks:
+            one.join()
+        return [_ended(*rank) for rank in ranks]
 
 
 def _started(
