@@ -83,7 +83,7 @@ START = 15.0  # of a process
 def middle(method: str, density: float | None) -> float:
     """The middle of the rates to try: half of sift's own usual one on a narrow model."""
     name = find(method).baseline or method.partition("+")[0]
-    return PACE * usual_rate_of(name, density or 0.01)
+    return PACE * usual_rate_of(name, density or 0.01, "instruct")
 
 
 def scored(given: argparse.Namespace, run: Run, recipe: Path, folder: Path) -> list[str]:

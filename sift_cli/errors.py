@@ -1,5 +1,6 @@
 """The one class of errors that users see, with the exit code that each kind ends with."""
 
+import difflib
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -43,3 +44,9 @@ def in_lines(names: Sequence[str]) -> str:
     """The first few of many names for a message, an indented line each, and how many more."""
     more = f"\n  and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return "\n  ".join(names[:LISTED]) + more
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The end of an error on an unknown word: the known one that is nearest, or all of them."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

@@ -42,7 +42,7 @@ def train_adapted(
         recipe,
         out,
         build=lambda resolved: partial(build, method, resolved),
-        narrow=usual_rate_of(method, share_of(recipe)),
+        narrow=usual_rate_of(method, share_of(recipe), recipe.data.task),
         device=device,
         resume=resume,
     )

@@ -244,7 +244,8 @@ def rates_of(
     assert own is not None
     if not isinstance(own, str):
         policy, share = recipe.selection.policy, share_of(recipe)
-        times = usual_rate_of(method, density or share) / usual_rate_of(policy, share)
+        task = recipe.data.task
+        times = usual_rate_of(method, density or share, task) / usual_rate_of(policy, share, task)
         own = float(f"{own * times:.2g}") if times != 1 else own
     middle = given.get(method, own)
     if sweep <= 1:

@@ -10,6 +10,7 @@ from sift_cli.errors import SiftError
 from sift_cli.recipe import usual_rate
 from sift_cli.selection.policies import POLICIES
 from sift_cli.selection.targets import linear_layers
+from sift_cli.tasks.table import LANGUAGE
 
 ADAPTERS = ("lora", "shira")
 METHODS = {
@@ -23,12 +24,14 @@ WITHOUT_BUDGET = ("full", "head-only")
 # The learning rate that a method bears beside that of the default policy, and of one whose rate
 # does not follow the budget, the share of entries at which it is that.
 PACES = {"lora": 0.25, "head-only": 0.5}
+SPOKEN_PACES = {"lora": 1.0}  # of language models (docs/language-models.md)
 SHARES = {"lora": 0.01, "full": 1.0, "head-only": 0.01}
 
 
-def usual_rate_of(method: str, density: float) -> float:
+def usual_rate_of(method: str, density: float, task: str) -> float:
     """The rate to begin with of a policy or one of METHODS, where that share of entries trains."""
-    pace = PACES.get(method, 1.0) if method in METHODS else POLICIES[method].pace
+    paces = PACES | (SPOKEN_PACES if task in LANGUAGE else {})
+    pace = paces.get(method, 1.0) if method in METHODS else POLICIES[method].pace
     return usual_rate(SHARES.get(method, density), pace)
 
 

@@ -155,7 +155,7 @@ def _place(numbers: Sequence[int], row: int | None, split: str) -> int:
     if row not in found:
         raise SiftError(
             f"--row {row}: none of the {len(found):,} rows of the {split} split, whose numbers go "
-            f"from {min(found)} to {max(found)}; rows may be held out or left out"
+            f"from {min(found)} to {max(found)}; what is held out is in --split validation"
         )
     return found.index(row)
 

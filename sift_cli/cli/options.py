@@ -56,9 +56,14 @@ def run_on(devices: int, device: str | None) -> None:
             f"--devices {devices}: a launcher has started {launched().world} processes already; "
             "leave it out"
         )
-    from sift_cli.models.devices import require_devices
+    from sift_cli.models.devices import cores_here, pick_device, require_devices
 
     require_devices(devices, device)
+    if pick_device(device).type == "cpu" and devices > (cores := cores_here()):
+        stderr.print(
+            f"--devices {devices}: there are {cores} cores, so that processes wait for each other",
+            highlight=False,
+        )
     raise typer.Exit(launch(devices, "sift_cli", sys.argv[1:]))
 
 

@@ -21,14 +21,19 @@ def show_plan(plan: Mapping[str, Any], show_all: bool) -> None:
     """Prints a plan as a person reads it; `show_all` lists the values that are defaults as well."""
     _show_recipe(plan, show_all)
     known = not plan["only_in_sum"]
+    layers = plan["by_layer"]
+    if not known:  # how many of each train is not
+        layers = {name: {"of": group["of"]} for name, group in layers.items()}
     for groups, title in (
         (plan["by_kind"], "kind of module"),
-        (together(plan["by_layer"]), "layer"),
+        (together(layers), "layer"),
     ):
-        table = Table(title, *(("trained", "of", "share") if known else ("entries",)))
+        table = Table(title, *(("trained", "of", "share") if known else ("targeted entries",)))
         for name, group in groups.items():
-            trained, of = group["trained"], group["of"]
-            own = (f"{trained:,}", f"{of:,}", f"{trained / of:.3%}") if known else (f"{of:,}",)
+            own = [f"{group['of']:,}"]
+            if known:
+                trained, of = group["trained"], group["of"]
+                own = [f"{trained:,}", *own, f"{trained / of:.3%}"]
             table.add_row(name, *own)
         _right(table)
         print_table(table)
@@ -166,7 +171,7 @@ def _device_sentences(plan: Mapping[str, Any]) -> list[str]:
         verdict = "fits" if device["fits"] else "does not fit"
         lines.append(
             f"It {verdict}: {device['needed_by']} needs {size(device['needs_bytes'])} of the "
-            f"{size(device['memory_bytes'])} of {device['name']}, what libraries take aside."
+            f"{size(device['memory_bytes'])} of {device['name']}, beside what libraries take."
         )
         if not device["fits"]:
             lines.append(

@@ -137,9 +137,16 @@ def lay_out(
     """The files that a merge of the model in `folder`, called `source`, writes, or that undo does.
 
     `model` is the model's, on the meta device. Without the `record` of its merge, a folder is
-    turned back under the names that it has. Raises SiftError (exit code 3) where the folder lacks a
-    tensor.
+    turned back under the names that it has. Raises SiftError (exit code 3) where the folder holds
+    another architecture than the delta's, or lacks a tensor.
     """
+    kind, wanted = type(model).__name__, delta.header.architecture
+    if not undo and wanted not in (None, kind):
+        raise SiftError(
+            f"{source} is the base of a {kind}, and the delta is of a {wanted}; give the model "
+            f"that it was trained on, {delta.header.base.path}",
+            ExitCode.WRONG_FILE,
+        )
     if record is not None:
         layout = layout_of_undo(folder, model, record)
     else:

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
-from sift_cli.recipe.kinds import PositiveInt, Section, in_short, nearest
+from sift_cli.errors import nearest
+from sift_cli.recipe.kinds import PositiveInt, Section, in_short
 from sift_cli.tasks.metrics import METRICS, ONE_CLASS, is_metric
 
 

@@ -1,7 +1,6 @@
 """Kinds of values that a recipe holds, each with its error and its JSON schema."""
 
-import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import (
@@ -18,9 +17,9 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
+from sift_cli.errors import nearest
+
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-
-
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -90,9 +89,3 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The end of an error on an unknown word: the known one that is nearest, or all of them."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

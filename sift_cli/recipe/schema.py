@@ -11,6 +11,7 @@ from pydantic import (
     model_validator,
 )
 
+from sift_cli.errors import nearest
 from sift_cli.recipe.evaluation import METRIC_SCHEMA, EvalSection, MetricName
 from sift_cli.recipe.kinds import (
     Names,
@@ -18,7 +19,6 @@ from sift_cli.recipe.kinds import (
     Section,
     as_list,
     checked,
-    nearest,
     one_of,
     or_list,
 )

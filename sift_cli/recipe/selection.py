@@ -11,6 +11,7 @@ from pydantic import (
     model_validator,
 )
 
+from sift_cli.errors import nearest
 from sift_cli.recipe.kinds import (
     Names,
     PositiveInt,
@@ -18,7 +19,6 @@ from sift_cli.recipe.kinds import (
     Share,
     checked,
     in_short,
-    nearest,
     one_of,
 )
 from sift_cli.selection.policies import (

@@ -109,6 +109,8 @@ def _carry_out(job: Job, path: Path, output: str, resume: bool, console: Console
                     write(window)
                     done += len(window)
                     advance(len(window))
+        if ending and console.is_terminal:
+            console.print(f"{done:,} rows in {output}", highlight=False)
     finally:
         if 0 < done < job.count and ending not in ("", PARQUET):
             rows = f"{done:,} of {job.count:,} rows"

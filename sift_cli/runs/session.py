@@ -27,7 +27,7 @@ from sift_cli.runs.sources import source_of
 from sift_cli.sparse.local import Shards
 from sift_cli.tasks.evaluation import collect_outputs
 from sift_cli.tasks.labelled import load_task
-from sift_cli.tasks.metrics import Metric, Metrics
+from sift_cli.tasks.metrics import Metric, Metrics, shown
 from sift_cli.tasks.own_metrics import own_metrics
 from sift_cli.tasks.table import LANGUAGE, TAGGING
 from sift_cli.tasks.tagged import load_tagging
@@ -320,5 +320,16 @@ def tell_undefined(metrics: Metrics, console: Console) -> None:
         console.print(
             f"{', '.join(names)}: undefined before training, since all labels or all predictions "
             "are the same",
+            highlight=False,
+        )
+
+
+def tell_no_better(task: Task, metrics: Metrics, before: Metrics, console: Console) -> None:
+    """Says where the weights that are kept score no better than the base did; not without that."""
+    name = next(iter(metrics))
+    if before.get(name) is not None and not task.better(metrics, before):
+        console.print(
+            f"{name} is no better than before training: {shown(metrics[name])}, and "
+            f"{shown(before[name])} then",
             highlight=False,
         )

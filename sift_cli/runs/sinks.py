@@ -116,7 +116,7 @@ class WandB:
 
 
 class Bar:
-    """A progress bar with loss, metric, speed and time left; plain lines where no terminal is."""
+    """A progress bar with loss, speed and time left; where no terminal is, ten plain lines."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -130,23 +130,22 @@ class Bar:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("training", total=None, numbers="")
-        self._metric = ""
         self._tenths = 0  # of the steps that plain lines have told of
         self._progress.start()
 
     def log(self, record: StepRecord) -> None:
         """Moves the bar; an evaluation also stays on the screen as a line."""
         if "metrics" in record:
-            self._metric = "  ".join(
+            found = "  ".join(
                 f"{HELD_OUT.get(name, name)} {shown(x)}" for name, x in record["metrics"].items()
             )
             best = "  (best)" if record.get("best") else ""
-            self._console.print(f"step {record['step']}: {self._metric}{best}", highlight=False)
+            self._console.print(f"step {record['step']}: {found}{best}", highlight=False)
         else:
             step, steps = record["step"], record["steps"]
             of = "tokens" if "tokens_per_second" in record else "rows"
             speed = f"{record[f'{of}_per_second']:,.0f} {of}/s"
-            numbers = "  ".join(filter(None, [f"loss {record['loss']:.4f}", self._metric, speed]))
+            numbers = f"loss {record['loss']:.4f}  {speed}"
             self._progress.update(self._task, completed=step, total=steps, numbers=numbers)
             if not self._console.is_terminal and 10 * step // steps > self._tenths:
                 self._tenths = 10 * step // steps

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn, TypeAlias
 
+from sift_cli.errors import nearest
+
 SHOWN = 40  # letters of a value in an error
 
 
@@ -242,7 +244,7 @@ def _turn(value: Any, at: int, names: Mapping[str, str], roles: Mapping[str, str
     if role is None:
         _refuse(f"{where} has no {speaker!r}")
     if not isinstance(role, str) or role not in roles:
-        _refuse(f"{where} has the unknown role {_shown(role)}; known: {', '.join(roles)}")
+        _refuse(f"{where} has the unknown role {_shown(role)}{nearest(str(role), [*roles])}")
     who = roles[role]
     train = _flag(given, names["train"], who, where)
     if train and who != "assistant":

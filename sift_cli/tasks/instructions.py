@@ -85,6 +85,9 @@ def recognise(
         raise SiftError(
             f"data: the columns {there} fit {' and '.join(fit)}; say which with data.format"
         )
+    for name, column in given.items():
+        if column not in columns:
+            raise SiftError(f"data.columns: {name}: no column {column!r}; there is {there}")
     wanted = ", ".join(f"{name} ({_needed(one)})" for name, one in known.items())
     other = "instruct" if task == "text" else "text"
     way_out = (

@@ -374,9 +374,14 @@ def scores_by_class(
     return [ClassScore(name, *one) for name, one in zip(names, values, strict=True)]
 
 
+LARGE = 1e5  # from which on a metric, such as the perplexity of a broken model, is in powers of ten
+
+
 def shown(value: float | None) -> str:
     """A metric as a person reads it."""
-    return "undefined" if value is None else f"{value:.4f}"
+    if value is None:
+        return "undefined"
+    return f"{value:.4f}" if abs(value) < LARGE else f"{value:.3e}"
 
 
 def short(value: float) -> float:

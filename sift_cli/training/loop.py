@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from sift_cli.errors import ExitCode, SiftError
+from sift_cli.models.devices import tell_busy
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import EvalSection, Recipe, TrainSection
 from sift_cli.runs.callbacks import Callback, require_callbacks
@@ -22,7 +23,13 @@ from sift_cli.runs.language import with_template
 from sift_cli.runs.ranks import Ranks, opened
 from sift_cli.runs.record import write_gradient, write_predictions
 from sift_cli.runs.samples import Sample, answered, draw_samples, write_samples
-from sift_cli.runs.session import Session, open_session, tell_emulated, tell_undefined
+from sift_cli.runs.session import (
+    Session,
+    open_session,
+    tell_emulated,
+    tell_no_better,
+    tell_undefined,
+)
 from sift_cli.runs.sinks import Sinks, open_sinks
 from sift_cli.runs.summary import Summary, describe, summarize
 from sift_cli.runs.timing import Timing
@@ -72,6 +79,8 @@ def train(
         console = console if console and ranks.main else Console(stderr=True, quiet=True)
         recipe = with_template(recipe)
         if recipe.distributed.shard == "full":
+            if ranks.alone:
+                console.print("distributed.shard: full: one process holds all rows, as without it")
             ranks = ranks.in_rows(recipe.distributed.replicas, of_recipe=build is None)
         checkpoints = Checkpoints(out, recipe.checkpoint, console)
         if overwrite:
@@ -165,12 +174,17 @@ def begin(
     for note in session.notes:
         console.print(note, highlight=False)
     tell_emulated(recipe.model, settings, session.device, console)
+    tell_busy(session.device, console)
     facts, ranks = Facts.of(settings_of(recipe), method.name, session), session.ranks
     ranks.require_same("base or rows", lambda: json.dumps([facts.base, facts.data]))
     saved = ranks.on_main(partial(checkpoints.newest, facts)) if resume else None
     metrics_before: dict[str, float | None] = {}
-    if recipe.eval.before:
-        metrics_before = saved.metrics_before if saved else session.evaluate()
+    if recipe.eval.before and saved:
+        metrics_before = saved.metrics_before
+    elif recipe.eval.before:
+        held_out = sum(map(len, session.evaluation.values()))
+        console.print(f"evaluating {held_out:,} rows before training", highlight=False)
+        metrics_before = session.evaluate()
     tell_undefined(metrics_before, console)
     undo = prepare_model(session.model, session.device, settings.gradient_checkpointing)
     optimizer = method.restore(saved) if saved else method.begin()
@@ -303,6 +317,7 @@ def finish(run: Run, recipe: Recipe, source: str) -> Summary:
     run.undo()
     metrics = state.kept.metrics
     assert metrics is not None  # the last step was evaluated
+    tell_no_better(session.task, metrics, run.metrics_before, run.checkpoints.console)
 
     header = partial(describe, recipe, session, metrics)
     written = run.method.write(out, state.optimizer, run.facts.base, header)

@@ -92,8 +92,12 @@ def backward_passes(session: Session, batches: Iterable[Rows]) -> list[Callable[
 def watched(
     passes: Sequence[Callable[[], object]], what: str, console: Console | None
 ) -> Iterator[list[Callable[[], object]]]:
-    """The same passes; on a terminal, several of them move a bar that is gone with this context."""
-    if console is None or console.quiet or not console.is_terminal or len(passes) == 1:
+    """The same passes; several are told of, on a terminal by a bar that goes with this context."""
+    if console is None or console.quiet or len(passes) == 1:
+        yield list(passes)
+        return
+    if not console.is_terminal:
+        console.print(f"{what}: {len(passes):,} passes forward and backward", highlight=False)
         yield list(passes)
         return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()

@@ -205,7 +205,8 @@ def test_where_all_entries_train_nothing_is_chosen(recipe_file: Path) -> None:
 def test_what_a_common_budget_gives_each_layer_is_not_foretold(recipe_file: Path) -> None:
     shown = sift("plan", recipe_file, "--set", "selection.policy=sign-descent").stdout
     assert "All weights compete for one budget: how many entries of each train shows" in shown
-    assert "kind of module\tentries" in shown
+    assert "kind of module\ttargeted entries" in shown
+    assert "layer 0-1, each" in shown
     assert "share" not in shown
     assert "kind of module\ttrained\tof\tshare" in sift("plan", recipe_file).stdout
 

@@ -104,10 +104,12 @@ def test_the_bar_is_plain_lines_elsewhere() -> None:
     bar.log(EVALUATION)
     for step in (4, 5):  # a line for each tenth of the steps
         bar.log({**STEP, "step": step, "steps": 40})
+    bar.log({**STEP, "step": 5})  # what was held out is of step 3
     bar.close()
     assert file.getvalue().splitlines() == [
         "step 3 of 9: loss 0.2500  12 rows/s",
         "step 3: accuracy 0.5000  (best)",
+        "step 5 of 9: loss 0.2500  12 rows/s",
     ]
 
 

@@ -157,6 +157,10 @@ def test_unknown_columns_are_listed_beside_what_is_known(tmp_path: Path) -> None
     assert said.endswith("say with data.columns what yours are called")
     named = {"instruction": "question", "output": "answer"}
     assert read(tmp_path, {"question": "q", "answer": "a"}, columns=named) == [TURN]
+    named["output"] = "reply"
+    assert refusal(tmp_path, {"question": "q", "answer": "a"}, columns=named) == (
+        "data.columns: output: no column 'reply'; there is question, answer"
+    )
     assert refusal(tmp_path, {"text": "t"}).endswith("; task: text would take them")
     assert refusal(tmp_path, EQUAL["messages"][0], task="text").endswith(
         "; task: instruct would take them"
@@ -325,6 +329,10 @@ WRONG = {
     "an unknown role": (
         said(ASKED, {**ANSWERED, "role": "bot"}),
         "message 2 has the unknown role 'bot'; known: system, developer, user, assistant, tool",
+    ),
+    "a role that is spelt wrong": (
+        said(ASKED, {**ANSWERED, "role": "asistant"}),
+        "message 2 has the unknown role 'asistant'; did you mean assistant?",
     ),
     "an empty question": (said({**ASKED, "content": " "}, ANSWERED), "message 1 is empty"),
     "no answer": (said(ASKED), "no answer: no message of the assistant"),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from rich.console import Console
 from torch.nn.functional import cross_entropy
 
 from sift_cli.analysis.report import report
@@ -80,6 +82,21 @@ def test_a_run_without_an_evaluation_before_it_is_the_same(
     )
     for name, told in (("usual", True), ("run", False)):
         assert ("before training" in report(tmp_path / name).read_text()) is told
+
+
+def test_a_run_that_ends_no_better_than_it_began_says_so(recipe_file: Path, tmp_path: Path) -> None:
+    said = StringIO()
+    frozen = load_recipe(recipe_file, ["train.learning_rate=1e-12", "train.head_start=random"])
+    found = train(frozen, tmp_path / "run", console=Console(file=said, width=200))
+    value = f"{found.metrics['accuracy']:.4f}"
+    assert f"accuracy is no better than before training: {value}, and {value} then" in (
+        said.getvalue()
+    )
+    assert "evaluating 16 rows before training\n" in said.getvalue()
+    calm = StringIO()
+    better = load_recipe(recipe_file, [*LONG, "eval.every=epoch"])
+    train(better, tmp_path / "better", console=Console(file=calm, width=200))
+    assert "no better" not in calm.getvalue()
 
 
 def test_early_stopping_ends_with_the_best_evaluation_of_the_whole_run(

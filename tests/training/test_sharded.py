@@ -3,12 +3,14 @@
 import json
 import shutil
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from sift_cli.errors import SiftError
@@ -189,6 +191,13 @@ def test_what_no_rank_can_choose_of_its_rows_is_refused(
     with pytest.raises(SiftError, match=told) as caught:
         train(load_recipe(recipe, [*changes, FULL]), tmp_path / "run", device="cpu")
     assert "distributed.shard: full" in str(caught.value)
+
+
+def test_one_process_says_that_it_holds_all_rows(tmp_path: Path) -> None:
+    said = StringIO()
+    recipe = load_recipe(chats_recipe(tmp_path, "llama-tied"), [FULL, "train.max_steps=1"])
+    train(recipe, tmp_path / "run", device="cpu", console=Console(file=said, width=200))
+    assert "distributed.shard: full: one process holds all rows" in said.getvalue()
 
 
 def test_copies_are_of_rows(tmp_path: Path) -> None:
