@@ -33,6 +33,7 @@ Line = Mapping[str, Any]  # of metrics.jsonl, weights.jsonl, gradient.jsonl or p
 LABELS = 24  # letters of a label
 NAMED = 25  # classes, at most, whose names and counts fit a confusion matrix
 POINTS = 2000  # of a scatter plot
+WIDE = 100  # times the least value, from which on a perplexity is shown by its logarithm
 
 
 def charts(
@@ -164,8 +165,11 @@ def _language_progress(steps: Sequence[Line], scores: Sequence[Line], before: Me
         points = _defined(LOSS, scores, before)
         axes[0].plot(*points, color=ORANGE, marker=".", label="held out")
     for axis, name in zip(axes[1:], others, strict=True):
-        axis.plot(*_defined(name, scores, before), color=ORANGE, marker=".")
+        at, values = _defined(name, scores, before)
+        axis.plot(at, values, color=ORANGE, marker=".")
         axis.set_ylabel(name.replace("_", " "))
+        if name == "perplexity" and max(values) > WIDE * min(values):
+            axis.set_yscale("log")
     for axis in axes:
         _mark_best(axis, scores)
     axes[0].legend(fontsize=8.5)

@@ -246,7 +246,11 @@ class CheckpointSection(Section):
 class LogSection(Section):
     """Where metrics go besides metrics.jsonl."""
 
-    every: PositiveInt = Field(10, description="steps between logged lines")
+    every: PositiveInt = Field(
+        10,
+        description="steps between lines of metrics.jsonl; without a terminal, "
+        "ten of them are printed in all",
+    )
     tensorboard: bool = False
     wandb: bool = False
     report: bool = Field(True, description="write report.html and plots after training")
