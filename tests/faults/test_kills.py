@@ -23,16 +23,15 @@ def killed(recipe: Path, out: Path, kills: int, seed: int, *changes: str) -> dic
 
 
 def test_a_few_kills(recipe_file: Path, tmp_path: Path) -> None:
-    found = killed(
-        recipe_file, tmp_path / "run", 3, 0, "train.epochs=10", "checkpoint.every=3", "log.every=1"
-    )
+    changes = ["train.epochs=10", "checkpoint.every=3", "log.every=1", "log.report=false"]
+    found = killed(recipe_file, tmp_path / "run", 3, 0, *changes)
     assert found["steps"] == 60
 
 
 def test_a_packed_run_that_is_killed(tmp_path: Path) -> None:
     recipe = chats_recipe(tmp_path, "llama-tied", **PACKED, max_steps=40)
-    changes = ["train.epochs=10", "checkpoint.every=5", "eval.every=20"]
-    assert killed(recipe, tmp_path / "run", 2, 1, *changes)["steps"] == 40
+    changes = ["train.epochs=5", "checkpoint.every=5", "eval.every=10"]
+    assert killed(recipe, tmp_path / "run", 2, 1, *changes)["steps"] == 20
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 """All that is slow to import, for the process that `forks` forks others from."""
 # ruff: noqa: F401
 
-import gc
-
 import datasets
 import torch.distributed.fsdp
 import tqdm
@@ -15,4 +13,3 @@ import tests.support.sharded
 
 # A lock that forked processes share: if each made its own, those that are killed would leave it.
 tqdm.tqdm.get_lock()
-gc.freeze()  # what is never looked at again needs no copy in those processes
