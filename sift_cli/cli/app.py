@@ -17,6 +17,7 @@ from sift_cli.system.faults import fault_of
 from sift_cli.system.late import wait_for_calls
 from sift_cli.system.launch import launched
 from sift_cli.system.terminal import spell_out, visible
+from sift_cli.system.threads import spin_briefly
 
 app = typer.Typer(
     help="Sparse fine-tuning: adapt a model by changing 1 % of its entries, and ship the change.",
@@ -108,6 +109,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up, exit 130
     spell_out()
     wait_for_calls()
+    spin_briefly()
     try:
         check_arguments(sys.argv[1:])
         app(prog_name="sift")

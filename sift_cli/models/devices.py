@@ -8,12 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from sift_cli.errors import SiftError
-
-BUSY = 1.5  # processes that want to run, a core
 
 
 def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[Any]:
@@ -68,20 +65,6 @@ def cores_here() -> int:
     """The cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def tell_busy(device: torch.device, console: Console) -> None:
-    """Says where other work keeps all cores busy: threads then wait for each other."""
-    threads, cores = torch.get_num_threads(), cores_here()
-    if device.type != "cpu" or threads == 1 or not hasattr(os, "getloadavg"):
-        return
-    load = os.getloadavg()[0]
-    if load > BUSY * cores:
-        console.print(
-            f"other work keeps the {cores} cores busy (load {load:.1f}): with fewer threads than "
-            f"{threads}, such as OMP_NUM_THREADS=1, this may be several times quicker",
-            highlight=False,
-        )
 
 
 def require_devices(count: int, device: str | None) -> None:

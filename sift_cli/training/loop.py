@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 
 from sift_cli.errors import ExitCode, SiftError
-from sift_cli.models.devices import tell_busy
 from sift_cli.models.prepare import prepare_model
 from sift_cli.recipe import EvalSection, Recipe, TrainSection
 from sift_cli.runs.callbacks import Callback, require_callbacks
@@ -174,7 +173,6 @@ def begin(
     for note in session.notes:
         console.print(note, highlight=False)
     tell_emulated(recipe.model, settings, session.device, console)
-    tell_busy(session.device, console)
     facts, ranks = Facts.of(settings_of(recipe), method.name, session), session.ranks
     ranks.require_same("base or rows", lambda: json.dumps([facts.base, facts.data]))
     saved = ranks.on_main(partial(checkpoints.newest, facts)) if resume else None
