@@ -249,7 +249,7 @@ def require_enough(data: Encoded, limit: Limit, split: str) -> None:
     way_out = f"; their tokens are {spread}, and data.max_length is {limit.length}"
     raise SiftError(
         f"data: {what} rows {where} are dropped ({whys}){way_out if NOTHING not in whys else ''}; "
-        "`sift data show` shows rows"
+        "`sift data show` shows one"
     )
 
 
