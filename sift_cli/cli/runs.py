@@ -104,8 +104,7 @@ def train(
 
 def _show_metrics(summary: "Summary") -> None:
     """The table of the first metrics after training, and before it where that was evaluated."""
-    columns = {"before": summary.metrics_before} if summary.metrics_before else {}
-    columns["after"] = summary.metrics
+    columns = summary.scores
     table = Table(f"metric ({summary.task})", *columns, box=None, pad_edge=False)
     for name in list(summary.metrics)[:SHOWN_METRICS]:
         table.add_row(name, *(shown(found[name]) for found in columns.values()))

@@ -28,8 +28,7 @@ base back, bit for bit.
 def delta_card(recipe: Recipe, summary: Summary) -> str:
     """The card of a run folder, from its recipe and summary."""
     settings = recipe.model_dump(mode="json")
-    columns = {"before": summary.metrics_before} if summary.metrics_before else {}
-    columns["after"] = metrics = summary.metrics
+    metrics, columns = summary.metrics, summary.scores
     heading = [f"metric ({settings['eval']['split']})", *columns]
     rows = [[key, *(shown(found[key]) for found in columns.values())] for key in metrics]
     table = "\n".join(f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *rows])

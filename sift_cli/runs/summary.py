@@ -81,6 +81,12 @@ class Summary:
     devices: int | None = None
     bf16_autocast: bool
 
+    @property
+    def scores(self) -> dict[str, Metrics]:
+        """The metrics `after` training, and `before` it where that was evaluated."""
+        before = {"before": self.metrics_before} if self.metrics_before else {}
+        return before | {"after": self.metrics}
+
     @classmethod
     def of(cls, values: Any) -> "Summary":
         """From what summary.json holds; keys that this version does not know are passed over.
